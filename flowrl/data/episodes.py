@@ -1,0 +1,201 @@
+"""The one in-memory form of offline data: flat arrays of transitions with episode offsets."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from flowrl.envs.reference_scores import ReferenceScores
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.errors import UserError
+
+_ROWS_PER_CHECK = 1 << 16  # bounds the temporary mask of the finiteness check
+
+
+@dataclass(frozen=True)
+class EpisodeDataset:
+    """N transitions of E episodes, stored one episode after another.
+
+    Episode e is the slice ``episode_starts[e] : episode_starts[e] + episode_lengths[e]``.
+    """
+
+    observations: np.ndarray  # (N, observation_dim) float32
+    actions: np.ndarray  # (N, action_dim) float32
+    rewards: np.ndarray  # (N,) float32
+    returns_to_go: np.ndarray  # (N,) float32: sum of rewards from this step to the episode's end, inclusive
+    timesteps: np.ndarray  # (N,) int64: step inside the episode, from 0
+    episode_starts: np.ndarray  # (E,) int64
+    episode_lengths: np.ndarray  # (E,) int64
+    terminated: np.ndarray  # (E,) bool: ended in a terminal state; False: cut off (time limit, end of data)
+    dataset_id: str
+    sha256: str  # of the data as read (see content_sha256); delayed_rewards keeps it
+    environment: EnvironmentSpec | None = None
+    reference: ReferenceScores | None = None
+    notes: tuple[str, ...] = ()  # what the user should be told about this data
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.episode_starts)
+
+    @property
+    def num_transitions(self) -> int:
+        return len(self.rewards)
+
+    @property
+    def observation_dim(self) -> int:
+        return int(self.observations.shape[1])
+
+    @property
+    def action_dim(self) -> int:
+        return int(self.actions.shape[1])
+
+    @property
+    def episode_returns(self) -> np.ndarray:
+        """Undiscounted return of each episode, (E,) float64."""
+        return np.add.reduceat(self.rewards, self.episode_starts, dtype=np.float64)
+
+    @property
+    def max_episode_length(self) -> int:
+        return int(self.episode_lengths.max())
+
+
+def build_episodes(
+    *,
+    observations: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    episode_lengths: np.ndarray,
+    terminated: np.ndarray,
+    dataset_id: str,
+    where: str,
+    environment: EnvironmentSpec | None = None,
+    reference: ReferenceScores | None = None,
+    notes: Sequence[str] = (),
+) -> EpisodeDataset:
+    """Check arrays and derive offsets, timesteps, returns-to-go and the content hash.
+
+    Args:
+        observations: (N, observation_dim); float32 C-contiguous arrays are kept without a copy.
+        actions: (N, action_dim).
+        rewards: (N,).
+        episode_lengths: (E,) positive integers that sum to N.
+        terminated: (E,) bool.
+        dataset_id: name of the data in configurations, logs and score tables.
+        where: file or dataset that error messages name.
+        environment: where agents trained on this data are evaluated.
+        reference: returns that normalised scores are measured against.
+        notes: sentences to show to the user.
+
+    Raises:
+        UserError: no episodes, lengths that do not match, wrong number of dimensions, or a value that is
+            NaN, infinite or too large for float32 (the message names the key and the index).
+    """
+    observations = np.ascontiguousarray(observations, dtype=np.float32)
+    actions = np.ascontiguousarray(actions, dtype=np.float32)
+    rewards = np.ascontiguousarray(rewards, dtype=np.float32)
+    episode_lengths = np.ascontiguousarray(episode_lengths, dtype=np.int64)
+    terminated = np.ascontiguousarray(terminated, dtype=bool)
+    for key, array, dimensions in (
+        ("observations", observations, 2),
+        ("actions", actions, 2),
+        ("rewards", rewards, 1),
+        ("episode_lengths", episode_lengths, 1),
+        ("terminated", terminated, 1),
+    ):
+        if array.ndim != dimensions or (dimensions == 2 and array.shape[1] == 0):
+            raise UserError(f"{where}: '{key}' must have {dimensions} dimensions, its shape is {array.shape}")
+    if not len(rewards) or not len(episode_lengths):
+        raise UserError(f"{where}: no episodes: the data is empty")
+    if not len(observations) == len(actions) == len(rewards):
+        raise UserError(
+            f"{where}: lengths differ: {len(observations)} observations, {len(actions)} actions, "
+            f"{len(rewards)} rewards"
+        )
+    if len(terminated) != len(episode_lengths):
+        raise UserError(
+            f"{where}: {len(episode_lengths)} episode lengths, {len(terminated)} terminated flags"
+        )
+    if episode_lengths.min() < 1 or episode_lengths.sum() != len(rewards):
+        raise UserError(f"{where}: episode lengths must be positive and sum to {len(rewards)}")
+    for key, array in (("observations", observations), ("actions", actions), ("rewards", rewards)):
+        _check_finite(where, key, array)
+
+    episode_starts = np.cumsum(episode_lengths) - episode_lengths
+    returns_to_go = _returns_to_go(rewards, episode_starts, episode_lengths)
+    _check_finite(where, "rewards summed to returns-to-go", returns_to_go)
+    return EpisodeDataset(
+        observations=observations,
+        actions=actions,
+        rewards=rewards,
+        returns_to_go=returns_to_go,
+        timesteps=np.arange(len(rewards)) - np.repeat(episode_starts, episode_lengths),
+        episode_starts=episode_starts,
+        episode_lengths=episode_lengths,
+        terminated=terminated,
+        dataset_id=dataset_id,
+        sha256=content_sha256(observations, actions, rewards, episode_lengths, terminated),
+        environment=environment,
+        reference=reference,
+        notes=tuple(notes),
+    )
+
+
+def delayed_rewards(dataset: EpisodeDataset) -> EpisodeDataset:
+    """Return the data with each episode's whole return on its last step and zero reward before it.
+
+    Every return-to-go then equals the episode's return. Source: the delayed-return setting of Chen et al.,
+    "Decision Transformer" (2021).
+    """
+    returns = dataset.episode_returns.astype(np.float32)
+    rewards = np.zeros_like(dataset.rewards)
+    rewards[dataset.episode_starts + dataset.episode_lengths - 1] = returns
+    return replace(dataset, rewards=rewards, returns_to_go=np.repeat(returns, dataset.episode_lengths))
+
+
+def content_sha256(
+    observations: np.ndarray,
+    actions: np.ndarray,
+    rewards: np.ndarray,
+    episode_lengths: np.ndarray,
+    terminated: np.ndarray,
+) -> str:
+    """Hash the data itself, so that equal data has equal hashes whatever file it came from.
+
+    SHA-256 over, for each of the five arrays in this order: name, shape, and little-endian values
+    (float32, float32, float32, int64, uint8).
+    """
+    digest = hashlib.sha256()
+    for name, array, dtype in (
+        ("observations", observations, "<f4"),
+        ("actions", actions, "<f4"),
+        ("rewards", rewards, "<f4"),
+        ("episode_lengths", episode_lengths, "<i8"),
+        ("terminated", terminated, "u1"),
+    ):
+        digest.update(f"{name}{list(array.shape)}".encode())
+        digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+    return digest.hexdigest()
+
+
+def _returns_to_go(rewards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Suffix sums inside each episode: (N,) float32 from float64 sums.
+
+    One cumulative sum per episode, not one over all data: differences of a long running sum would
+    let the rewards of one episode round off those of another.
+    """
+    result = np.empty_like(rewards)
+    with np.errstate(over="ignore"):  # the caller reports overflow by index
+        for start, stop in zip(starts.tolist(), (starts + lengths).tolist(), strict=True):
+            result[start:stop] = np.cumsum(rewards[start:stop][::-1], dtype=np.float64)[::-1]
+    return result
+
+
+def _check_finite(where: str, key: str, array: np.ndarray) -> None:
+    for start in range(0, len(array), _ROWS_PER_CHECK):
+        finite = np.isfinite(array[start : start + _ROWS_PER_CHECK])
+        if not finite.all():
+            first = np.argwhere(~finite)[0]
+            index = ", ".join(str(i) for i in (first[0] + start, *first[1:]))
+            value = array[tuple(int(i) for i in (first[0] + start, *first[1:]))]
+            raise UserError(f"{where}: '{key}'[{index}] is {value}: every value must be a finite float32")

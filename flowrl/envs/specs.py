@@ -1,0 +1,149 @@
+"""Which Gymnasium environment an agent is evaluated in, as plain data that fits in a JSON file."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from flowrl.errors import UserError, did_you_mean
+
+# Names that gymnasium.make takes for itself. As a stored keyword argument they would change what is
+# made instead of how the environment behaves.
+_RESERVED_KWARGS = frozenset(
+    ("id", "max_episode_steps", "disable_env_checker", "render_mode", "entry_point", "additional_wrappers")
+)
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """A registered Gymnasium environment: its id, keyword arguments and time limit.
+
+    ``max_episode_steps=None`` keeps the limit that the environment is registered with.
+    """
+
+    env_id: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    max_episode_steps: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, the inverse of :meth:`from_dict`."""
+        return {
+            "env_id": self.env_id,
+            "kwargs": dict(self.kwargs),
+            "max_episode_steps": self.max_episode_steps,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "EnvironmentSpec":
+        """Build from :meth:`to_dict`'s form.
+
+        Raises:
+            UserError: a key is missing or has the wrong type, or the id is not registered.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("env_id"), str):
+            raise UserError("environment: expected a mapping with 'env_id', 'kwargs' and 'max_episode_steps'")
+        env_id, kwargs, limit = data["env_id"], data.get("kwargs") or {}, data.get("max_episode_steps")
+        _check_registered(env_id)
+        if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
+            raise UserError(f"environment {env_id}: 'kwargs' must be a mapping from names to values")
+        reserved = sorted(_RESERVED_KWARGS.intersection(kwargs))
+        if reserved:
+            raise UserError(f"environment {env_id}: '{reserved[0]}' is not allowed in 'kwargs'")
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0):
+            raise UserError(f"environment {env_id}: 'max_episode_steps' must be a positive integer or null")
+        return cls(env_id, dict(kwargs), limit)
+
+    @classmethod
+    def from_gymnasium_json(cls, json_string: str) -> "EnvironmentSpec":
+        """Build from the JSON of a Gymnasium ``EnvSpec``, the form in which Minari stores one.
+
+        Only the id, the keyword arguments and the time limit are taken. Entry points named in the file
+        (the environment's, its wrappers') are never imported: the id selects Gymnasium's own.
+
+        Raises:
+            UserError: not such JSON, or the id is not registered with Gymnasium.
+        """
+        try:
+            data = json.loads(json_string)
+        except ValueError as error:
+            raise UserError(f"environment specification is not JSON: {error}") from error
+        if not isinstance(data, dict) or not isinstance(data.get("id"), str):
+            raise UserError("environment specification is not a Gymnasium EnvSpec: no 'id'")
+        # render_mode says how the recording was watched, not what was recorded.
+        kwargs = {k: v for k, v in (data.get("kwargs") or {}).items() if k != "render_mode"}
+        return cls.from_dict(
+            {"env_id": data["id"], "kwargs": kwargs, "max_episode_steps": data.get("max_episode_steps")}
+        )
+
+
+def wrappers_in_gymnasium_json(json_string: str) -> list[str]:
+    """Return the names of the wrappers that a Gymnasium ``EnvSpec``'s JSON lists (they are not applied)."""
+    wrappers = json.loads(json_string).get("additional_wrappers") or []
+    return [str(wrapper.get("name")) for wrapper in wrappers if isinstance(wrapper, dict)]
+
+
+def _check_registered(env_id: str) -> None:
+    """Refuse ids outside Gymnasium's registry, ``module:id`` forms included (they import ``module``)."""
+    if env_id not in gymnasium.registry:
+        options = [known for known in gymnasium.registry if ":" not in known and "/" not in known]
+        raise UserError(
+            f"environment '{env_id}' is not registered with Gymnasium{_short_hint(env_id, options)}"
+        )
+
+
+def _short_hint(word: str, options: list[str]) -> str:
+    hint = did_you_mean(word, options)
+    return hint if "did you mean" in hint else ""
+
+
+def _spaces(spec: EnvironmentSpec) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
+    """Make the environment once to read its observation and action spaces."""
+    _check_registered(spec.env_id)
+    try:
+        env = gymnasium.make(spec.env_id, max_episode_steps=spec.max_episode_steps, **spec.kwargs)
+    except Exception as error:  # an environment's constructor may raise anything
+        reason = " ".join(str(error).split())
+        raise UserError(f"environment {spec.env_id} cannot be made: {reason}") from error
+    try:
+        return env.observation_space, env.action_space
+    finally:
+        env.close()
+
+
+def check_environment(spec: EnvironmentSpec, observation_dim: int, action_dim: int) -> None:
+    """Check that the data's dimensions are the environment's (Dict observations count flattened).
+
+    Raises:
+        UserError: they differ, the environment cannot be made, or its spaces are not Box (or Dict of Box).
+    """
+    observation_space, action_space = _spaces(spec)
+    if not isinstance(action_space, spaces.Box):
+        raise UserError(f"environment {spec.env_id}: actions must be a Box, not {action_space}")
+    try:
+        expected_observation_dim = spaces.utils.flatdim(observation_space)
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"environment {spec.env_id}: observations must be a Box or a Dict of Box, not {observation_space}"
+        ) from error
+    expected_action_dim = int(np.prod(action_space.shape))
+    if (observation_dim, action_dim) != (expected_observation_dim, expected_action_dim):
+        raise UserError(
+            f"environment {spec.env_id} has observations of {expected_observation_dim} and actions of "
+            f"{expected_action_dim} numbers, the data {observation_dim} and {action_dim}: "
+            "give the environment that the data was recorded in"
+        )
+
+
+def action_bounds(spec: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (low, high) bounds of the environment's actions, float32 arrays of shape (action_dim,).
+
+    Raises:
+        UserError: the environment cannot be made or its actions are not a Box.
+    """
+    _, action_space = _spaces(spec)
+    if not isinstance(action_space, spaces.Box):
+        raise UserError(f"environment {spec.env_id}: actions must be a Box, not {action_space}")
+    return action_space.low.astype(np.float32).ravel(), action_space.high.astype(np.float32).ravel()
