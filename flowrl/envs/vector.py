@@ -1,0 +1,90 @@
+"""Gymnasium environments from a spec: one at a time, or many whose finished slots stay still."""
+
+import warnings
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import FlattenObservation
+
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.errors import UserError
+
+
+def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gym.Env:
+    """Make one environment with flat observations.
+
+    Observations other than a vector (Dict, Tuple, matrices) are flattened as Gymnasium does it, Dict
+    entries in the order of their keys.
+
+    Raises:
+        UserError: Gymnasium cannot make the environment (unregistered id, missing dependency, bad kwargs).
+    """
+    rendering = {} if render_mode is None else {"render_mode": render_mode}
+    try:
+        with warnings.catch_warnings():
+            # D4RL's data belongs to the -v4 environments; that newer ones exist is not the user's problem.
+            warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
+            env = gym.make(
+                environment.env_id,
+                max_episode_steps=environment.max_episode_steps,
+                disable_env_checker=True,
+                **environment.kwargs,
+                **rendering,
+            )
+    except Exception as error:  # an environment's constructor may raise anything
+        reason = " ".join(str(error).split())
+        raise UserError(f"environment {environment.env_id} cannot be made: {reason}") from error
+    if isinstance(env.observation_space, Box) and len(env.observation_space.shape) == 1:
+        return env
+    return FlattenObservation(env)
+
+
+def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
+    """Make ``num_envs`` copies of an environment whose slots stay still once their episode is over.
+
+    The result follows Gymnasium's vector interface without autoreset. After a slot has terminated or
+    was truncated, ``step`` ignores its action, does not touch its physics and answers with the last
+    observation, the same two flags and a reward of 0. ``reset(seed=[...])`` starts every slot anew;
+    ``reset(seed=[...], options={"reset_mask": mask})``, ``mask`` (num_envs,) bool, only the chosen ones.
+
+    Raises:
+        UserError: see :func:`make_env`.
+    """
+    return StillVectorEnv([lambda: StayFinished(make_env(environment))] * num_envs)
+
+
+class StayFinished(gym.Wrapper[Any, Any, Any, Any]):
+    """After the last step of an episode, repeat its outcome with reward 0 until the next reset."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._outcome: tuple[Any, float, bool, bool, dict[str, Any]] | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        self._outcome = None
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        if self._outcome is not None:
+            return self._outcome
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
+            self._outcome = (observation, 0.0, terminated, truncated, {})
+        return observation, reward, terminated, truncated, info
+
+
+class StillVectorEnv(SyncVectorEnv):
+    """A SyncVectorEnv over :class:`StayFinished` slots, steppable while some of them have finished."""
+
+    def __init__(self, env_fns: list[Any]) -> None:
+        super().__init__(env_fns, autoreset_mode=AutoresetMode.DISABLED)
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        # SyncVectorEnv refuses to step past the end of an episode; these slots know what to do there.
+        self._autoreset_envs[:] = False
+        return super().step(actions)

@@ -1,0 +1,107 @@
+"""One episode per slot, all slots in one batch: the loop behind every reported return."""
+
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import make_vector_env
+from flowrl.errors import UserError
+
+
+class BatchedAgent(Protocol):
+    """What a rollout asks of an agent; see :class:`flowrl.model.agent.Agent`."""
+
+    def reset(self, num_envs: int, target_return: float | np.ndarray) -> None:
+        """Forget everything and get ready to act in ``num_envs`` slots with targets (num_envs,)."""
+
+    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
+        """Actions (num_envs, action_dim) for observations (num_envs, observation_dim), inside the bounds."""
+
+    def keep(self, indices: np.ndarray) -> None:
+        """Drop all slots but these, in this order."""
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The outcome of one episode per slot; every array is (slots,).
+
+    ``returns`` are undiscounted sums in float64 of the rewards that the environment gave, ``lengths``
+    count its steps, ``terminated`` is False where a time limit cut the episode.
+    """
+
+    target_returns: np.ndarray
+    returns: np.ndarray
+    lengths: np.ndarray
+    terminated: np.ndarray
+
+
+class NonFiniteError(UserError):
+    """An environment or an agent produced NaN or infinity; the message names the slot and the step."""
+
+
+def rollout(
+    agent: BatchedAgent, environment: EnvironmentSpec, target_returns: np.ndarray, seeds: np.ndarray
+) -> Rollouts:
+    """Run exactly one episode per slot and add up its rewards.
+
+    Each slot's environment is reset with its own seed. A slot whose episode is over is neither stepped
+    nor counted again, and the agent drops it (``agent.keep``), so that it costs nothing. Slots are
+    independent: their outcome depends on their own seed and target only.
+
+    Args:
+        agent: acts for all slots at once.
+        environment: what to make; it must end its episodes by itself or by a time limit.
+        target_returns: (slots,) the return that each slot's agent is asked for, in the reward's units.
+        seeds: (slots,) integer seeds of the environments.
+
+    Raises:
+        NonFiniteError: NaN or infinity in an observation, a reward or an action.
+    """
+    slots = len(target_returns)
+    returns = np.zeros(slots)
+    lengths = np.zeros(slots, dtype=np.int64)
+    terminated = np.zeros(slots, dtype=bool)
+    envs = make_vector_env(environment, slots)
+    try:
+        observations, _ = envs.reset(seed=[int(seed) for seed in seeds])
+        agent.reset(slots, np.asarray(target_returns))
+        running = np.arange(slots)  # (running,) slots still in their episode, in the agent's order
+        rewards: np.ndarray | None = None  # (running,)
+        actions = np.zeros(envs.action_space.shape, dtype=envs.action_space.dtype)  # (slots, action_dim)
+        with tqdm(total=slots, desc="evaluate", unit="episode", leave=False, disable=None) as progress:
+            for step in count():
+                _check_finite("observation", observations[running], running, step)
+                acted = agent.act(observations[running], rewards)
+                actions[running] = acted.reshape(-1, *envs.single_action_space.shape)
+                _check_finite("action", actions[running], running, step)
+                observations, step_rewards, terminations, truncations, _ = envs.step(actions)
+                rewards = step_rewards[running]
+                _check_finite("reward", rewards, running, step)
+                returns[running] += rewards
+                lengths[running] += 1
+                finished = (terminations | truncations)[running]
+                if not finished.any():
+                    continue
+                terminated[running] = terminations[running]
+                progress.update(int(finished.sum()))
+                kept = np.flatnonzero(~finished)
+                if len(kept) == 0:
+                    break
+                agent.keep(kept)
+                running, rewards = running[kept], rewards[kept]
+    finally:
+        envs.close()
+    return Rollouts(np.asarray(target_returns, dtype=np.float64), returns, lengths, terminated)
+
+
+def _check_finite(what: str, values: np.ndarray, running: np.ndarray, step: int) -> None:
+    """Raise unless all values, (running,) or (running, dim), are finite; ``running`` are their slots."""
+    if np.isfinite(values).all():
+        return
+    bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    index = int(np.argmax(bad))
+    raise NonFiniteError(f"environment {running[index]}, step {step}: {what} {values[index]} is not finite")
