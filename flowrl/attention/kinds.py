@@ -1,0 +1,44 @@
+"""The attention kinds that ``--attention`` chooses from, under one contract.
+
+Adding a kind takes one file with its two functions and one line in ``ATTENTION_KINDS``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from flowrl.attention.flow import flow_attention, flow_attention_step
+from flowrl.attention.softmax import softmax_attention, softmax_attention_step
+
+AttentionName = Literal["flow", "softmax"]
+State = Any  # a NamedTuple of tensors, each with the batch as its first dimension
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """A causal attention in its two forms, which compute the same function.
+
+    ``parallel`` maps (batch, heads, length, head_dim) queries, keys and values to outputs of that shape;
+    ``step`` maps one token's (batch, heads, head_dim) and the state (None at the start) to (output, state).
+    """
+
+    parallel: Callable[[Tensor, Tensor, Tensor], Tensor]
+    step: Callable[[Tensor, Tensor, Tensor, State | None], tuple[Tensor, State]]
+
+
+ATTENTION_KINDS: dict[AttentionName, AttentionKind] = {
+    "flow": AttentionKind(flow_attention, flow_attention_step),
+    "softmax": AttentionKind(softmax_attention, softmax_attention_step),
+}
+
+
+def select_rows(state: State, rows: Tensor) -> State:
+    """Keep only these batch rows of a state, in this order."""
+    return type(state)(*(tensor[rows] for tensor in state))
+
+
+def clear_rows(state: State, rows: Tensor) -> State:
+    """Put the rows where the (batch,) bool mask ``rows`` holds back to the state before the first token."""
+    return type(state)(*(tensor.masked_fill(rows.view(-1, *[1] * (tensor.ndim - 1)), 0) for tensor in state))

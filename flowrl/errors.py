@@ -1,0 +1,29 @@
+"""The one exception that means "your input is wrong", and how the command line shows it."""
+
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+EXIT_BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Bad input: the message is one line naming the file, key, flag or value and what would be right."""
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest option, or the list of options when none is close."""
+    known = sorted(options)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a :class:`UserError` into one line on stderr and exit code 2; other exceptions pass."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
