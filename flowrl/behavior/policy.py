@@ -1,0 +1,143 @@
+"""Behaviour policies: small tanh-Gaussian actors that act with numpy alone, the same on every machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flowrl.atomic import atomic_path
+from flowrl.errors import UserError
+
+# The range in which a soft actor-critic actor clips its log standard deviation (Haarnoja et al., 2018).
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
+
+# Actions are rounded to a multiple of this. Linear-algebra and tanh routines differ in the last bits between
+# processors, and a chaotic simulator would amplify that; in float64 those bits lie far below the grid, so the
+# same seed gives the same actions everywhere. The actions it moves are moved by less than 8e-6.
+ACTION_GRID = 2.0**-16
+
+Float64 = NDArray[np.float64]
+Layer = tuple[Float64, Float64]  # weights (inputs, outputs), bias (outputs,)
+
+
+@dataclass(frozen=True)
+class BehaviorPolicy:
+    """A multilayer perceptron with ReLU whose two heads give a Gaussian that tanh squashes into [-1, 1].
+
+    ``env_id`` is the environment that it was trained in and ``steps`` the environment steps that it had seen.
+    """
+
+    env_id: str
+    steps: int
+    hidden: tuple[Layer, ...]
+    mean: Layer
+    log_std: Layer
+
+    @property
+    def observation_dim(self) -> int:
+        return (self.hidden[0] if self.hidden else self.mean)[0].shape[0]
+
+    @property
+    def action_dim(self) -> int:
+        return self.mean[1].shape[0]
+
+    def distribution(self, observations: np.ndarray) -> tuple[Float64, Float64]:
+        """Return mean and log standard deviation before tanh, each (batch, action_dim)."""
+        features = np.asarray(observations, dtype=np.float64)
+        for weights, bias in self.hidden:
+            features = np.maximum(features @ weights + bias, 0.0)  # (batch, width)
+        mean = features @ self.mean[0] + self.mean[1]  # (batch, action_dim)
+        log_std = features @ self.log_std[0] + self.log_std[1]  # (batch, action_dim)
+        return mean, np.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)
+
+    def act(
+        self, observations: np.ndarray, generator: np.random.Generator, stochastic: bool = True
+    ) -> NDArray[np.float32]:
+        """Return float32 actions (batch, action_dim) in [-1, 1] for (batch, observation_dim) observations.
+
+        ``stochastic`` samples with ``generator``, one (batch, action_dim) draw of normals a call; otherwise
+        the action is tanh of the mean and the generator is left alone.
+        """
+        actions, log_std = self.distribution(observations)
+        if stochastic:
+            actions = actions + np.exp(log_std) * generator.standard_normal(actions.shape)
+        rounded = np.round(np.tanh(actions) / ACTION_GRID) * ACTION_GRID
+        return rounded.astype(np.float32)
+
+    def to_tensors(self) -> dict[str, Float64]:
+        """Return the weights by the names they have in a snapshot file."""
+        layers = {f"hidden.{index}": layer for index, layer in enumerate(self.hidden)}
+        layers |= {"mean": self.mean, "log_std": self.log_std}
+        return {
+            f"{name}.{part}": array
+            for name, layer in layers.items()
+            for part, array in zip(("weight", "bias"), layer, strict=True)
+        }
+
+
+def save_policy(policy: BehaviorPolicy, path: Path, dtype: type[np.floating] = np.float32) -> None:
+    """Write ``policy`` as a safetensors snapshot in ``dtype``, whole or not at all."""
+    tensors = {name: np.ascontiguousarray(array, dtype=dtype) for name, array in policy.to_tensors().items()}
+    metadata = {"env_id": policy.env_id, "steps": str(policy.steps)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_policy(path: Path) -> BehaviorPolicy:
+    """Read a snapshot that :func:`save_policy` wrote, of any depth, width and floating-point type.
+
+    Raises UserError naming the file and what is wrong with it: unreadable, metadata missing, a tensor
+    missing, not expected, of the wrong shape or type, or not finite.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such behaviour policy (a .safetensors snapshot)")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, TypeError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    if "env_id" not in metadata or not metadata.get("steps", "").isdecimal():
+        raise UserError(f"{path}: not a behaviour policy: its metadata must give env_id and steps")
+    layers = _checked_layers(path, tensors)
+    mean, log_std = layers.pop("mean"), layers.pop("log_std")
+    return BehaviorPolicy(metadata["env_id"], int(metadata["steps"]), tuple(layers.values()), mean, log_std)
+
+
+def _checked_layers(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, Layer]:
+    """Return the layers of a snapshot by name, hidden ones first and in order; see :func:`load_policy`."""
+    depth = 0
+    while any(name.startswith(f"hidden.{depth}.") for name in tensors):
+        depth += 1
+    layer_names = [f"hidden.{index}" for index in range(depth)] + ["mean", "log_std"]
+    expected = {f"{layer}.{part}" for layer in layer_names for part in ("weight", "bias")}
+    for problem, names in (
+        ("missing", expected - tensors.keys()),
+        ("not expected", tensors.keys() - expected),
+    ):
+        if names:
+            raise UserError(f"{path}: tensors {problem}: {', '.join(sorted(names))}")
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind != "f":
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, not floating point")
+        if tensor.ndim != (2 if name.endswith("weight") else 1) or 0 in tensor.shape:
+            raise UserError(f"{path}: tensor {name} has shape {tensor.shape}; want a matrix or a bias vector")
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{path}: tensor {name} holds NaN or infinity")
+
+    width = tensors[f"{layer_names[0]}.weight"].shape[0]
+    action_dim = tensors["mean.bias"].shape[0]
+    layers: dict[str, Layer] = {}
+    for layer in layer_names:
+        weight, bias = tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]
+        outputs = bias.shape[0] if layer.startswith("hidden") else action_dim
+        for name, tensor, shape in (("weight", weight, (width, outputs)), ("bias", bias, (outputs,))):
+            if tensor.shape != shape:
+                raise UserError(f"{path}: tensor {layer}.{name} has shape {tensor.shape}, not {shape}")
+        layers[layer] = (weight.astype(np.float64), bias.astype(np.float64))
+        if layer.startswith("hidden"):
+            width = outputs
+    return layers

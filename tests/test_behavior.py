@@ -1,0 +1,318 @@
+"""Behaviour policies: the numpy actor against torch, snapshots whole or refused, measured returns."""
+
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from flowrl.behavior.assets import (
+    ASSETS_DIR,
+    BehaviorExport,
+    behavior_assets,
+    behavior_names,
+    export_behavior,
+    load_behavior,
+    same_mean,
+)
+from flowrl.behavior.measure import MeasuredReturns, measure_returns
+from flowrl.behavior.policy import ACTION_GRID, BehaviorPolicy, load_policy, save_policy
+from flowrl.behavior.train import BehaviorTraining, actor_policy, claim_run_dir, forget_after, train_behavior
+from flowrl.envs.reference_scores import reference_scores
+from flowrl.errors import UserError
+
+
+def make_policy(
+    observation_dim: int = 11, action_dim: int = 3, seed: int = 0, steps: int = 7
+) -> BehaviorPolicy:
+    generator = np.random.default_rng(seed)
+
+    def layer(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+        # Values that float16 holds exactly, so that a round trip in any type must give them back.
+        weight = generator.normal(size=(inputs, outputs)).astype(np.float16) / 4
+        return weight.astype(np.float64), generator.normal(size=outputs).astype(np.float16).astype(np.float64)
+
+    hidden = (layer(observation_dim, 16), layer(16, 8))
+    return BehaviorPolicy("Hopper-v5", steps, hidden, layer(8, action_dim), layer(8, action_dim))
+
+
+def torch_actor(policy: BehaviorPolicy, observations: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same actor built from torch's own layers, in float64."""
+
+    def linear(weight: np.ndarray, bias: np.ndarray) -> torch.nn.Linear:
+        module = torch.nn.Linear(*weight.shape, dtype=torch.float64)
+        module.load_state_dict({"weight": torch.tensor(weight.T), "bias": torch.tensor(bias)})
+        return module
+
+    body = torch.nn.Sequential(*[m for layer in policy.hidden for m in (linear(*layer), torch.nn.ReLU())])
+    with torch.no_grad():
+        features = body(torch.tensor(observations, dtype=torch.float64))
+        log_std = linear(*policy.log_std)(features).clamp(-20, 2)
+        return linear(*policy.mean)(features), log_std
+
+
+def test_distribution_and_mode_equal_torch() -> None:
+    policy = make_policy()
+    observations = np.random.default_rng(1).normal(size=(50, 11)) * 5
+    mean, log_std = torch_actor(policy, observations)
+    assert (log_std == 2).any()
+    assert (log_std < 2).any()
+    numpy_mean, numpy_log_std = policy.distribution(observations)
+    np.testing.assert_allclose(numpy_mean, mean.numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(numpy_log_std, log_std.numpy(), rtol=0, atol=1e-12)
+    actions = policy.act(observations, np.random.default_rng(0), stochastic=False)
+    assert actions.dtype == np.float32
+    np.testing.assert_allclose(actions, torch.tanh(mean).numpy(), rtol=0, atol=ACTION_GRID / 2 + 1e-9)
+
+
+def test_samples_follow_the_tanh_gaussian() -> None:
+    policy = make_policy()
+    # Small heads: where tanh saturates, many samples share the last step of the grid.
+    mean_head, log_std_head = ((weight / 8, bias / 8) for weight, bias in (policy.mean, policy.log_std))
+    policy = replace(policy, mean=mean_head, log_std=log_std_head)
+    observation = np.random.default_rng(2).normal(size=(1, 11))
+    mean, log_std = torch_actor(policy, observation)
+    actions = policy.act(np.repeat(observation, 200_000, axis=0), np.random.default_rng(3))
+    gaussian = torch.distributions.Normal(mean[0], log_std[0].exp())
+    # Half a grid step above the threshold's own action, so that rounding moves no probability across it.
+    for quantile in (0.05, 0.3, 0.5, 0.8, 0.95):
+        threshold = torch.tanh(gaussian.icdf(torch.tensor(quantile, dtype=torch.float64))).numpy()
+        below = (actions <= threshold + ACTION_GRID / 2).mean(axis=0)
+        np.testing.assert_allclose(below, quantile, rtol=0, atol=0.006)
+
+
+def test_acting_repeats_with_its_seed_and_lands_on_the_grid() -> None:
+    policy = make_policy()
+    observations = np.random.default_rng(4).normal(size=(20, 11))
+    first = policy.act(observations, np.random.default_rng(5))
+    np.testing.assert_array_equal(first, policy.act(observations, np.random.default_rng(5)))
+    assert not np.array_equal(first, policy.act(observations, np.random.default_rng(6)))
+    np.testing.assert_array_equal(first / ACTION_GRID, np.round(first / ACTION_GRID))
+    assert np.abs(first).max() <= 1
+
+
+def test_mode_does_not_depend_on_the_batch_around_it() -> None:
+    policy = make_policy()
+    observations = np.random.default_rng(7).normal(size=(64, 11))
+    whole = policy.act(observations, np.random.default_rng(0), stochastic=False)
+    alone = [policy.act(row[None], np.random.default_rng(0), stochastic=False)[0] for row in observations]
+    np.testing.assert_array_equal(whole, np.stack(alone))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_snapshot_round_trip(tmp_path: Path, dtype: type[np.floating]) -> None:
+    policy = make_policy()
+    save_policy(policy, tmp_path / "policy.safetensors", dtype)
+    loaded = load_policy(tmp_path / "policy.safetensors")
+    assert (loaded.env_id, loaded.steps) == ("Hopper-v5", 7)
+    assert (loaded.observation_dim, loaded.action_dim) == (11, 3)
+    tensors = policy.to_tensors()
+    assert tensors.keys() == loaded.to_tensors().keys()
+    for name, array in loaded.to_tensors().items():
+        np.testing.assert_array_equal(array, tensors[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.safetensors"]
+
+
+DAMAGES = {
+    "missing: hidden.1.bias": lambda tensors: tensors.pop("hidden.1.bias"),
+    "not expected: extra": lambda tensors: tensors.update(extra=np.zeros(3, np.float32)),
+    "missing: mean.bias, mean.weight": lambda tensors: [tensors.pop("mean.bias"), tensors.pop("mean.weight")],
+    "hidden.1.weight has shape (5, 8), not (16, 8)": lambda tensors: tensors.update(
+        {"hidden.1.weight": np.zeros((5, 8), np.float32)}
+    ),
+    "log_std.bias has shape (2,), not (3,)": lambda tensors: tensors.update(
+        {"log_std.bias": np.zeros(2, np.float32)}
+    ),
+    "mean.bias has shape (3, 1)": lambda tensors: tensors.update({"mean.bias": np.zeros((3, 1), np.float32)}),
+    "mean.weight is int64": lambda tensors: tensors.update({"mean.weight": np.zeros((8, 3), np.int64)}),
+    "mean.bias holds NaN": lambda tensors: tensors.update({"mean.bias": np.full(3, np.nan, np.float32)}),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_snapshots_are_refused_by_name(tmp_path: Path, message: str) -> None:
+    path = tmp_path / "policy.safetensors"
+    tensors = {name: array.astype(np.float32) for name, array in make_policy().to_tensors().items()}
+    DAMAGES[message](tensors)
+    save_file(tensors, path, metadata={"env_id": "Hopper-v5", "steps": "7"})
+    with pytest.raises(UserError) as error:
+        load_policy(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_unreadable_snapshots_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    with pytest.raises(UserError, match="no such behaviour policy"):
+        load_policy(path)
+    save_policy(make_policy(), path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_policy(path)
+    path.write_bytes(b"\x80\x04K\x01.")  # a pickle
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_policy(path)
+    save_file({"mean.bias": np.zeros(3, np.float32)}, path)
+    with pytest.raises(UserError, match="metadata"):
+        load_policy(path)
+
+
+def test_measured_returns_equal_a_plain_loop() -> None:
+    policy = make_policy()
+    measured = measure_returns(policy, episodes=3, seed=20)
+    environment = gymnasium.make("Hopper-v5")
+    for index in range(3):
+        generator = np.random.default_rng(20 + index)
+        observation, _ = environment.reset(seed=20 + index)
+        rewards: list[float] = []
+        while True:
+            action = policy.act(observation.reshape(1, 11), generator).reshape(3)
+            observation, reward, terminated, truncated, _ = environment.step(action)
+            rewards.append(float(reward))
+            if terminated or truncated:
+                break
+        assert measured.returns[index] == pytest.approx(sum(rewards), abs=1e-9)
+        assert measured.lengths[index] == len(rewards)
+    assert measured.mean == pytest.approx(sum(measured.returns) / 3)
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """A folder of assets with two hopper policies, exported from a run of two snapshots."""
+    for steps in (0, 50):
+        save_policy(make_policy(seed=steps, steps=steps), tmp_path / f"run/snapshots/{steps:09d}.safetensors")
+    export_behavior(BehaviorExport(tmp_path / "run", ("random=0", "medium=50"), 3, tmp_path / "assets"))
+    return tmp_path / "assets"
+
+
+def test_export_writes_what_it_measured(exported: Path) -> None:
+    assets = behavior_assets("hopper", exported)
+    assert list(assets) == ["random", "medium"]
+    assert behavior_names(exported) == ["hopper"]
+    medium = assets["medium"]
+    content = (exported / "hopper" / medium.file).read_bytes()
+    assert medium.sha256 == hashlib.sha256(content).hexdigest()
+    assert (medium.training_steps, medium.episodes, medium.dtype) == (50, 3, "float16")
+    policy = load_behavior("hopper", "medium", exported)
+    measured = measure_returns(policy, 3, 2_000_000)
+    assert medium.return_mean == pytest.approx(measured.mean)
+    assert medium.return_std == pytest.approx(float(np.std(measured.returns)))
+    reference = reference_scores("Hopper-v5")
+    assert reference is not None
+    assert medium.normalized_score == pytest.approx(reference.normalized_score(measured.mean))
+
+
+def test_a_new_export_replaces_the_ladder(exported: Path) -> None:
+    run = exported.parent / "run"
+    export_behavior(BehaviorExport(run, ("poor=50",), 2, exported))
+    assert list(behavior_assets("hopper", exported)) == ["poor"]
+    assert sorted(path.name for path in (exported / "hopper").iterdir()) == ["index.json", "poor.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (("medium",), "NAME=STEP"),
+        (("medium=x",), "NAME=STEP"),
+        (("a=0", "a=50"), "distinct"),
+        (("medium=75",), "there is no"),
+    ],
+)
+def test_bad_levels_are_refused(exported: Path, levels: tuple[str, ...], message: str) -> None:
+    before = (exported / "hopper" / "index.json").read_bytes()
+    with pytest.raises(UserError, match=message):
+        export_behavior(BehaviorExport(exported.parent / "run", levels, 1, exported))
+    assert (exported / "hopper" / "index.json").read_bytes() == before
+
+
+def test_tampered_and_unknown_assets_are_refused(exported: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'hopper'"):
+        load_behavior("hoper", "medium", exported)
+    with pytest.raises(UserError, match="did you mean 'medium'"):
+        load_behavior("hopper", "mediun", exported)
+    path = exported / "hopper" / "medium.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="SHA-256"):
+        load_behavior("hopper", "medium", exported)
+    path.unlink()
+    with pytest.raises(UserError, match="missing"):
+        load_behavior("hopper", "medium", exported)
+    (exported / "hopper" / "index.json").write_text(json.dumps({"policies": [{"name": "medium"}]}))
+    with pytest.raises(UserError, match=r"index\.json"):
+        behavior_assets("hopper", exported)
+
+
+def test_same_mean_is_two_standard_errors() -> None:
+    first = MeasuredReturns((0.0, 2.0, 4.0, 6.0), (1, 1, 1, 1))
+    # Sample variance 20/3, so the difference has standard error sqrt(2 * 20/3 / 4) = 1.826.
+    for shift, expected in ((3.6, True), (3.7, False), (-3.6, True), (-3.7, False)):
+        shifted = replace(first, returns=tuple(value + shift for value in first.returns))
+        assert same_mean(first, shifted) is expected
+
+
+def test_actor_parameters_become_a_policy() -> None:
+    policy = make_policy()
+    dense = [*policy.hidden, policy.mean, policy.log_std]
+    params = {f"Dense_{i}": {"kernel": weight, "bias": bias} for i, (weight, bias) in enumerate(dense)}
+    converted = actor_policy({"params": params}, "Hopper-v5", 7)
+    observations = np.random.default_rng(8).normal(size=(5, 11))
+    for ours, expected in zip(
+        converted.distribution(observations), torch_actor(policy, observations), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-12)
+
+
+def test_training_without_the_extra_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sbx", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[behavior\]'"):
+        train_behavior(BehaviorTraining("Hopper-v5", tmp_path / "run"))
+    with pytest.raises(UserError, match="--batch-size 0"):
+        train_behavior(BehaviorTraining("Hopper-v5", tmp_path / "run", batch_size=0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    training = BehaviorTraining("Hopper-v5", tmp_path, steps=100)
+    claim_run_dir(training)
+    claim_run_dir(replace(training, steps=200))  # going on for longer is the same run
+    with pytest.raises(UserError, match="has seed 0, not 1"):
+        claim_run_dir(replace(training, seed=1))
+
+
+def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    """A run killed after a snapshot and before its checkpoint takes those steps again."""
+    kept = ["snapshots/000000000.safetensors", "snapshots/000000100.safetensors"]
+    kept += ["replay/000000000-000000050.npz", "replay/000000050-000000100.npz"]
+    for name in (*kept, "snapshots/000000200.safetensors", "replay/000000100-000000200.npz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    lines = [json.dumps({"step": step, "return_mean": 1.0}) + "\n" for step in (0, 100, 200)]
+    (tmp_path / "returns.jsonl").write_text("".join(lines) + '{"step": 3')
+    forget_after(tmp_path, 100)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")} == set(kept)
+    assert (tmp_path / "returns.jsonl").read_text() == lines[0] + lines[1]
+
+
+def test_every_shipped_policy_loads_and_fits_its_environment() -> None:
+    assert behavior_names() == sorted(path.name for path in ASSETS_DIR.iterdir())
+    for environment in behavior_names():
+        for name, asset in behavior_assets(environment).items():
+            policy = load_behavior(environment, name)
+            assert (policy.env_id, policy.steps) == (asset.env_id, asset.training_steps)
+            spaces = gymnasium.make(asset.env_id)
+            assert spaces.observation_space.shape == (policy.observation_dim,)
+            assert isinstance(spaces.action_space, gymnasium.spaces.Box)
+            assert spaces.action_space.shape == (policy.action_dim,)
+            # The policy's [-1, 1] is the environment's own range.
+            np.testing.assert_array_equal(spaces.action_space.high, np.ones(policy.action_dim))
+            np.testing.assert_array_equal(spaces.action_space.low, -np.ones(policy.action_dim))
