@@ -90,7 +90,7 @@ def flow_attention_step(
 ) -> tuple[Tensor, FlowState]:
     """The recurrent form: one token in, one out, in constant time and memory.
 
-    ``query`` and ``key`` are (batch, heads, head_dim) before the sigmoid, ``value`` (batch, heads, value_dim);
+    ``query`` and ``key`` are (batch, heads, head_dim), before the sigmoid; ``value`` (batch, heads, value_dim);
     ``state`` is None before the first token. Returns the output (batch, heads, value_dim) and the new state.
     """
     with torch.autocast(query.device.type, enabled=False):

@@ -1,0 +1,96 @@
+"""Training batches: windows gathered by index from an :class:`EpisodeDataset` on the training device."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowrl.data.episodes import EpisodeDataset
+
+
+class Batch(NamedTuple):
+    """``batch`` windows of one episode each, padded on the right to the longest; in the data's units.
+
+    Padding repeats the window's last transition; only ``valid`` timesteps count.
+    """
+
+    observations: Tensor  # (batch, length, observation_dim) float32
+    actions: Tensor  # (batch, length, action_dim) float32
+    previous_actions: Tensor  # (batch, length, action_dim), meaningless where timesteps is 0
+    returns_to_go: Tensor  # (batch, length) float32
+    timesteps: Tensor  # (batch, length) int64
+    valid: Tensor  # (batch, length) bool
+    starts: Tensor  # (batch,) int64 on the CPU: each window's first transition in the dataset
+
+
+class WindowSampler:
+    """Draws windows of ``context_length`` timesteps, the start uniform over all transitions.
+
+    Long episodes thus weigh by their length. An episode no longer than ``context_length`` is taken whole.
+    Random numbers come from a generator of the sampler's own on the CPU, so that batches are the same on
+    every device; :attr:`generator_state` is all there is to save.
+    """
+
+    def __init__(
+        self,
+        dataset: EpisodeDataset,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.context_length = context_length
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._num_transitions = dataset.num_transitions
+        starts = torch.from_numpy(dataset.episode_starts)
+        lengths = torch.from_numpy(dataset.episode_lengths)
+        # For each transition, where a window that starts there begins and how long it is.
+        self._episode_starts, self._episode_lengths = starts, lengths
+        self._episode_of = torch.repeat_interleave(
+            torch.arange(len(starts), dtype=torch.int32), lengths, output_size=dataset.num_transitions
+        )
+        self._observations = torch.from_numpy(dataset.observations).to(self.device)
+        self._actions = torch.from_numpy(dataset.actions).to(self.device)
+        self._returns_to_go = torch.from_numpy(dataset.returns_to_go).to(self.device)
+        self._timesteps = torch.from_numpy(dataset.timesteps).to(self.device)
+
+    @property
+    def generator_state(self) -> Tensor:
+        """The random state, (bytes,) uint8; assign it back to draw the same batches again."""
+        return self._generator.get_state()
+
+    @generator_state.setter
+    def generator_state(self, state: Tensor) -> None:
+        self._generator.set_state(state)
+
+    def sample(self) -> Batch:
+        """Draw the next batch."""
+        drawn = torch.randint(self._num_transitions, (self.batch_size,), generator=self._generator)
+        return self.gather(drawn)
+
+    def gather(self, drawn: Tensor) -> Batch:
+        """Return the windows that start at the (batch,) transitions ``drawn``."""
+        episodes = self._episode_of[drawn].long()
+        episode_starts, episode_lengths = self._episode_starts[episodes], self._episode_lengths[episodes]
+        starts = torch.where(episode_lengths <= self.context_length, episode_starts, drawn)
+        lengths = (episode_starts + episode_lengths - starts).clamp(max=self.context_length)
+        offsets = torch.arange(int(lengths.max()))
+        valid = offsets < lengths[:, None]  # (batch, length)
+        index = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
+        index, valid = self._to_device(index), self._to_device(valid)
+        return Batch(
+            observations=self._observations[index],
+            actions=self._actions[index],
+            previous_actions=self._actions[(index - 1).clamp(min=0)],
+            returns_to_go=self._returns_to_go[index],
+            timesteps=self._timesteps[index],
+            valid=valid,
+            starts=starts,
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor

@@ -1,0 +1,171 @@
+"""Checkpoints: folders that are whole or absent, and that are checked before anything in them is used.
+
+``checkpoints/step-00001000/`` holds ``agent.json`` and ``model.safetensors`` (all that acting needs),
+``training.json`` and ``training.safetensors`` (what resuming needs besides), and ``manifest.json`` with the
+size and SHA-256 of each. The folder is written under a temporary name, synced, then renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowrl.atomic import TEMPORARY_SUFFIX, sync_folder
+from flowrl.errors import UserError
+
+CHECKPOINTS = "checkpoints"
+AGENT_JSON, MODEL_TENSORS = "agent.json", "model.safetensors"
+TRAINING_JSON, TRAINING_TENSORS = "training.json", "training.safetensors"
+MANIFEST = "manifest.json"
+_FILES = frozenset((AGENT_JSON, MODEL_TENSORS, TRAINING_JSON, TRAINING_TENSORS))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The contents of one checkpoint: plain JSON data and flat dictionaries of tensors."""
+
+    step: int
+    agent: dict[str, Any]
+    model: dict[str, Tensor]
+    training: dict[str, Any]
+    training_tensors: dict[str, Tensor]
+
+
+def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write the checkpoint, then delete all but the newest ``keep`` ones; return its folder.
+
+    Raises:
+        UserError: the folder cannot be written (full disk, no permission); earlier checkpoints are untouched.
+    """
+    final = run_dir / CHECKPOINTS / f"step-{checkpoint.step:08d}"
+    temporary = final.with_name(f".{final.name}{TEMPORARY_SUFFIX}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / AGENT_JSON).write_text(json.dumps(checkpoint.agent, indent=2) + "\n")
+        (temporary / TRAINING_JSON).write_text(json.dumps(checkpoint.training, indent=2) + "\n")
+        save_file(checkpoint.model, temporary / MODEL_TENSORS)
+        save_file(checkpoint.training_tensors, temporary / TRAINING_TENSORS)
+        files = {name: _describe(temporary / name) for name in sorted(_FILES)}
+        manifest = {"step": checkpoint.step, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(temporary)
+        if final.exists():  # a step saved before: by a run that was then set back, or a damaged one
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{final}: cannot save the checkpoint: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for folder in list(_folders(run_dir))[keep:]:
+        shutil.rmtree(folder)
+    return final
+
+
+def load_checkpoint(run_dir: Path, step: int | None = None, *, for_training: bool = False) -> Checkpoint:
+    """Read the checkpoint of ``step``, or the newest whole one, verifying sizes and checksums first.
+
+    ``run_dir`` is a run folder or one checkpoint's own folder. A damaged newer checkpoint is passed over
+    with a printed line when ``step`` is None. Without ``for_training`` the training state stays unread.
+
+    Raises:
+        UserError: no such run or step, or no whole checkpoint (the message names the file that is wrong).
+    """
+    if (run_dir / MANIFEST).is_file():
+        return _load(run_dir, for_training)
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run folder")
+    folders = list(_folders(run_dir))
+    if not folders:
+        raise UserError(f"{run_dir}: no checkpoint in it; a run folder holds {CHECKPOINTS}/step-*/{MANIFEST}")
+    if step is not None:
+        for folder in folders:
+            if _step_of(folder) == step:
+                return _load(folder, for_training)
+        known = ", ".join(str(_step_of(folder)) for folder in reversed(folders))
+        raise UserError(f"--checkpoint {step}: {run_dir} has checkpoints at steps {known}")
+    damage: list[str] = []
+    for folder in folders:
+        try:
+            checkpoint = _load(folder, for_training)
+        except UserError as error:
+            damage.append(str(error))
+            continue
+        for line in damage:
+            print(f"warning: {line}; falling back to the checkpoint at step {checkpoint.step}")
+        return checkpoint
+    raise UserError(f"{run_dir}: no whole checkpoint: {'; '.join(damage)}")
+
+
+def _folders(run_dir: Path) -> Iterator[Path]:
+    """Checkpoint folders, newest first; unfinished ones have other names."""
+    found = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
+    yield from sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
+def _load(folder: Path, for_training: bool) -> Checkpoint:
+    manifest = _read_json(folder / MANIFEST)
+    files, step = manifest.get("files"), manifest.get("step")
+    if not isinstance(files, dict) or not isinstance(step, int) or set(files) != _FILES:
+        raise UserError(f"{folder / MANIFEST}: not a manifest of {', '.join(sorted(_FILES))}")
+    for name in sorted(_FILES):
+        _verify(folder / name, files[name])
+    return Checkpoint(
+        step=step,
+        agent=_read_json(folder / AGENT_JSON),
+        model=_read_tensors(folder / MODEL_TENSORS),
+        training=_read_json(folder / TRAINING_JSON) if for_training else {},
+        training_tensors=_read_tensors(folder / TRAINING_TENSORS) if for_training else {},
+    )
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _verify(path: Path, expected: object) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: missing from the checkpoint")
+    if not isinstance(expected, dict) or path.stat().st_size != expected.get("size"):
+        raise UserError(f"{path}: its size differs from the manifest's; the file is damaged")
+    if _describe(path) != expected:
+        raise UserError(f"{path}: its SHA-256 differs from the manifest's; the file is damaged")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # bad JSON, bad UTF-8
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return data
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from error

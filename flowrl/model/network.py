@@ -1,0 +1,230 @@
+"""The sequence model, read top to bottom: embeddings, pre-LayerNorm blocks, tanh head.
+
+Two token layouts. ``interleaved`` is the Decision Transformer's (arXiv 2106.01345): three tokens a timestep,
+return-to-go, observation, action; the action is read from the observation's token. ``fused`` is one token a
+timestep, the sum of the embeddings of the return-to-go, the observation and the previous action, so that the
+return reaches every action undiluted and the sequence is a third as long.
+
+Everything enters and leaves in the data's own units: observation normalisation, return scale and action bounds
+are buffers of the model, so they travel with its weights.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowrl.attention.kinds import ATTENTION_KINDS, AttentionName, State
+
+TokenLayout = Literal["interleaved", "fused"]
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. Defaults: the paper's reinforcement-learning experiments."""
+
+    observation_dim: int
+    action_dim: int
+    max_timesteps: int
+    """Longest episode the timestep embedding covers; later timesteps use its last row."""
+    attention: AttentionName = "flow"
+    token_layout: TokenLayout = "interleaved"
+    num_layers: int = 3
+    embed_dim: int = 256
+    num_heads: int = 4
+    dropout: float = 0.1
+
+
+class Window(NamedTuple):
+    """Consecutive timesteps of one episode per row, padded on the right; in the data's units."""
+
+    observations: Tensor  # (batch, length, observation_dim)
+    actions: Tensor  # (batch, length, action_dim)
+    previous_actions: Tensor  # (batch, length, action_dim), whatever at an episode's first timestep
+    returns_to_go: Tensor  # (batch, length)
+    timesteps: Tensor  # (batch, length) int64, counted from the episode's start
+
+
+class SelfAttention(nn.Module):
+    """Multi-head causal attention of the configured kind."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = ATTENTION_KINDS[config.attention]
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.project = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor, read: slice) -> Tensor:
+        """(batch, length, embed_dim) -> the outputs of the tokens in ``read``."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (batch, length, 3, heads, head_dim)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+        outputs = self.kind.parallel(queries, keys, values)
+        return self.project(outputs[:, :, read].transpose(1, 2).flatten(2))
+
+    def step(self, x: Tensor, state: State | None, read: bool) -> tuple[Tensor, State]:
+        """One token (batch, embed_dim); without ``read`` only the state is wanted and x comes back."""
+        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        outputs, state = self.kind.step(queries, keys, values, state)
+        return (self.project(outputs.flatten(1)) if read else x), state
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block: attention, then a four times wider MLP."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.embed_dim)
+        self.attention = SelfAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.embed_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.embed_dim, 4 * config.embed_dim),
+            nn.ReLU(),
+            nn.Linear(4 * config.embed_dim, config.embed_dim),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
+        """(batch, length, embed_dim) -> the same, of the tokens in ``read`` alone."""
+        x = x[:, read] + self.dropout(self.attention(self.attention_norm(x), read))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+    def step(self, x: Tensor, state: State | None, read: bool = True) -> tuple[Tensor, State]:
+        """One token (batch, embed_dim) -> (its output, new state); without ``read`` the output is not made."""
+        attended, state = self.attention.step(self.attention_norm(x), state, read)
+        if not read:
+            return x, state
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class SequenceModel(nn.Module):
+    """Predicts the action of every timestep from the return-to-go and the history so far."""
+
+    observation_mean: Tensor
+    observation_std: Tensor
+    return_scale: Tensor
+    action_low: Tensor
+    action_high: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.embed_dim
+        self.embed_return = nn.Linear(1, width)
+        self.embed_observation = nn.Linear(config.observation_dim, width)
+        self.embed_action = nn.Linear(config.action_dim, width)
+        self.embed_timestep = nn.Embedding(config.max_timesteps, width)
+        if config.token_layout == "fused":
+            self.start_token = nn.Parameter(INIT_STD * torch.randn(width))  # where there is no previous action
+        self.embed_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.final_norm = nn.LayerNorm(width)
+        self.predict_action = nn.Linear(width, config.action_dim)
+        self.register_buffer("observation_mean", torch.zeros(config.observation_dim))
+        self.register_buffer("observation_std", torch.ones(config.observation_dim))
+        self.register_buffer("return_scale", torch.ones(()))
+        self.register_buffer("action_low", -torch.ones(config.action_dim))
+        self.register_buffer("action_high", torch.ones(config.action_dim))
+        self.apply(_initialise)
+
+    def forward(self, window: Window) -> Tensor:
+        """Return the actions (batch, length, action_dim) in [-1, 1], of which -1 and 1 stand for the bounds."""
+        x = self.embed_norm(self._embed(window))  # (batch, tokens, embed_dim)
+        x = self.dropout(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, self._read)
+        return torch.tanh(self.predict_action(self.final_norm(x)))
+
+    def loss(self, window: Window, valid: Tensor) -> Tensor:
+        """Mean squared error over the valid timesteps: the sum of squares over the number of valid components.
+
+        ``valid`` is (batch, length) bool. Errors are measured in bounds-normalised actions.
+        """
+        errors = (self(window).float() - self.normalize_actions(window.actions)).square()
+        return (errors.sum(-1) * valid).sum() / (valid.sum() * self.config.action_dim)
+
+    @property
+    def _read(self) -> slice:
+        """The tokens that an action is read from."""
+        return slice(1, None, 3) if self.config.token_layout == "interleaved" else slice(None)
+
+    def _embed(self, window: Window) -> Tensor:
+        time = self._embed_time(window.timesteps)
+        returns = self.embed_return(self._scale_returns(window.returns_to_go)) + time
+        observations = self.embed_observation(self._normalize_observations(window.observations))
+        if self.config.token_layout == "fused":
+            started = (window.timesteps > 0)[..., None]
+            return returns + observations + self._embed_previous(window.previous_actions, started)
+        actions = self.embed_action(self.normalize_actions(window.actions)) + time
+        tokens = torch.stack((returns, observations + time, actions), dim=2)  # (batch, length, 3, embed_dim)
+        return tokens.flatten(1, 2)[:, :-1]  # nobody reads the final action
+
+    # One timestep at a time -------------------------------------------------------------------------------
+
+    def step(
+        self, returns_to_go: Tensor, observations: Tensor, previous_actions: Tensor, timesteps: Tensor, states: list
+    ) -> tuple[Tensor, list]:
+        """The recurrent form of :meth:`forward`: read a timestep's (batch, ...) inputs, return its actions.
+
+        ``states`` holds one attention state a layer, None before the first token. The interleaved layout
+        expects the action taken to be told to it by :meth:`step_action`.
+        """
+        time = self._embed_time(timesteps)
+        returns = self.embed_return(self._scale_returns(returns_to_go)) + time
+        observed = self.embed_observation(self._normalize_observations(observations))
+        if self.config.token_layout == "fused":
+            token = returns + observed + self._embed_previous(previous_actions, (timesteps > 0)[:, None])
+        else:
+            _, states = self._step_token(returns, states, read=False)
+            token = observed + time
+        x, states = self._step_token(token, states, read=True)
+        return torch.tanh(self.predict_action(self.final_norm(x))), states
+
+    def step_action(self, actions: Tensor, timesteps: Tensor, states: list) -> list:
+        """Tell an interleaved model the (batch, action_dim) actions that were taken at ``timesteps``."""
+        token = self.embed_action(self.normalize_actions(actions)) + self._embed_time(timesteps)
+        return self._step_token(token, states, read=False)[1]
+
+    def _step_token(self, token: Tensor, states: list, read: bool) -> tuple[Tensor, list]:
+        x, new_states = self.embed_norm(token), []
+        for layer, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
+            last = layer == len(self.blocks) - 1
+            x, state = block.step(x, state, read or not last)
+            new_states.append(state)
+        return x, new_states
+
+    # The data's units -------------------------------------------------------------------------------------
+
+    def normalize_actions(self, actions: Tensor) -> Tensor:
+        """Map the bounds to -1 and 1."""
+        return (2 * actions - (self.action_high + self.action_low)) / (self.action_high - self.action_low)
+
+    def denormalize_actions(self, actions: Tensor) -> Tensor:
+        """Map -1 and 1 back to the bounds."""
+        return (actions * (self.action_high - self.action_low) + (self.action_high + self.action_low)) / 2
+
+    def _normalize_observations(self, observations: Tensor) -> Tensor:
+        return (observations - self.observation_mean) / self.observation_std
+
+    def _scale_returns(self, returns_to_go: Tensor) -> Tensor:
+        return (returns_to_go / self.return_scale)[..., None]
+
+    def _embed_time(self, timesteps: Tensor) -> Tensor:
+        return self.embed_timestep(timesteps.clamp(max=self.config.max_timesteps - 1))
+
+    def _embed_previous(self, previous_actions: Tensor, started: Tensor) -> Tensor:
+        embedded = self.embed_action(self.normalize_actions(previous_actions))
+        return torch.where(started, embedded, self.start_token.to(embedded.dtype))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
