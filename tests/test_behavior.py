@@ -316,3 +316,12 @@ def test_every_shipped_policy_loads_and_fits_its_environment() -> None:
             # The policy's [-1, 1] is the environment's own range.
             np.testing.assert_array_equal(spaces.action_space.high, np.ones(policy.action_dim))
             np.testing.assert_array_equal(spaces.action_space.low, -np.ones(policy.action_dim))
+
+
+@pytest.mark.parametrize("name", ["random", "medium"])
+def test_a_shipped_hopper_policy_earns_what_its_index_says(name: str) -> None:
+    asset = behavior_assets("hopper")[name]
+    policy = load_behavior("hopper", name)
+    measured = measure_returns(policy, asset.episodes, seed=5)  # not the seed of the index
+    standard_error = float(np.hypot(asset.return_std, measured.std)) / asset.episodes**0.5
+    assert measured.mean == pytest.approx(asset.return_mean, abs=4 * standard_error)
