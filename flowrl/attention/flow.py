@@ -18,7 +18,7 @@ GROUP_BLOCKS = 16  # blocks handled together: more amortise the launches, fewer 
 class FlowState(NamedTuple):
     """Everything the causal form remembers of the past; constant in size. All tensors float32 or float64."""
 
-    count: Tensor  # (batch, heads) tokens seen, n
+    num_tokens: Tensor  # (batch, heads) tokens seen, n
     sum_keys: Tensor  # (batch, heads, head_dim)
     sum_queries: Tensor  # (batch, heads, head_dim)
     weighted_keys: Tensor  # (batch, heads, head_dim), sum of (n_j / O_j) k_j
@@ -90,8 +90,9 @@ def flow_attention_step(
 ) -> tuple[Tensor, FlowState]:
     """The recurrent form: one token in, one out, in constant time and memory.
 
-    ``query`` and ``key`` are (batch, heads, head_dim), before the sigmoid; ``value`` (batch, heads, value_dim);
-    ``state`` is None before the first token. Returns the output (batch, heads, value_dim) and the new state.
+    ``query`` and ``key`` are (batch, heads, head_dim), before the sigmoid; ``value`` is (batch, heads,
+    value_dim); ``state`` is None before the first token. Returns the output (batch, heads, value_dim) and the
+    new state.
     """
     with torch.autocast(query.device.type, enabled=False):
         if state is None:
@@ -99,7 +100,7 @@ def flow_attention_step(
         dtype = state.memory.dtype
         q, k, v = query.to(dtype).sigmoid(), key.to(dtype).sigmoid(), value.to(dtype)
         qe, ke = q + eps, k + eps
-        n = state.count + 1
+        n = state.num_tokens + 1
         sum_keys, sum_queries = state.sum_keys + k, state.sum_queries + q
         incoming = (qe * (sum_keys + eps)).sum(-1)
         outgoing = (ke * (sum_queries + eps)).sum(-1)

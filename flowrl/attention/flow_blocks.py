@@ -186,7 +186,7 @@ def _split(x: Tensor, blocks: int) -> Tensor:  # (batch, heads, blocks * C, widt
 
 
 def _prefix(per_block: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-block sums (batch, heads, blocks, ...) -> what precedes each block, and the total after the last."""
+    """Per-block sums (batch, heads, blocks, ...) -> what precedes each block, and the total after all."""
     if per_block.shape[2] == 1:
         return state[:, :, None], state + per_block[:, :, 0]
     running = torch.cat((state[:, :, None], per_block), dim=2).cumsum(2)

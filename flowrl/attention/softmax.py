@@ -14,7 +14,7 @@ class KeyValueCache(NamedTuple):
 
     keys: Tensor  # (batch, heads, capacity, head_dim)
     values: Tensor  # (batch, heads, capacity, value_dim)
-    count: Tensor  # (batch,) int64, tokens in the cache of each batch row
+    num_tokens: Tensor  # (batch,) int64, tokens in the cache of each batch row
 
 
 def softmax_attention(queries: Tensor, keys: Tensor, values: Tensor, *, causal: bool = True) -> Tensor:
@@ -28,19 +28,19 @@ def softmax_attention_step(
     """One token in, one out: (batch, heads, head_dim) tensors; time and memory grow with the past."""
     if state is None:
         state = _empty_cache(key, value, INITIAL_CAPACITY)
-    longest = int(state.count.max()) + 1
+    longest = int(state.num_tokens.max()) + 1
     if longest > state.keys.shape[2]:
         state = _grown(state)
     row = torch.arange(key.shape[0], device=key.device)
     keys, values = state.keys, state.values
-    keys[row, :, state.count] = key
-    values[row, :, state.count] = value
-    count = state.count + 1
-    seen = torch.arange(longest, device=key.device) < count[:, None]  # (batch, longest)
+    keys[row, :, state.num_tokens] = key
+    values[row, :, state.num_tokens] = value
+    num_tokens = state.num_tokens + 1
+    seen = torch.arange(longest, device=key.device) < num_tokens[:, None]  # (batch, longest)
     output = F.scaled_dot_product_attention(
         query[:, :, None], keys[:, :, :longest], values[:, :, :longest], attn_mask=seen[:, None, None]
     )
-    return output[:, :, 0], KeyValueCache(keys, values, count)
+    return output[:, :, 0], KeyValueCache(keys, values, num_tokens)
 
 
 def _empty_cache(key: Tensor, value: Tensor, capacity: int) -> KeyValueCache:
@@ -54,4 +54,4 @@ def _empty_cache(key: Tensor, value: Tensor, capacity: int) -> KeyValueCache:
 
 def _grown(state: KeyValueCache) -> KeyValueCache:
     room = (0, 0, 0, state.keys.shape[2])  # as many empty places again at the end of the length dimension
-    return KeyValueCache(F.pad(state.keys, room), F.pad(state.values, room), state.count)
+    return KeyValueCache(F.pad(state.keys, room), F.pad(state.values, room), state.num_tokens)

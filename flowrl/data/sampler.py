@@ -21,6 +21,7 @@ class Batch(NamedTuple):
     timesteps: Tensor  # (batch, length) int64
     valid: Tensor  # (batch, length) bool
     starts: Tensor  # (batch,) int64 on the CPU: each window's first transition in the dataset
+    num_timesteps: int  # valid ones
 
 
 class WindowSampler:
@@ -46,7 +47,6 @@ class WindowSampler:
         self._num_transitions = dataset.num_transitions
         starts = torch.from_numpy(dataset.episode_starts)
         lengths = torch.from_numpy(dataset.episode_lengths)
-        # For each transition, where a window that starts there begins and how long it is.
         self._episode_starts, self._episode_lengths = starts, lengths
         self._episode_of = torch.repeat_interleave(
             torch.arange(len(starts), dtype=torch.int32), lengths, output_size=dataset.num_transitions
@@ -88,6 +88,7 @@ class WindowSampler:
             timesteps=self._timesteps[index],
             valid=valid,
             starts=starts,
+            num_timesteps=int(lengths.sum()),
         )
 
     def _to_device(self, tensor: Tensor) -> Tensor:

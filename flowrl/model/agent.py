@@ -44,7 +44,9 @@ class _History:
     window: Window
     count: Tensor  # (slots,) int64, timesteps held
 
-    def append(self, observations: Tensor, previous: Tensor, returns_to_go: Tensor, timesteps: Tensor) -> Tensor:
+    def append(
+        self, observations: Tensor, previous: Tensor, returns_to_go: Tensor, timesteps: Tensor
+    ) -> Tensor:
         """Write a timestep into each slot, dropping the oldest of full ones; return its place (slots,)."""
         full = self.count == self.window.timesteps.shape[1]
         if full.any():

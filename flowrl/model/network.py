@@ -1,9 +1,9 @@
 """The sequence model, read top to bottom: embeddings, pre-LayerNorm blocks, tanh head.
 
 Two token layouts. ``interleaved`` is the Decision Transformer's (arXiv 2106.01345): three tokens a timestep,
-return-to-go, observation, action; the action is read from the observation's token. ``fused`` is one token a
-timestep, the sum of the embeddings of the return-to-go, the observation and the previous action, so that the
-return reaches every action undiluted and the sequence is a third as long.
+return-to-go, observation, action; the action is read from the observation's token. ``fused`` is one token
+a timestep, the sum of the embeddings of the return-to-go, the observation and the previous action, so that
+the return reaches every action undiluted and the sequence is a third as long.
 
 Everything enters and leaves in the data's own units: observation normalisation, return scale and action bounds
 are buffers of the model, so they travel with its weights.
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowrl.attention.kinds import ATTENTION_KINDS, AttentionName, State
@@ -93,7 +92,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
     def step(self, x: Tensor, state: State | None, read: bool = True) -> tuple[Tensor, State]:
-        """One token (batch, embed_dim) -> (its output, new state); without ``read`` the output is not made."""
+        """One token (batch, embed_dim) -> (its output, new state); without ``read`` no output is made."""
         attended, state = self.attention.step(self.attention_norm(x), state, read)
         if not read:
             return x, state
@@ -119,7 +118,9 @@ class SequenceModel(nn.Module):
         self.embed_action = nn.Linear(config.action_dim, width)
         self.embed_timestep = nn.Embedding(config.max_timesteps, width)
         if config.token_layout == "fused":
-            self.start_token = nn.Parameter(INIT_STD * torch.randn(width))  # where there is no previous action
+            self.start_token = nn.Parameter(
+                INIT_STD * torch.randn(width)
+            )  # where there is no previous action
         self.embed_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
@@ -133,7 +134,7 @@ class SequenceModel(nn.Module):
         self.apply(_initialise)
 
     def forward(self, window: Window) -> Tensor:
-        """Return the actions (batch, length, action_dim) in [-1, 1], of which -1 and 1 stand for the bounds."""
+        """Return the actions (batch, length, action_dim) in [-1, 1], where -1 and 1 stand for the bounds."""
         x = self.embed_norm(self._embed(window))  # (batch, tokens, embed_dim)
         x = self.dropout(x)
         for block in self.blocks[:-1]:
@@ -142,9 +143,9 @@ class SequenceModel(nn.Module):
         return torch.tanh(self.predict_action(self.final_norm(x)))
 
     def loss(self, window: Window, valid: Tensor) -> Tensor:
-        """Mean squared error over the valid timesteps: the sum of squares over the number of valid components.
+        """Mean squared error over the components of valid timesteps' actions, in bounds-normalised units.
 
-        ``valid`` is (batch, length) bool. Errors are measured in bounds-normalised actions.
+        ``valid`` is (batch, length) bool: padding adds neither to the sum nor to the number it is divided by.
         """
         errors = (self(window).float() - self.normalize_actions(window.actions)).square()
         return (errors.sum(-1) * valid).sum() / (valid.sum() * self.config.action_dim)
@@ -168,7 +169,12 @@ class SequenceModel(nn.Module):
     # One timestep at a time -------------------------------------------------------------------------------
 
     def step(
-        self, returns_to_go: Tensor, observations: Tensor, previous_actions: Tensor, timesteps: Tensor, states: list
+        self,
+        returns_to_go: Tensor,
+        observations: Tensor,
+        previous_actions: Tensor,
+        timesteps: Tensor,
+        states: list,
     ) -> tuple[Tensor, list]:
         """The recurrent form of :meth:`forward`: read a timestep's (batch, ...) inputs, return its actions.
 

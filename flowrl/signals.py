@@ -1,0 +1,58 @@
+"""SIGINT and SIGTERM: finish what must be whole, then leave with exit code 130 or 143."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+
+class Stopped(SystemExit):
+    """Raised where a signal may interrupt at once; its exit code is 128 plus the signal's number."""
+
+
+class StopSignals:
+    """While entered, the first signal only sets :attr:`received`; a second one kills the process.
+
+    Inside :meth:`interruptible` the first signal raises :class:`Stopped` right there.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._interruptible = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let a signal that has come or comes now raise :class:`Stopped`."""
+        if self.received is not None:
+            self.stop()
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def stop(self) -> NoReturn:
+        """Raise :class:`Stopped` for the signal that was received."""
+        raise Stopped(128 + (self.received or 0))
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+        if self._interruptible:
+            self.stop()

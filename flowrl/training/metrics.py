@@ -1,0 +1,74 @@
+"""Figures of a run, under the same names in ``metrics.jsonl`` and in TensorBoard."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from flowrl.atomic import write_text
+from flowrl.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends JSON lines and TensorBoard events to a run folder.
+
+    Each line holds ``kind`` (run, train or evaluation), ``step``, and the figures.
+    """
+
+    def __init__(self, run_dir: Path, purge_step: int | None = None) -> None:
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(run_dir), purge_step=purge_step)
+
+    def write(self, kind: str, step: int, figures: Mapping[str, Any], group: str | None = None) -> None:
+        """Append one line; numbers also go to TensorBoard as ``<group or kind>/<name>``."""
+        line = json.dumps({"kind": kind, "step": step, **figures}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._events.add_scalar(f"{group or kind}/{name}", value, step)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Show a text in TensorBoard."""
+        self._events.add_text(name, text)
+
+    def sync(self) -> None:
+        """Put everything written so far on disk."""
+        os.fsync(self._file.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        self._events.close()
+
+
+def rewind(run_dir: Path, step: int, evaluated_step: int) -> None:
+    """Drop the lines that were written after a checkpoint: they will be written again.
+
+    ``evaluated_step`` is the last step whose evaluation the checkpoint knows of. A last line cut off by a
+    crash is dropped too.
+
+    Raises:
+        UserError: a line before the last that is not JSON.
+    """
+    path = run_dir / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            last = evaluated_step if entry["kind"] == "evaluation" else step
+            keep = entry["step"] <= last
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not a line of metrics") from error
+            keep = False
+        if keep:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))

@@ -1,0 +1,117 @@
+"""What a run starts from: the data, the environment, and an agent that knows the data's statistics."""
+
+import gymnasium
+import numpy as np
+import torch
+
+from flowrl.data import EpisodeDataset, load_episodes
+from flowrl.data.episodes import delayed_rewards
+from flowrl.envs.specs import action_bounds, check_environment
+from flowrl.errors import UserError
+from flowrl.model.agent import Agent, AgentConfig
+from flowrl.model.network import ModelConfig, SequenceModel
+from flowrl.training.config import TrainConfig
+
+_ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need
+_SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
+
+
+def load_dataset(config: TrainConfig) -> EpisodeDataset:
+    """Load what ``--dataset`` or ``--env`` names and check it against its environment."""
+    if config.dataset is not None:
+        dataset = load_episodes(config.dataset, config.env)
+    elif config.env is not None:
+        dataset = load_episodes(config.env)
+    else:
+        raise UserError("nothing to train on: give --env (such as hopper-medium) or --dataset")
+    if dataset.environment is not None:
+        check_environment(dataset.environment, dataset.observation_dim, dataset.action_dim)
+    elif config.eval_episodes > 0:
+        raise UserError(
+            f"{dataset.dataset_id}: no environment to evaluate in is known; give --env, such as Hopper-v4, "
+            "or --eval-episodes 0"
+        )
+    return delayed_rewards(dataset) if config.reward_mode == "delayed" else dataset
+
+
+def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
+    """Make an untrained agent whose normalisation, return scale and action bounds come from the data."""
+    longest = dataset.max_episode_length
+    whole = config.context_length == "episode"
+    context_length = (
+        longest if isinstance(config.context_length, str) else min(config.context_length, longest)
+    )
+    model_config = ModelConfig(
+        observation_dim=dataset.observation_dim,
+        action_dim=dataset.action_dim,
+        max_timesteps=max(longest, _time_limit(dataset)),
+        attention=config.attention,
+        token_layout=config.token_layout,
+        num_layers=config.num_layers,
+        embed_dim=config.embed_dim,
+        num_heads=config.num_heads,
+        dropout=config.dropout,
+    )
+    model = SequenceModel(model_config)
+    mean, std = observation_statistics(dataset.observations)
+    low, high = _bounds(dataset)
+    largest_return = float(np.abs(dataset.returns_to_go).max())
+    with torch.no_grad():
+        model.observation_mean.copy_(torch.from_numpy(mean))
+        model.observation_std.copy_(torch.from_numpy(std))
+        model.return_scale.fill_(config.return_scale or largest_return or 1.0)
+        model.action_low.copy_(torch.from_numpy(low))
+        model.action_high.copy_(torch.from_numpy(high))
+    agent_config = AgentConfig(
+        model=model_config,
+        context_length=context_length,
+        full_episodes=whole,
+        targets=config.targets or default_targets(dataset),
+        reward_mode=config.reward_mode,
+        dataset_id=dataset.dataset_id,
+        dataset_sha256=dataset.sha256,
+        environment=dataset.environment,
+        reference=dataset.reference,
+    )
+    return Agent(model, agent_config, acting=config.acting)
+
+
+def default_targets(dataset: EpisodeDataset) -> tuple[float, ...]:
+    """The best return in the data and half of it."""
+    best = float(dataset.episode_returns.max())
+    return (best, best / 2)
+
+
+def observation_statistics(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 mean and standard deviation (observation_dim,), summed in float64.
+
+    A component that does not vary gets standard deviation 1, so that it becomes 0 and stays finite.
+    """
+    parts = [observations[i : i + _ROWS_AT_ONCE] for i in range(0, len(observations), _ROWS_AT_ONCE)]
+    mean = sum(part.sum(axis=0, dtype=np.float64) for part in parts) / len(observations)
+    squares = sum(np.square(part - mean).sum(axis=0) for part in parts)
+    std = np.sqrt(squares / len(observations))
+    std = np.where(std < _SMALLEST_STD, 1.0, std)
+    return np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
+
+
+def _bounds(dataset: EpisodeDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Action bounds of the environment, of the data where the environment has none (or is not known)."""
+    low, high = dataset.actions.min(axis=0), dataset.actions.max(axis=0)
+    if dataset.environment is not None:
+        env_low, env_high = action_bounds(dataset.environment)
+        low, high = (np.where(np.isfinite(e), e, d) for e, d in ((env_low, low), (env_high, high)))
+    constant = high <= low  # nothing to scale by: give it a unit range
+    return np.where(constant, low - 1, low).astype(np.float32), np.where(constant, low + 1, high).astype(
+        np.float32
+    )
+
+
+def _time_limit(dataset: EpisodeDataset) -> int:
+    if dataset.environment is None:
+        return 1
+    return (
+        dataset.environment.max_episode_steps
+        or gymnasium.spec(dataset.environment.env_id).max_episode_steps
+        or 1
+    )

@@ -1,0 +1,306 @@
+"""The training loop: updates, metrics, evaluations, checkpoints, and continuing exactly where a run stopped."""
+
+import json
+import math
+import time
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+from flowrl.atomic import write_text
+from flowrl.data import EpisodeDataset
+from flowrl.data.sampler import Batch, WindowSampler
+from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
+from flowrl.model.agent import Agent
+from flowrl.model.checkpoint import TRAINING_TENSORS, Checkpoint, load_checkpoint, save_checkpoint
+from flowrl.model.network import SequenceModel, Window
+from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model, pick_device
+from flowrl.signals import StopSignals
+from flowrl.training.config import TrainConfig, to_yaml
+from flowrl.training.metrics import MetricsLog, rewind
+from flowrl.training.setup import build_agent, load_dataset
+
+FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite; the run folder holds the batch that did it."""
+
+
+def train(config: TrainConfig) -> list[TargetResult]:
+    """Run or continue the training that ``config`` describes; return the last evaluation.
+
+    Raises:
+        UserError: unusable input, or a run folder that is in use, not empty, or damaged.
+        NonFiniteLossError: see there; the last checkpoint is from before it.
+        Stopped: after SIGINT or SIGTERM, once a checkpoint is saved.
+    """
+    run_dir = config.resume or config.run_dir or default_run_dir(config)
+    if config.resume is None and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(
+            f"--run-dir {run_dir}: already there and not empty; continue it with --resume {run_dir}"
+        )
+    device = pick_device(config.device)
+    dataset = load_dataset(config)
+    describe(dataset)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(run_dir / ".lock", timeout=0), StopSignals() as signals:
+            trainer = Trainer(config, run_dir, dataset, device, signals)
+            try:
+                return trainer.run()
+            finally:
+                trainer.metrics.close()
+    except Timeout as error:
+        raise UserError(f"{run_dir}: another process is training in this folder") from error
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written: {error}") from error
+
+
+def default_run_dir(config: TrainConfig) -> Path:
+    """runs/<env>/<attention>-seed<k>-<time>; a dataset's own name where no --env is given."""
+    name = config.env or (config.dataset or "").removeprefix("minari:").removesuffix(".hdf5")
+    folder = "-".join(part for part in Path(name).parts if part not in ("/", "..", "."))
+    return Path("runs") / folder / f"{config.attention}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def describe(dataset: EpisodeDataset) -> None:
+    """Say which data this is."""
+    returns = dataset.episode_returns
+    scores = ""
+    if dataset.reference is not None:
+        scores = f" (normalised {dataset.reference.normalized_score(float(returns.mean())):.1f})"
+    environment = dataset.environment.env_id if dataset.environment else "unknown"
+    print(
+        f"dataset {dataset.dataset_id} sha256 {dataset.sha256[:12]}: {dataset.num_transitions} transitions, "
+        f"{dataset.num_episodes} episodes, mean return {returns.mean():.1f}{scores}, environment {environment}"
+    )
+    for note in dataset.notes:
+        print(f"note: {note}")
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """The learning rate of update ``step`` (from 0): linear warm-up, then the configured schedule."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.learning_rate * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
+
+
+class Trainer:
+    """One run: everything that a checkpoint must hold, and the loop over it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        dataset: EpisodeDataset,
+        device: torch.device,
+        signals: StopSignals,
+    ) -> None:
+        self.config, self.run_dir, self.device, self.signals = config, run_dir, device, signals
+        torch.manual_seed(config.seed)
+        self.agent: Agent = build_agent(config, dataset)
+        self.step = 0
+        self.evaluated_step = -1
+        self.results: list[TargetResult] = []
+        self._pending: list[
+            Tensor
+        ] = []  # (loss, gradient norm) of each update since the last line of metrics
+        self._pending_tokens = 0
+        self._recent: list[Batch] = []  # batches not yet known to have given a finite loss
+        resumed = load_checkpoint(run_dir, for_training=True) if config.resume else None
+        if resumed is not None:
+            self._check_same_data(resumed, dataset)
+            self.agent.model = build_model(self.agent.config.model, resumed.model, where=f"{run_dir}: model")
+        self.model: SequenceModel = self.agent.model.to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.sampler = WindowSampler(
+            dataset, self.agent.config.context_length, config.batch_size, config.seed, device
+        )
+        if resumed is not None:
+            self._restore(resumed)
+            rewind(run_dir, self.step, self.evaluated_step)
+            print(f"resuming {run_dir} at step {self.step}")
+        self.metrics = MetricsLog(run_dir, purge_step=self.step + 1 if resumed else None)
+        write_text(run_dir / "config.yaml", to_yaml(replace(config, run_dir=run_dir)))
+        if resumed is None:
+            identity = {"dataset_id": dataset.dataset_id, "dataset_sha256": dataset.sha256}
+            environment = {"environment": dataset.environment and dataset.environment.to_dict()}
+            self.metrics.write("run", 0, {**identity, **environment})
+            self.metrics.write_text("config", f"```\n{to_yaml(config)}```")
+            self.metrics.write_text("dataset", f"{dataset.dataset_id} sha256 {dataset.sha256}")
+        self._loss = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self._last_log = time.perf_counter()
+
+    def run(self) -> list[TargetResult]:
+        """Train to the last step, evaluating, logging and saving on the way."""
+        config = self.config
+        print(f"run folder {self.run_dir}, device {self.device}")
+        with tqdm(total=config.steps, initial=self.step, unit="update", disable=None) as progress:
+            while True:
+                if self._evaluation_due():
+                    self._evaluate(progress)
+                at_end = self.step >= config.steps
+                if at_end or (self.step > 0 and self.step % config.checkpoint_every == 0):
+                    self.save()
+                if self.signals.received is not None:
+                    self.save()
+                    print(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
+                    self.signals.stop()
+                if at_end:
+                    return self.results
+                self.update()
+                progress.update()
+                if self.step % config.log_every == 0:
+                    progress.set_postfix(loss=f"{self.log():.4f}", refresh=False)
+
+    def update(self) -> None:
+        """One gradient step. Nothing here waits for the device."""
+        self.model.train()
+        batch = self.sampler.sample()
+        window = Window(*batch[:5])
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, self.config)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self._loss(window, batch.valid)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._pending.append(torch.stack((loss.detach(), norm)))
+        self._pending_tokens += batch.num_timesteps * (
+            1 if self.agent.config.model.token_layout == "fused" else 3
+        )
+        self._recent.append(batch)
+        self.step += 1
+
+    def log(self) -> float:
+        """Write a line of metrics about the updates since the last one; return their mean loss."""
+        self._check_finite()
+        now = time.perf_counter()
+        elapsed, updates = now - self._last_log, len(self._pending)
+        loss, norm = torch.stack(self._pending).mean(dim=0).tolist()
+        figures = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": learning_rate_at(self.step - 1, self.config),
+            "tokens_per_second": self._pending_tokens / elapsed,
+            "updates_per_second": updates / elapsed,
+        }
+        self.metrics.write("train", self.step, figures)
+        self._pending, self._pending_tokens, self._last_log = [], 0, now
+        return loss
+
+    def save(self) -> None:
+        """Write a checkpoint of this very moment."""
+        self._check_finite()
+        self.metrics.sync()
+        tensors = {f"optimizer.{name}": value for name, value in self._optimizer_tensors().items()}
+        tensors["random.torch"] = torch.get_rng_state()
+        tensors["random.sampler"] = self.sampler.generator_state
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        if self._pending:
+            tensors["pending"] = torch.stack(self._pending)
+        training = {"evaluated_step": self.evaluated_step, "pending_tokens": self._pending_tokens}
+        model = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        agent = agent_config_to_dict(self.agent.config)
+        save_checkpoint(
+            self.run_dir, Checkpoint(self.step, agent, model, training, tensors), self.config.keep_checkpoints
+        )
+
+    def _evaluation_due(self) -> bool:
+        every, at_end = self.config.eval_every, self.step >= self.config.steps
+        due = at_end or (every > 0 and self.step > 0 and self.step % every == 0)
+        return due and self.config.eval_episodes > 0 and (self.evaluated_step < self.step or at_end)
+
+    def _evaluate(self, progress: tqdm) -> None:
+        """Roll out the agent as it is now; a signal interrupts at once, after a checkpoint."""
+        environment, started = self.agent.environment, time.perf_counter()
+        assert environment is not None  # load_dataset saw to it
+        self._check_finite()
+        targets, reference = self.agent.config.targets, self.agent.reference
+        try:
+            with self.signals.interruptible():
+                results = evaluate(
+                    self.agent, environment, targets, self.config.eval_episodes, self.config.seed, reference
+                )
+        except SystemExit:
+            self.save()
+            raise
+        seconds = time.perf_counter() - started
+        if self.evaluated_step < self.step:
+            for result in results:
+                figures = {"target_return": result.target_return, "seconds": seconds, **result.summary()}
+                finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+                group = f"evaluation/target-{result.target_return:g}"
+                self.metrics.write("evaluation", self.step, finite, group)
+        self.evaluated_step, self.results = self.step, results
+        progress.write(f"step {self.step}, {environment.env_id}, acting {self.agent.acting}, {seconds:.1f} s")
+        progress.write(format_table(results))
+        self._last_log += time.perf_counter() - started  # speeds count training alone
+
+    def _check_finite(self) -> None:
+        """Raise if an update since the last call had a non-finite loss; one wait for the device."""
+        unchecked = self._pending[-len(self._recent) :] if self._recent else []
+        finite = torch.stack(unchecked).isfinite().all(dim=1).tolist() if unchecked else []
+        if not all(finite):
+            index = finite.index(False)
+            step, batch = self.step - len(finite) + index + 1, self._recent[index]
+            path = self.run_dir / "nonfinite.json"
+            record = {
+                "step": step,
+                "loss": str(unchecked[index][0].item()),
+                "window_starts": batch.starts.tolist(),
+            }
+            write_text(path, json.dumps(record) + "\n")
+            raise NonFiniteLossError(
+                f"step {step}: the loss or its gradient is not finite; the batch is in {path}"
+            )
+        self._recent = []
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        state = self.optimizer.state_dict()["state"]
+        return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+    def _check_same_data(self, resumed: Checkpoint, dataset: EpisodeDataset) -> None:
+        saved = agent_config_from_dict(resumed.agent, where=f"{self.run_dir}: agent.json")
+        if saved.dataset_sha256 != dataset.sha256:
+            raise UserError(
+                f"--resume {self.run_dir}: trained on {saved.dataset_id} (sha256 {saved.dataset_sha256[:12]}), "
+                f"but {dataset.dataset_id} now holds other data (sha256 {dataset.sha256[:12]})"
+            )
+
+    def _restore(self, resumed: Checkpoint) -> None:
+        where = f"{self.run_dir}: {TRAINING_TENSORS}"
+        tensors = dict(resumed.training_tensors)
+        try:
+            torch.set_rng_state(tensors.pop("random.torch"))
+            self.sampler.generator_state = tensors.pop("random.sampler")
+            if "random.cuda" in tensors and self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+            self._pending = list(tensors.pop("pending", torch.empty(0, 2)).to(self.device))
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith("optimizer."):
+                    _, index, key = name.split(".")
+                    state.setdefault(int(index), {})[key] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.step = resumed.step
+            self.evaluated_step = int(resumed.training["evaluated_step"])
+            self._pending_tokens = int(resumed.training["pending_tokens"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{where}: not the state of this training: {error}") from error
