@@ -5,6 +5,7 @@ from itertools import count
 from typing import Protocol
 
 import numpy as np
+from gymnasium.spaces import Box
 from tqdm import tqdm
 
 from flowrl.envs.specs import EnvironmentSpec
@@ -67,16 +68,20 @@ def rollout(
     terminated = np.zeros(slots, dtype=bool)
     envs = make_vector_env(environment, slots)
     try:
-        observations, _ = envs.reset(seed=[int(seed) for seed in seeds])
+        action_space = envs.action_space
+        if not isinstance(action_space, Box):
+            raise UserError(f"environment {environment.env_id}: actions must be a Box, not {action_space}")
+        # Gymnasium's vector classes take a list; the base class' annotation says int.
+        observations, _ = envs.reset(seed=[int(seed) for seed in seeds])  # type: ignore[arg-type]
         agent.reset(slots, np.asarray(target_returns))
         running = np.arange(slots)  # (running,) slots still in their episode, in the agent's order
         rewards: np.ndarray | None = None  # (running,)
-        actions = np.zeros(envs.action_space.shape, dtype=envs.action_space.dtype)  # (slots, action_dim)
+        actions = np.zeros(action_space.shape, dtype=action_space.dtype)  # (slots, action_dim)
         with tqdm(total=slots, desc="evaluate", unit="episode", leave=False, disable=None) as progress:
             for step in count():
                 _check_finite("observation", observations[running], running, step)
                 acted = agent.act(observations[running], rewards)
-                actions[running] = acted.reshape(-1, *envs.single_action_space.shape)
+                actions[running] = acted.reshape(-1, *action_space.shape[1:])
                 _check_finite("action", actions[running], running, step)
                 observations, step_rewards, terminations, truncations, _ = envs.step(actions)
                 rewards = step_rewards[running]

@@ -1,0 +1,252 @@
+"""Evaluation: statistics, table, JSON, video and the command line, on an agent that needs no training."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import flowrl
+from flowrl.envs.reference_scores import REFERENCE_SCORES, ReferenceScores
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import (
+    EvaluateConfig,
+    TargetResult,
+    evaluate,
+    evaluate_run,
+    format_table,
+    to_json,
+)
+from flowrl.evaluation.video import check_video, write_video
+
+HOPPER = EnvironmentSpec("Hopper-v5", max_episode_steps=13)
+
+
+@dataclass
+class ConstantAgent:
+    """Always the same action, larger for larger targets; carries what a loaded agent carries."""
+
+    environment: EnvironmentSpec | None = HOPPER
+    reference: ReferenceScores | None = REFERENCE_SCORES["hopper"]
+    dataset_id: str = "hopper-medium"
+    default_targets: tuple[float, ...] = (600.0, 0.0)
+    checkpoint_step: int = 50
+    acting: str = "recurrent"
+    targets: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def reset(self, num_envs, target_return):
+        self.targets = np.broadcast_to(np.asarray(target_return, dtype=np.float64), num_envs)
+
+    def act(self, observations, rewards_since_last_act=None):
+        return np.repeat(self.targets[:, None] / 1000, 3, axis=1).astype(np.float32)
+
+    def keep(self, indices):
+        self.targets = self.targets[indices]
+
+
+def return_of_one_episode(target, seed):
+    env = gym.make("Hopper-v5", max_episode_steps=13)
+    env.reset(seed=seed)
+    total, length, over = 0.0, 0, False
+    while not over:
+        _, reward, terminated, truncated, _ = env.step(np.full(3, target / 1000, np.float32))
+        total, length, over = total + reward, length + 1, terminated or truncated
+    return total, length
+
+
+def test_episode_e_of_every_target_starts_from_seed_plus_e():
+    results = evaluate(ConstantAgent(), HOPPER, [600.0, 0.0], 3, 40, REFERENCE_SCORES["hopper"])
+    assert [result.target_return for result in results] == [600.0, 0.0]
+    for result in results:
+        expected = [return_of_one_episode(result.target_return, 40 + episode) for episode in range(3)]
+        np.testing.assert_allclose(result.returns, [total for total, _ in expected], rtol=0, atol=1e-9)
+        np.testing.assert_array_equal(result.lengths, [length for _, length in expected])
+
+
+def test_figures_are_those_of_the_textbook():
+    result = TargetResult(
+        3600.0, np.array([1.0, 2.0, 6.0]), np.array([10, 20, 60]), np.array([10.0, 20.0, 60.0])
+    )
+    assert result.summary() == {
+        "return_mean": 3.0,
+        "return_std": pytest.approx(math.sqrt(7.0)),
+        "return_standard_error": pytest.approx(math.sqrt(7.0 / 3.0)),
+        "length_mean": 30.0,
+        "normalized_score_mean": 30.0,
+        "normalized_score_std": pytest.approx(10 * math.sqrt(7.0)),
+        "normalized_score_standard_error": pytest.approx(10 * math.sqrt(7.0 / 3.0)),
+    }
+    table = format_table([result, TargetResult(1800.0, np.array([5.0]), np.array([7]), None)])
+    assert table.splitlines()[1].split() == [
+        "3600",
+        "3",
+        "3.0",
+        "±",
+        "2.6",
+        "(1.5)",
+        "30.0",
+        "30.0",
+        "±",
+        "26.5",
+        "(15.3)",
+    ]
+    assert table.splitlines()[2].split() == ["1800", "1", "5.0", "7.0", "no", "reference"]
+
+
+def test_json_is_strict_and_complete():
+    result = TargetResult(3600.0, np.array([5.5]), np.array([7]), np.array([50.0]))
+    text = to_json([result], environment=HOPPER, dataset_id="d", acting="window", checkpoint_step=9, seed=3)
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["environment"] == HOPPER.to_dict()
+    assert (document["dataset_id"], document["acting"], document["checkpoint_step"], document["seed"]) == (
+        "d",
+        "window",
+        9,
+        3,
+    )
+    assert document["versions"]["gymnasium"] == gym.__version__
+    (target,) = document["targets"]
+    assert target["returns"] == [5.5]
+    assert target["lengths"] == [7]
+    assert target["normalized_score_mean"] == 50.0
+    assert target["return_std"] is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "episodes", "message"),
+    [([], 1, "--targets"), ([1.0, float("nan")], 1, "--targets 1.0 nan"), ([1.0], 0, "--episodes 0")],
+)
+def test_bad_requests_are_user_errors(targets, episodes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(ConstantAgent(), HOPPER, targets, episodes, 0, None)
+
+
+def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def load_agent(run, **options):
+        calls.append((run, options))
+        return ConstantAgent()
+
+    monkeypatch.setattr(flowrl, "load_agent", load_agent, raising=False)
+    results = tmp_path / "new" / "results.json"
+    config = EvaluateConfig(
+        tmp_path, episodes=2, checkpoint=50, acting="recurrent", json=results, device="cpu"
+    )
+    evaluate_run(config)
+    assert calls == [(tmp_path, {"checkpoint": 50, "acting": "recurrent", "device": "cpu"})]
+    printed = capsys.readouterr().out
+    assert "environment Hopper-v5, dataset hopper-medium, acting recurrent, checkpoint 50, seed 0" in printed
+    document = json.loads(results.read_text())
+    assert [target["target_return"] for target in document["targets"]] == [600.0, 0.0]
+    expected = [return_of_one_episode(600.0, seed)[0] for seed in (0, 1)]
+    np.testing.assert_allclose(document["targets"][0]["returns"], expected, rtol=0, atol=1e-9)
+    assert list(results.parent.iterdir()) == [results]
+
+
+def test_unusable_files_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(flowrl, "load_agent", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    (tmp_path / "file").write_text("")
+    for config in (
+        EvaluateConfig(tmp_path, json=tmp_path),
+        EvaluateConfig(tmp_path, json=tmp_path / "file" / "x.json"),
+        EvaluateConfig(tmp_path, video=tmp_path / "file" / "x.mp4"),
+        EvaluateConfig(tmp_path, video=tmp_path / "film.gif"),
+    ):
+        with pytest.raises(UserError, match=r"--json|--video"):
+            evaluate_run(config)
+
+
+def test_a_run_without_an_environment_is_a_user_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(flowrl, "load_agent", lambda *_, **__: ConstantAgent(environment=None), raising=False)
+    with pytest.raises(UserError, match="names no environment"):
+        evaluate_run(EvaluateConfig(tmp_path))
+
+
+def test_video_holds_one_episode_per_target(tmp_path):
+    import imageio_ffmpeg
+
+    path = tmp_path / "film.mp4"
+    write_video(path, ConstantAgent(), HOPPER, [600.0, 0.0], seed=1)
+    assert list(tmp_path.iterdir()) == [path]
+    # The first picture, every second step and the last one of each episode.
+    drawn = sum(
+        len({*range(0, length + 1, 2), length})
+        for _, length in (return_of_one_episode(target, 1) for target in (600.0, 0.0))
+    )
+    assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == drawn
+    reader = imageio_ffmpeg.read_frames(str(path))
+    size = next(reader)["size"]
+    frame = np.frombuffer(next(reader), np.uint8)
+    reader.close()
+    assert size == (480, 480)
+    assert frame.std() > 10  # a picture, not one colour
+
+
+def test_video_without_moviepy_is_a_user_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy.video.io.ffmpeg_writer", None)
+    with pytest.raises(UserError, match=r"pip install 'flowrl\[video\]'"):
+        check_video(tmp_path / "film.mp4")
+
+
+def test_a_failed_video_leaves_no_file(tmp_path):
+    class Failing(ConstantAgent):
+        def act(self, observations, rewards_since_last_act=None):
+            raise RuntimeError("no more actions")
+
+    with pytest.raises(RuntimeError, match="no more actions"):
+        write_video(tmp_path / "film.mp4", Failing(), HOPPER, [600.0], seed=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOW_EVALUATION = """
+import runpy, sys, time
+import flowrl
+sys.path.insert(0, {tests!r})
+from test_evaluate import ConstantAgent
+
+class Slow(ConstantAgent):
+    def act(self, *arguments):
+        print("acting", flush=True)
+        time.sleep(0.05)
+        return super().act(*arguments)
+
+flowrl.load_agent = lambda *_, **__: Slow()
+sys.argv = ["evaluate.py", "run", "--targets", "0", "--json", {results!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_an_evaluation_and_leave_nothing(tmp_path, number, code):
+    tests = Path(__file__).parent
+    program = SLOW_EVALUATION.format(
+        tests=str(tests),
+        results=str(tmp_path / "results.json"),
+        script=str(tests.parent / "scripts" / "evaluate.py"),
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.stdout.readline() != "acting\n":
+        assert process.poll() is None, process.stderr.read()
+    sent = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert time.monotonic() - sent < 10
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,148 @@
+"""Rollouts against a hand-written loop over single Gymnasium environments, episode by episode."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.spaces import Box
+
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.evaluation.rollout import NonFiniteError, rollout
+
+
+class LinearAgent:
+    """A fixed random linear policy with a memory per slot, so that mixed-up slots change actions.
+
+    The action depends on the target return, on the rewards received so far and on a running mean of
+    the slot's observations.
+    """
+
+    def __init__(self, observation_dim, action_dim, scale=1.0):
+        rng = np.random.default_rng(7)
+        self.from_memory = scale * rng.normal(size=(observation_dim, action_dim))
+        self.from_target = 0.01 * rng.normal(size=action_dim)
+
+    def reset(self, num_envs, target_return):
+        self.to_go = np.broadcast_to(np.asarray(target_return, dtype=np.float64), num_envs).copy()
+        self.memory = np.zeros((num_envs, len(self.from_memory)))
+
+    def act(self, observations, rewards_since_last_act=None):
+        assert len(observations) == len(self.memory)
+        if rewards_since_last_act is not None:
+            self.to_go -= rewards_since_last_act
+        self.memory = 0.7 * self.memory + 0.3 * observations
+        # A sum per slot: a matrix product may round differently for another number of slots.
+        actions = (self.memory[:, :, None] * self.from_memory).sum(axis=1)
+        return np.clip(actions + self.to_go[:, None] * self.from_target, -1, 1).astype(np.float32)
+
+    def keep(self, indices):
+        self.to_go, self.memory = self.to_go[indices], self.memory[indices]
+
+
+def loop_over_single_environments(agent, environment, target_returns, seeds):
+    """The reference: one environment at a time, a return added up by hand."""
+    returns, lengths, terminated = [], [], []
+    for target_return, seed in zip(target_returns, seeds, strict=True):
+        env = gym.make(
+            environment.env_id, max_episode_steps=environment.max_episode_steps, **environment.kwargs
+        )
+        observation, _ = env.reset(seed=int(seed))
+        agent.reset(1, target_return)
+        total, length, reward, over = 0.0, 0, None, False
+        while not over:
+            action = agent.act(observation[None], None if reward is None else np.array([reward]))[0]
+            observation, reward, is_terminated, is_truncated, _ = env.step(action)
+            total += reward
+            length += 1
+            over = is_terminated or is_truncated
+        returns.append(total)
+        lengths.append(length)
+        terminated.append(is_terminated)
+        env.close()
+    return np.array(returns), np.array(lengths), np.array(terminated)
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("environment", "dims", "scale"),
+    [
+        (EnvironmentSpec("Hopper-v4"), (11, 3), 0.05),
+        (EnvironmentSpec("Walker2d-v5", max_episode_steps=12), (17, 6), 0.1),
+        (EnvironmentSpec("HalfCheetah-v4", max_episode_steps=30), (17, 6), 0.5),
+        (EnvironmentSpec("Hopper-v5", {"reset_noise_scale": 0.05}, 24), (11, 3), 0.3),
+        (EnvironmentSpec("InvertedPendulum-v5", max_episode_steps=6), (4, 1), 3.0),
+    ],
+    ids=lambda value: value.env_id if isinstance(value, EnvironmentSpec) else "",
+)
+def test_returns_and_lengths_equal_those_of_single_environments(environment, dims, scale):
+    agent = LinearAgent(*dims, scale=scale)
+    targets = np.repeat([50.0, 300.0, -20.0], 4)
+    seeds = np.tile([5, 0, 11, 7], 3)
+    returns, lengths, terminated = loop_over_single_environments(agent, environment, targets, seeds)
+    result = rollout(agent, environment, targets, seeds)
+    np.testing.assert_allclose(result.returns, returns, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(result.lengths, lengths)
+    np.testing.assert_array_equal(result.terminated, terminated)
+    np.testing.assert_array_equal(result.target_returns, targets)
+    assert result.returns.dtype == np.float64
+    if environment.env_id == "HalfCheetah-v4":
+        assert set(lengths) == {30}  # it never terminates
+    else:
+        assert len(set(lengths)) > 1  # slots were dropped at different steps
+    if environment.max_episode_steps is not None:
+        assert not terminated.all()
+
+
+class FaultyEnv(gym.Env):
+    """Runs for ``seed`` steps; fails at the third with a NaN where it was told to."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, fault=""):
+        self.fault = fault
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.seed, self.steps = seed, 0
+        return np.zeros(2), {}
+
+    def step(self, action):
+        assert self.steps < self.seed, "stepped after its end"
+        self.steps += 1
+        broken = self.seed == 9 and self.steps == 3
+        observation = np.array([self.steps, np.inf if broken and self.fault == "observation" else 0.0])
+        reward = float("nan") if broken and self.fault == "reward" else 1e8 + self.seed / 1024
+        return observation, reward, self.steps == self.seed, False, {}
+
+
+@pytest.fixture
+def faulty():
+    gym.register("flowrl-test/Faulty-v0", FaultyEnv, max_episode_steps=50)
+    yield "flowrl-test/Faulty-v0"
+    del gym.registry["flowrl-test/Faulty-v0"]
+
+
+def test_a_finished_slot_is_never_stepped_and_sums_are_exact(faulty):
+    seeds = np.array([4, 1, 9, 2, 4, 50, 3])
+    result = rollout(LinearAgent(2, 1), EnvironmentSpec(faulty), np.zeros(7), seeds)
+    np.testing.assert_array_equal(result.lengths, seeds)
+    np.testing.assert_array_equal(result.returns, seeds * (1e8 + seeds / 1024))  # float32 would lose these
+    assert result.terminated.all()
+
+
+@pytest.mark.parametrize(("fault", "step"), [("observation", 3), ("reward", 2)])
+def test_a_non_finite_value_names_the_slot_and_the_step(faulty, fault, step):
+    seeds = np.array([1, 5, 2, 9, 6])  # slots 0 and 2 are gone when slot 3 breaks
+    with pytest.raises(NonFiniteError, match=f"environment 3, step {step}: {fault} "):
+        rollout(LinearAgent(2, 1), EnvironmentSpec(faulty, {"fault": fault}), np.zeros(5), seeds)
+
+
+def test_a_non_finite_action_is_refused(faulty):
+    class BrokenAgent(LinearAgent):
+        def act(self, observations, rewards_since_last_act=None):
+            actions = super().act(observations, rewards_since_last_act)
+            actions[-1:] = np.nan if observations[-1, 0] == 2 else 0.0
+            return actions
+
+    with pytest.raises(NonFiniteError, match="environment 3, step 2: action "):
+        rollout(BrokenAgent(2, 1), EnvironmentSpec(faulty), np.zeros(5), np.array([1, 5, 2, 9, 1]))
