@@ -1,23 +1,126 @@
-"""Files in D4RL's HDF5 layout: observations, actions, rewards, terminals, timeouts, one row per step."""
+"""D4RL's Gym-MuJoCo datasets: their names, where their files are found, and the files' HDF5 layout."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from flowrl.data.episodes import EpisodeDataset, build_episodes
-from flowrl.envs.reference_scores import ReferenceScores
+from flowrl.data.download import DownloadError, download, file_sha256
+from flowrl.data.episodes import EpisodeDataset, build_episodes, check_claimed_size
+from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
-# A header may claim any size. Up to the first limit it is believed; above it, the bytes stored must
-# justify it, and no array may exceed the machine's memory.
-_BELIEVED_BYTES = 1 << 28
-_MAX_COMPRESSION = 100
+
+# D4RL's data follows the dynamics of Gymnasium's -v4 environments; -v5 changed some (Walker2d's friction).
+_ENVIRONMENT_IDS = {
+    "hopper": "Hopper-v4",
+    "halfcheetah": "HalfCheetah-v4",
+    "walker2d": "Walker2d-v4",
+    "ant": "Ant-v4",
+}
+_LEVELS = ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
+D4RL_ENVIRONMENTS = {
+    f"{name}-{level}": EnvironmentSpec(env_id)
+    for name, env_id in _ENVIRONMENT_IDS.items()
+    for level in _LEVELS
+}
+
+# Tried in order: D4RL's own server, then a mirror of its files on Hugging Face.
+D4RL_URLS = (
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/{file}",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{file}",
+)
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """What is known of a file as D4RL published it."""
+
+    size: int  # bytes
+    sha256: str
+
+
+PUBLISHED_FILES = {
+    "hopper-medium": PublishedFile(
+        152_756_557, "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"
+    ),
+}
+
+# Ant's observation with contact forces, and the part of it that describes the body.
+_ANT_WITH_CONTACT_FORCES, _ANT_BODY = 111, 27
+
+
+def read_d4rl(name: str) -> EpisodeDataset:
+    """Read D4RL's v2 dataset ``name`` (a key of ``D4RL_ENVIRONMENTS``), downloading it when it is not here.
+
+    The file, ``hopper_medium-v2.hdf5`` for ``hopper-medium``, is looked for in ``$D4RL_DATASET_DIR`` and
+    ``~/.d4rl/datasets``. A local file is used whatever it holds, but it is called D4RL's only when its size
+    and SHA-256 do not contradict that.
+
+    Raises:
+        UserError: neither found nor downloaded, or not a valid file (see :func:`read_d4rl_file`).
+    """
+    path = find_d4rl_file(name)
+    environment = D4RL_ENVIRONMENTS[name]
+    published = PUBLISHED_FILES.get(name)
+    dataset_id = f"d4rl/{name}-v2"
+    notes: tuple[str, ...] = ()
+    if published is None:
+        notes = (f"{path} is taken for D4RL's {name}-v2 by its name: no published hash is known to check it",)
+    elif path.stat().st_size != published.size or file_sha256(path) != published.sha256:
+        dataset_id = f"file:{path.name}"
+        notes = (f"{path} is not D4RL's published {name}-v2: its scores are not D4RL scores",)
+    return read_d4rl_file(
+        path,
+        dataset_id=dataset_id,
+        environment=environment,
+        reference=reference_scores(environment.env_id),
+        notes=notes,
+    )
+
+
+def find_d4rl_file(name: str) -> Path:
+    """Return the local file of D4RL's v2 dataset ``name``, downloaded first if need be.
+
+    Raises:
+        UserError: it is not here and cannot be downloaded; says where it was looked for and what to do.
+    """
+    environment, _, level = name.partition("-")
+    file_name = f"{environment}_{level.replace('-', '_')}-v2.hdf5"
+    folders = [Path("~/.d4rl/datasets").expanduser()]
+    if os.environ.get("D4RL_DATASET_DIR"):
+        folders.insert(0, Path(os.environ["D4RL_DATASET_DIR"]).expanduser())
+    for folder in folders:
+        if (folder / file_name).is_file():
+            return folder / file_name
+    path = folders[0] / file_name
+    published = PUBLISHED_FILES.get(name)
+    try:
+        download(
+            [url.format(file=file_name) for url in D4RL_URLS],
+            path,
+            size=published.size if published else None,
+            sha256=published.sha256 if published else None,
+            check=_check_readable,
+        )
+    except DownloadError as error:
+        raise UserError(
+            f"dataset {name}: {file_name} is not in {' or '.join(map(str, folders))}, and {error}; "
+            "give a file with --dataset PATH.hdf5, or put that file into a folder named by D4RL_DATASET_DIR"
+        ) from error
+    return path
+
+
+def _check_readable(path: Path) -> None:
+    with open_d4rl_file(path):
+        pass
 
 
 def read_d4rl_file(
@@ -58,6 +161,8 @@ def read_d4rl_file(
         unfinished = len(rewards) - (int(ends[-1]) if len(ends) else 0)
         ends = np.append(ends, len(rewards))
         notes = (*notes, f"the last {unfinished} steps end without terminal or timeout: kept as truncated")
+    if environment is not None:
+        observations, environment, notes = _match_ant(observations, environment, notes)
     return build_episodes(
         observations=observations,
         actions=actions,
@@ -88,6 +193,25 @@ def open_d4rl_file(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a readable HDF5 file (damaged, or another format): {reason}") from error
+
+
+def _match_ant(
+    observations: np.ndarray, environment: EnvironmentSpec, notes: tuple[str, ...]
+) -> tuple[np.ndarray, EnvironmentSpec, tuple[str, ...]]:
+    """Make Ant's data and environment agree on contact forces.
+
+    D4RL's Ant observations reserve 84 numbers for contact forces, which the simulator of the time left at
+    zero; Ant-v4 would fill them with forces that no agent has seen. Zero columns are dropped, as in Ant-v4's
+    default; recorded forces switch them on in the environment.
+    """
+    wide = observations.shape[1] == _ANT_WITH_CONTACT_FORCES
+    if environment != EnvironmentSpec("Ant-v4") or not wide:
+        return observations, environment, notes
+    if observations[:, _ANT_BODY:].any():
+        return observations, EnvironmentSpec("Ant-v4", {"use_contact_forces": True}), notes
+    dropped = _ANT_WITH_CONTACT_FORCES - _ANT_BODY
+    note = f"Ant's {dropped} contact-force columns are all zero: dropped, as Ant-v4 has none by default"
+    return np.ascontiguousarray(observations[:, :_ANT_BODY]), environment, (*notes, note)
 
 
 def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
@@ -125,14 +249,9 @@ def _check_shapes(path: Path, datasets: dict[str, h5py.Dataset]) -> None:
 
 def _check_size(path: Path, key: str, dataset: h5py.Dataset) -> None:
     size = int(dataset.size) * max(dataset.dtype.itemsize, 4)
-    chunk = int(np.prod(dataset.chunks or (0,), dtype=object)) * dataset.dtype.itemsize
-    stored = dataset.id.get_storage_size()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if max(size, chunk) > min(memory, max(_BELIEVED_BYTES, _MAX_COMPRESSION * stored)):
-        raise UserError(
-            f"{path}: '{key}' claims {size} bytes (shape {dataset.shape}) but {stored} are stored: "
-            "the file is damaged or too large for this machine"
-        )
+    chunk = math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize  # held whole while decompressed
+    what = f"'{key}' of shape {dataset.shape}"
+    check_claimed_size(str(path), what, max(size, chunk), dataset.id.get_storage_size())
 
 
 def _read_float32(dataset: h5py.Dataset) -> np.ndarray:

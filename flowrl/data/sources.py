@@ -1,16 +1,74 @@
 """What ``--dataset`` and ``--env`` name: a file in D4RL's layout, a Minari dataset, or a D4RL dataset."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from flowrl.data.d4rl import read_d4rl_file
+from flowrl.data.d4rl import D4RL_ENVIRONMENTS, read_d4rl, read_d4rl_file
 from flowrl.data.episodes import EpisodeDataset
-from flowrl.errors import UserError
+from flowrl.data.minari_data import read_minari
+from flowrl.envs.reference_scores import reference_scores
+from flowrl.envs.specs import EnvironmentSpec, registered_environment
+from flowrl.errors import UserError, did_you_mean
 
-_FILE_SUFFIXES = (".hdf5", ".h5")
+MINARI_PREFIX = "minari:"
+FILE_SUFFIXES = (".hdf5", ".h5")
 
 
 def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
-    """Load offline data."""
-    if source.endswith(_FILE_SUFFIXES):
-        return read_d4rl_file(Path(source).expanduser())
-    raise UserError(f"unknown dataset '{source}'")
+    """Load offline data.
+
+    Args:
+        source: ``"minari:ID"`` (local cache, else downloaded), the path of an ``.hdf5`` or ``.h5`` file in
+            D4RL's layout, or a D4RL v2 dataset such as ``"hopper-medium"`` (local file, else downloaded).
+        env: environment to evaluate in, see :func:`environment_named`. A file names none itself; a Minari
+            or D4RL dataset brings its own, which this replaces.
+
+    Returns:
+        The data; its ``environment`` is None when neither the source nor ``env`` names one, and its ``notes``
+        hold what the user should be told. Dimensions are not compared with the environment's here
+        (:func:`flowrl.envs.specs.check_environment` does).
+
+    Raises:
+        UserError: unknown source or environment, or data that is missing, damaged or invalid.
+    """
+    environment = None if env is None else environment_named(env)
+    suffix = Path(source).suffix.lower()
+    if source.startswith(MINARI_PREFIX):
+        return _evaluated_in(read_minari(source.removeprefix(MINARI_PREFIX)), environment)
+    if source in D4RL_ENVIRONMENTS:
+        return _evaluated_in(read_d4rl(source), environment)
+    if suffix in FILE_SUFFIXES:
+        reference = None if environment is None else reference_scores(environment.env_id)
+        return read_d4rl_file(Path(source).expanduser(), environment=environment, reference=reference)
+    if Path(source).expanduser().exists() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
+        raise UserError(
+            f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
+            f"{' or '.join(FILE_SUFFIXES)}; other formats are not read, pickles never"
+        )
+    raise UserError(
+        f"unknown dataset '{source}'{did_you_mean(source, D4RL_ENVIRONMENTS)} "
+        f"(or give {MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)})"
+    )
+
+
+def environment_named(env: str) -> EnvironmentSpec:
+    """Return the environment that ``--env`` names: a D4RL dataset's, or a Gymnasium id such as ``Hopper-v4``.
+
+    Raises:
+        UserError: neither; the message suggests the closest name.
+    """
+    if env in D4RL_ENVIRONMENTS:
+        return D4RL_ENVIRONMENTS[env]
+    return registered_environment(env, also_known=tuple(D4RL_ENVIRONMENTS))
+
+
+def _evaluated_in(dataset: EpisodeDataset, environment: EnvironmentSpec | None) -> EpisodeDataset:
+    """Replace the dataset's own environment where the user asked for another."""
+    if environment is None or environment == dataset.environment:
+        return dataset
+    if dataset.environment is None:
+        note = f"evaluated in {environment.env_id}"
+    else:
+        note = f"evaluated in {environment.env_id}, not in the data's own {dataset.environment.env_id}"
+    reference = dataset.reference or reference_scores(environment.env_id)
+    return replace(dataset, environment=environment, reference=reference, notes=(*dataset.notes, note))

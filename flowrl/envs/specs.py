@@ -1,12 +1,13 @@
 """Which Gymnasium environment an agent is evaluated in, as plain data that fits in a JSON file."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
+from gymnasium.spaces import Box
 
 from flowrl.errors import UserError, did_you_mean
 
@@ -68,82 +69,87 @@ class EnvironmentSpec:
         """
         try:
             data = json.loads(json_string)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"environment specification is not JSON: {error}") from error
         if not isinstance(data, dict) or not isinstance(data.get("id"), str):
             raise UserError("environment specification is not a Gymnasium EnvSpec: no 'id'")
-        # render_mode says how the recording was watched, not what was recorded.
-        kwargs = {k: v for k, v in (data.get("kwargs") or {}).items() if k != "render_mode"}
+        kwargs = data.get("kwargs") or {}
+        if isinstance(kwargs, dict):
+            # render_mode says how the recording was watched, not what was recorded.
+            kwargs = {key: value for key, value in kwargs.items() if key != "render_mode"}
         return cls.from_dict(
             {"env_id": data["id"], "kwargs": kwargs, "max_episode_steps": data.get("max_episode_steps")}
         )
 
 
-def wrappers_in_gymnasium_json(json_string: str) -> list[str]:
+def registered_environment(env_id: str, also_known: tuple[str, ...] = ()) -> EnvironmentSpec:
+    """Return the environment registered with Gymnasium as ``env_id``, with its own defaults.
+
+    Raises:
+        UserError: not registered; the message suggests the closest id or name in ``also_known``.
+    """
+    _check_registered(env_id, also_known)
+    return EnvironmentSpec(env_id)
+
+
+def wrappers_in_gymnasium_json(json_string: str) -> tuple[str, ...]:
     """Return the names of the wrappers that a Gymnasium ``EnvSpec``'s JSON lists (they are not applied)."""
-    wrappers = json.loads(json_string).get("additional_wrappers") or []
-    return [str(wrapper.get("name")) for wrapper in wrappers if isinstance(wrapper, dict)]
+    wrappers = json.loads(json_string).get("additional_wrappers")
+    if not isinstance(wrappers, list):
+        return ()
+    return tuple(str(wrapper.get("name")) for wrapper in wrappers if isinstance(wrapper, dict))
 
 
-def _check_registered(env_id: str) -> None:
-    """Refuse ids outside Gymnasium's registry, ``module:id`` forms included (they import ``module``)."""
-    if env_id not in gymnasium.registry:
-        options = [known for known in gymnasium.registry if ":" not in known and "/" not in known]
-        raise UserError(
-            f"environment '{env_id}' is not registered with Gymnasium{_short_hint(env_id, options)}"
-        )
-
-
-def _short_hint(word: str, options: list[str]) -> str:
-    hint = did_you_mean(word, options)
-    return hint if "did you mean" in hint else ""
-
-
-def _spaces(spec: EnvironmentSpec) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
-    """Make the environment once to read its observation and action spaces."""
-    _check_registered(spec.env_id)
-    try:
-        env = gymnasium.make(spec.env_id, max_episode_steps=spec.max_episode_steps, **spec.kwargs)
-    except Exception as error:  # an environment's constructor may raise anything
-        reason = " ".join(str(error).split())
-        raise UserError(f"environment {spec.env_id} cannot be made: {reason}") from error
-    try:
-        return env.observation_space, env.action_space
-    finally:
-        env.close()
-
-
-def check_environment(spec: EnvironmentSpec, observation_dim: int, action_dim: int) -> None:
+def check_environment(environment: EnvironmentSpec, observation_dim: int, action_dim: int) -> None:
     """Check that the data's dimensions are the environment's (Dict observations count flattened).
 
     Raises:
         UserError: they differ, the environment cannot be made, or its spaces are not Box (or Dict of Box).
     """
-    observation_space, action_space = _spaces(spec)
-    if not isinstance(action_space, spaces.Box):
-        raise UserError(f"environment {spec.env_id}: actions must be a Box, not {action_space}")
-    try:
-        expected_observation_dim = spaces.utils.flatdim(observation_space)
-    except (NotImplementedError, ValueError) as error:
+    observation_space, action_space = _flat_spaces(environment)
+    expected = (math.prod(observation_space.shape), math.prod(action_space.shape))
+    if (observation_dim, action_dim) != expected:
         raise UserError(
-            f"environment {spec.env_id}: observations must be a Box or a Dict of Box, not {observation_space}"
-        ) from error
-    expected_action_dim = int(np.prod(action_space.shape))
-    if (observation_dim, action_dim) != (expected_observation_dim, expected_action_dim):
-        raise UserError(
-            f"environment {spec.env_id} has observations of {expected_observation_dim} and actions of "
-            f"{expected_action_dim} numbers, the data {observation_dim} and {action_dim}: "
-            "give the environment that the data was recorded in"
+            f"environment {environment.env_id} has observations of {expected[0]} and actions of "
+            f"{expected[1]} numbers, the data {observation_dim} and {action_dim}: "
+            "give the environment that the data is from"
         )
 
 
-def action_bounds(spec: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray]:
+def action_bounds(environment: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray]:
     """Return the (low, high) bounds of the environment's actions, float32 arrays of shape (action_dim,).
 
     Raises:
-        UserError: the environment cannot be made or its actions are not a Box.
+        UserError: the environment cannot be made or its spaces are not Box (or Dict of Box).
     """
-    _, action_space = _spaces(spec)
-    if not isinstance(action_space, spaces.Box):
-        raise UserError(f"environment {spec.env_id}: actions must be a Box, not {action_space}")
+    _, action_space = _flat_spaces(environment)
     return action_space.low.astype(np.float32).ravel(), action_space.high.astype(np.float32).ravel()
+
+
+def _flat_spaces(environment: EnvironmentSpec) -> tuple[Box, Box]:
+    """Make the environment once, as evaluation does, to read its observation and action spaces."""
+    from flowrl.envs.vector import make_env  # that module builds on this one
+
+    _check_registered(environment.env_id)
+    env = make_env(environment)
+    try:
+        observation_space, action_space = env.observation_space, env.action_space
+    finally:
+        env.close()
+    if not isinstance(observation_space, Box):
+        raise UserError(
+            f"environment {environment.env_id}: observations must be Box, not {observation_space}"
+        )
+    if not isinstance(action_space, Box):
+        raise UserError(f"environment {environment.env_id}: actions must be Box, not {action_space}")
+    return observation_space, action_space
+
+
+def _check_registered(env_id: str, also_known: tuple[str, ...] = ()) -> None:
+    """Refuse ids outside Gymnasium's registry, ``module:id`` forms included (they import ``module``)."""
+    if env_id in gymnasium.registry:
+        return
+    hint = did_you_mean(env_id, (*gymnasium.registry, *also_known))
+    if "did you mean" not in hint:  # the whole registry is too long to list
+        hint = f"; known: {', '.join(also_known)}, and Gymnasium's ids" if also_known else ""
+    raise UserError(f"environment '{env_id}' is not registered with Gymnasium{hint}")
