@@ -215,10 +215,9 @@ def _match_ant(
 
 
 def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    if key not in file:
-        # A dangling link is listed but not found.
+    dataset = file.get(key)
+    if dataset is None:
         raise UserError(f"{path}: key '{key}' is missing; D4RL files have {', '.join(REQUIRED_KEYS)}")
-    dataset = file[key]
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{path}: '{key}' must be an array, not a {type(dataset).__name__.lower()}")
     if dataset.file.filename != file.filename or dataset.is_virtual or dataset.external:

@@ -1,0 +1,170 @@
+"""The in-memory form of the data against numbers written out by plain loops."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from flowrl.data.episodes import EpisodeDataset, build_episodes, content_sha256, delayed_rewards
+from flowrl.errors import UserError
+
+LENGTHS = (3, 1, 5, 2)
+
+
+def arrays(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    steps = sum(lengths)
+    return {
+        "observations": random.normal(size=(steps, 4)).astype(np.float32),
+        "actions": random.normal(size=(steps, 2)).astype(np.float32),
+        "rewards": random.normal(size=steps).astype(np.float32),
+        "episode_lengths": np.array(lengths),
+        "terminated": random.random(len(lengths)) < 0.5,
+    }
+
+
+def build(**changes: np.ndarray) -> EpisodeDataset:
+    return build_episodes(**{**arrays(), **changes}, dataset_id="test", where="somewhere.hdf5")
+
+
+def naive_returns_to_go(rewards: np.ndarray, lengths: tuple[int, ...]) -> list[float]:
+    result, start = [], 0
+    for length in lengths:
+        for step in range(length):
+            result.append(sum(float(reward) for reward in rewards[start + step : start + length]))
+        start += length
+    return result
+
+
+def test_offsets_timesteps_and_returns_match_a_plain_loop() -> None:
+    given = arrays()
+    dataset = build()
+    assert dataset.episode_starts.tolist() == [0, 3, 4, 9]
+    assert dataset.episode_lengths.tolist() == [3, 1, 5, 2]
+    assert dataset.timesteps.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1]
+    expected = naive_returns_to_go(given["rewards"], LENGTHS)
+    np.testing.assert_allclose(dataset.returns_to_go, expected, rtol=1e-6)
+    np.testing.assert_allclose(dataset.episode_returns, [expected[i] for i in (0, 3, 4, 9)], rtol=1e-12)
+    assert dataset.terminated.tolist() == given["terminated"].tolist()
+    assert (dataset.num_episodes, dataset.num_transitions, dataset.max_episode_length) == (4, 11, 5)
+    assert (dataset.observation_dim, dataset.action_dim) == (4, 2)
+    for name in ("observations", "actions", "rewards", "returns_to_go"):
+        assert getattr(dataset, name).dtype == np.float32
+    for name in ("timesteps", "episode_starts", "episode_lengths"):
+        assert getattr(dataset, name).dtype == np.int64
+
+
+def test_returns_to_go_keep_float32_precision_next_to_a_huge_episode_and_over_many_steps() -> None:
+    lengths = (2, 100_000, 3)
+    given = arrays(lengths)
+    given["rewards"][:2] = 1e30
+    given["rewards"][2:-3] = 0.1
+    dataset = build_episodes(**given, dataset_id="test", where="test")
+    tenth = float(np.float32(0.1))
+    expected = tenth * np.arange(100_000, 0, -1)
+    np.testing.assert_allclose(dataset.returns_to_go[2:-3], expected, rtol=1e-6)
+    last = naive_returns_to_go(given["rewards"][-3:], (3,))
+    np.testing.assert_allclose(dataset.returns_to_go[-3:], last, rtol=1e-6)
+
+
+def test_float32_arrays_are_kept_without_a_copy() -> None:
+    given = arrays()
+    dataset = build_episodes(**given, dataset_id="test", where="test")
+    assert np.shares_memory(dataset.observations, given["observations"])
+    assert np.shares_memory(dataset.actions, given["actions"])
+
+
+def test_delayed_rewards_put_the_return_on_the_last_step() -> None:
+    dataset = build()
+    delayed = delayed_rewards(dataset)
+    returns = [float(dataset.episode_returns[i]) for i in range(4)]
+    expected_rewards, expected_to_go = [], []
+    for episode_return, length in zip(returns, LENGTHS, strict=True):
+        expected_rewards += [0.0] * (length - 1) + [episode_return]
+        expected_to_go += [episode_return] * length
+    np.testing.assert_allclose(delayed.rewards, expected_rewards, rtol=1e-6)
+    np.testing.assert_allclose(delayed.returns_to_go, expected_to_go, rtol=1e-6)
+    np.testing.assert_allclose(delayed.episode_returns, returns, rtol=1e-6)
+    assert delayed.sha256 == dataset.sha256
+    assert np.shares_memory(delayed.observations, dataset.observations)
+    assert dataset.rewards.tolist() == arrays()["rewards"].tolist()  # the original is untouched
+
+
+@pytest.mark.parametrize("key", ["observations", "actions", "rewards"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named_with_its_index(key: str, value: float) -> None:
+    array = arrays()[key].copy()
+    array.reshape(11, -1)[7, -1] = value
+    array.reshape(11, -1)[9, 0] = value
+    index = "7" if array.ndim == 1 else f"7, {array.shape[1] - 1}"
+    with pytest.raises(UserError, match=rf"^somewhere\.hdf5: '{key}'\[{index}\] is {value}: "):
+        build(**{key: array})
+
+
+def test_a_bad_value_far_into_the_data_has_its_own_index() -> None:
+    given = arrays((70_000, 70_000))
+    given["rewards"][123_456] = np.nan
+    with pytest.raises(UserError, match=r"'rewards'\[123456\]"):
+        build_episodes(**given, dataset_id="test", where="test")
+
+
+def test_float64_values_beyond_float32_and_overflowing_returns_are_refused() -> None:
+    rewards = arrays()["rewards"].astype(np.float64)
+    rewards[2] = 1e300
+    with pytest.raises(UserError, match=r"'rewards'\[2\] is inf"), np.errstate(over="ignore"):
+        build(rewards=rewards)
+    with pytest.raises(UserError, match="summed to returns-to-go"):
+        build(rewards=np.full(11, 3e38, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"observations": np.zeros((10, 4))}, "lengths differ: 10 observations, 11 actions, 11 rewards"),
+        ({"actions": np.zeros((12, 2))}, "lengths differ: 11 observations, 12 actions"),
+        ({"observations": np.zeros(11)}, "'observations' must have 2 dimensions"),
+        ({"actions": np.zeros((11, 0))}, "'actions' must have 2 dimensions"),
+        ({"rewards": np.zeros((11, 1))}, "'rewards' must have 1 dimensions"),
+        ({"episode_lengths": np.array([3, 1, 5, 1])}, "sum to 11"),
+        ({"episode_lengths": np.array([3, 0, 5, 3])}, "must be positive"),
+        ({"episode_lengths": np.array([3, -1, 5, 4])}, "must be positive"),
+        ({"terminated": np.zeros(3, dtype=bool)}, "4 episode lengths, 3 terminated flags"),
+        ({"episode_lengths": np.zeros(0), "terminated": np.zeros(0)}, "no episodes"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(changes: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build(**changes)
+    assert str(caught.value).startswith("somewhere.hdf5: ")
+
+
+def test_the_hash_is_of_the_content_alone_and_of_all_of_it() -> None:
+    given = arrays()
+    dataset = build()
+    renamed = build_episodes(**given, dataset_id="other", where="elsewhere", notes=("note",))
+    assert renamed.sha256 == dataset.sha256
+    # Byte order and memory layout are not content.
+    same = content_sha256(
+        np.asfortranarray(given["observations"]).astype(">f4"),
+        given["actions"],
+        given["rewards"].astype(np.float64),
+        given["episode_lengths"].astype(np.int32),
+        given["terminated"],
+    )
+    assert same == dataset.sha256
+    hashes = {dataset.sha256}
+    for key in ("observations", "actions", "rewards"):
+        changed = given[key].copy()
+        changed.reshape(-1)[5] = np.nextafter(changed.reshape(-1)[5], np.float32(9))
+        hashes.add(build(**{key: changed}).sha256)
+    hashes.add(build(episode_lengths=np.array([3, 1, 2, 5])).sha256)
+    hashes.add(build(terminated=~given["terminated"]).sha256)
+    # The same bytes cut into other shapes.
+    hashes.add(build(observations=np.zeros((11, 4)), actions=np.zeros((11, 2))).sha256)
+    hashes.add(build(observations=np.zeros((11, 2)), actions=np.zeros((11, 4))).sha256)
+    assert len(hashes) == 8
+
+
+def test_the_dataset_cannot_be_reassigned() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        build().rewards = np.zeros(11)  # type: ignore[misc]
