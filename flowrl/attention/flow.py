@@ -9,10 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowrl.attention.flow_blocks import causal_flow_blocks
+from flowrl.attention.flow_blocks import CausalFlowBlocks
 
-BLOCK_LENGTH = 128  # tokens whose Gram matrix is built at once; one block does a whole 20-step window
-GROUP_BLOCKS = 16  # blocks handled together: more amortise the launches, fewer stay in the cache
+ONE_BLOCK = 128  # tokens up to which one block does the whole job
+SHORTEST_BLOCK = 32  # otherwise blocks as long as head_dim: the Gram matrix then costs what the memory does
+GROUP_TOKENS = (
+    32_768  # tokens times sequences handled together: more amortise overhead, fewer stay in the cache
+)
 
 
 class FlowState(NamedTuple):
@@ -71,11 +74,11 @@ def flow_attention(
     _check_shapes(queries, keys, values, causal)
     with torch.autocast(queries.device.type, enabled=False):
         dtype = _accumulation_dtype(queries.dtype)
-        q, k, v = queries.to(dtype).sigmoid(), keys.to(dtype).sigmoid(), values.to(dtype)
+        q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
         if causal:
-            outputs, _ = _causal(q, k, v, empty_flow_state(q, v), clamp, eps)
+            outputs = _causal(q, k, v, clamp, eps)
         else:
-            outputs = _bidirectional(q, k, v, clamp, eps)
+            outputs = _bidirectional(q.sigmoid(), k.sigmoid(), v, clamp, eps)
     return outputs.to(values.dtype)
 
 
@@ -118,23 +121,23 @@ def flow_attention_step(
     return output.to(value.dtype), new_state
 
 
-def _causal(
-    q: Tensor, k: Tensor, v: Tensor, state: FlowState, clamp: float, eps: float
-) -> tuple[Tensor, FlowState]:
+def _causal(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
     """Walk over groups of whole blocks, then the shorter last block: nothing is ever padded."""
-    length = q.shape[-2]
+    batch, heads, length, head_dim = queries.shape
+    block = length if length <= ONE_BLOCK else max(head_dim, SHORTEST_BLOCK)
+    group = max(GROUP_TOKENS // (batch * heads * block), 1)  # blocks
+    state: tuple[Tensor | None, ...] = (None,) * len(FlowState._fields)
     outputs, start = [], 0
     while start < length:
-        whole_blocks = min((length - start) // BLOCK_LENGTH, GROUP_BLOCKS)
-        taken = whole_blocks * BLOCK_LENGTH or length - start
+        blocks = max(min((length - start) // block, group), 1)
+        taken = min(blocks * block, length - start)
         part = slice(start, start + taken)
-        output, *new_state = causal_flow_blocks(
-            q[:, :, part], k[:, :, part], v[:, :, part], *state, max(whole_blocks, 1), clamp, eps
+        output, *state = CausalFlowBlocks.apply(
+            queries[:, :, part], keys[:, :, part], values[:, :, part], blocks, clamp, eps, *state
         )
-        state = FlowState(*new_state)
         outputs.append(output)
         start += taken
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)), state
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
 
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, clamp: float, eps: float) -> Tensor:

@@ -1,10 +1,13 @@
-"""The parallel form of causal Flow-Attention over whole blocks, with its gradient written by hand.
+"""The parallel form of causal Flow-Attention over blocks of tokens, with its gradient written by hand.
 
 A block of C tokens needs only its Gram matrix G = q k^T: the flows I and O are row sums of its lower and
 column sums of its upper triangle, the conserved flows the same sums weighted, the output tril(G) (C v).
 What came before a block enters as d-vectors and one d x d matrix, found for all blocks at once by
-exclusive prefix sums. The backward pass rebuilds G instead of storing it; the five gradients that reach
-G are two rank-(value_dim + 2) and rank-2 products, one per triangle.
+exclusive prefix sums; their gradients come from later blocks by exclusive suffix sums.
+
+Shapes: N = batch * heads sequences of ``blocks`` blocks; everything inside works on the M = N * blocks
+blocks at once, as (M, C) or (M, C, d). A past or later tensor that is None stands for zeros, which is the
+whole story of a short window: no state before it, nothing after it.
 """
 
 from typing import Any
@@ -14,8 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class _CausalFlowBlocks(torch.autograd.Function):
-    """Inputs and outputs as :func:`causal_flow_blocks`."""
+class CausalFlowBlocks(torch.autograd.Function):
+    """``apply(queries, keys, values, blocks, clamp, eps, *state)`` -> (output, *state after it).
+
+    ``queries`` and ``keys`` are (batch, heads, blocks * C, head_dim) **before** the sigmoid, ``values`` are
+    (batch, heads, blocks * C, value_dim). ``state`` is the seven tensors of a ``FlowState``, or seven times
+    None before the first token.
+    """
 
     @staticmethod
     def forward(
@@ -23,84 +31,74 @@ class _CausalFlowBlocks(torch.autograd.Function):
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        count: Tensor,
-        sum_keys: Tensor,
-        sum_queries: Tensor,
-        weighted_keys: Tensor,
-        weighted_queries: Tensor,
-        sum_exponentials: Tensor,
-        memory: Tensor,
         blocks: int,
         clamp: float,
         eps: float,
+        *state: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        q, k, v = (_split(x, blocks) for x in (queries, keys, values))  # (batch, heads, blocks, C, width)
-        n = count[..., None] + torch.arange(1, queries.shape[-2] + 1, dtype=q.dtype, device=q.device)
-        n = n.unflatten(-1, (blocks, -1))  # (batch, heads, blocks, C)
-        gram = q @ k.transpose(-1, -2)
-        lower, upper = gram.tril(), gram.triu()  # pairs with source <= sink, and sink <= source
+        ctx.set_materialize_grads(False)
+        num_tokens, sum_k, sum_q, sum_wk, sum_wq, sum_exp, memory = state
+        q, k = (_blocks(torch.sigmoid(x.contiguous()), blocks) for x in (queries, keys))  # (M, C, d)
+        v = _blocks(values.contiguous(), blocks)
+        n = _token_numbers(num_tokens, queries, blocks)  # (M, C), or (1, C) where all blocks share it
+        gram = torch.bmm(q, k.mT)
+        lower, upper = gram.tril(), gram.triu_()  # pairs with source <= sink, and sink <= source
         key_mass, query_mass = k.sum(-1), q.sum(-1)
 
-        past_k, sum_keys = _prefix(k.sum(-2), sum_keys)
-        past_q, sum_queries = _prefix(q.sum(-2), sum_queries)
-        incoming = lower.sum(-1) + eps * key_mass.cumsum(-1) + _dot(q, past_k + eps, eps)
-        outgoing = upper.sum(-2) + eps * query_mass.cumsum(-1) + _dot(k, past_q + eps, eps)
+        past_k, sum_k = _prefix(k.sum(-2), sum_k, blocks)
+        past_q, sum_q = _prefix(q.sum(-2), sum_q, blocks)
+        incoming = lower.sum(-1) + eps * key_mass.cumsum(-1) + _flow(q, query_mass, past_k, eps)
+        outgoing = upper.sum(-2) + eps * query_mass.cumsum(-1) + _flow(k, key_mass, past_q, eps)
 
         source_weight, sink_weight = n / outgoing, n / incoming
-        past_wk, weighted_keys = _prefix(_row_vector(source_weight, k), weighted_keys)
-        past_wq, weighted_queries = _prefix(_row_vector(sink_weight, q), weighted_queries)
+        past_wk, sum_wk = _prefix(_row_vector(source_weight, k), sum_wk, blocks)
+        past_wq, sum_wq = _prefix(_row_vector(sink_weight, q), sum_wq, blocks)
         conserved_sink = (
             _matvec(lower, source_weight)
             + eps * (key_mass * source_weight).cumsum(-1)
-            + _dot(q, past_wk + eps, eps)
+            + _flow(q, query_mass, past_wk, eps)
         ) / n
         conserved_source = (
             _row_vector(sink_weight, upper)
             + eps * (query_mass * sink_weight).cumsum(-1)
-            + _dot(k, past_wq + eps, eps)
+            + _flow(k, key_mass, past_wq, eps)
         ) / n
 
         exponential = conserved_source.clamp(-clamp, clamp).exp()
-        past_exp, sum_exponentials = _prefix(exponential.sum(-1), sum_exponentials)
-        normaliser = exponential.cumsum(-1) + past_exp[..., None]
+        past_exp, sum_exp = _prefix(exponential.sum(-1), sum_exp, blocks)
+        normaliser = exponential.cumsum(-1)
+        if past_exp is not None:
+            normaliser = normaliser + past_exp[:, None]
         competed = (n * exponential / normaliser)[..., None] * v  # C_j v_j
-        past_memory, memory = _prefix(k.transpose(-1, -2) @ competed, memory)
-        aggregated = lower @ competed + q @ past_memory
+        past_memory, memory = _prefix(torch.bmm(k.mT, competed), memory, blocks)
+        aggregated = torch.bmm(lower, competed)
+        if past_memory is not None:
+            aggregated.baddbmm_(q, past_memory)
         allocation = conserved_sink.sigmoid()
         output = (allocation / incoming)[..., None] * aggregated
 
         ctx.save_for_backward(
-            q,
-            k,
-            v,
-            n,
-            incoming,
-            outgoing,
-            conserved_source,
-            exponential,
-            normaliser,
-            allocation,
-            aggregated,
-            past_k,
-            past_q,
-            past_wk,
-            past_wq,
-            past_memory,
-        )
-        ctx.constants = (clamp, eps)
-        new_state = (sum_keys, sum_queries, weighted_keys, weighted_queries, sum_exponentials, memory)
-        return output.flatten(2, 3), n[..., -1, -1], *new_state
+            q, k, v, n, incoming, outgoing, conserved_source, exponential, normaliser, allocation, aggregated,
+            past_k, past_q, past_wk, past_wq, past_memory,
+        )  # fmt: skip
+        ctx.constants = (blocks, clamp, eps, queries.shape, values.shape)
+        last = n.view(*queries.shape[:2], -1)[..., -1] if len(n) > 1 else n[:, -1:].expand(queries.shape[:2])
+        after = (sum_k, sum_q, sum_wk, sum_wq, sum_exp, memory)
+        shaped = (x.view(*queries.shape[:2], *x.shape[1:]) for x in after)
+        return output.view(values.shape), last, *shaped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, n, incoming, outgoing, conserved_source, exponential, normaliser, *rest = ctx.saved_tensors
         allocation, aggregated, past_k, past_q, past_wk, past_wq, past_memory = rest
-        clamp, eps = ctx.constants
-        g_output, _, g_sum_k, g_sum_q, g_wk, g_wq, g_sum_exp, g_memory = grads
-        g_output = _split(g_output, q.shape[2])
-        gram = q @ k.transpose(-1, -2)
-        lower, upper = gram.tril(), gram.triu()
+        blocks, clamp, eps, queries_shape, values_shape = ctx.constants
+        g_output, _, g_sum_k, g_sum_q, g_sum_wk, g_sum_wq, g_sum_exp, g_memory = grads
+        if g_output is None:  # only the state was used
+            g_output = aggregated.new_zeros(values_shape)
+        g_output = _blocks(g_output.contiguous(), blocks)
+        gram = torch.bmm(q, k.mT)  # built again: cheaper than keeping it from the forward pass
+        lower, upper = gram.tril(), gram.triu_()
         key_mass, query_mass = k.sum(-1), q.sum(-1)
         source_weight, sink_weight = n / outgoing, n / incoming
         competition = n * exponential / normaliser
@@ -112,112 +110,125 @@ class _CausalFlowBlocks(torch.autograd.Function):
         g_aggregated = scale[..., None] * g_output
         g_sink = g_scale * scale * (1 - allocation) / n  # of n times the conserved sink
         g_incoming = -g_scale * scale / incoming
-        later_memory, g_memory_in = _suffix(q.transpose(-1, -2) @ g_aggregated, g_memory)
-        g_competed = lower.transpose(-1, -2) @ g_aggregated + k @ later_memory
-        g_q = g_aggregated @ past_memory.transpose(-1, -2)
-        g_k = competed @ later_memory.transpose(-1, -2)
+        later_memory, g_memory = _suffix(lambda: torch.bmm(q.mT, g_aggregated), g_memory, past_memory, blocks)
+        g_competed = torch.bmm(lower.mT, g_aggregated)
+        if later_memory is not None:
+            g_competed.baddbmm_(k, later_memory)
 
         # competition: C = n exp(S) / (past sum of exp(S))
         g_v = competition[..., None] * g_competed
         g_competition = (g_competed * v).sum(-1)
         g_normaliser = -g_competition * competition / normaliser
-        later_exp, g_sum_exp_in = _suffix(g_normaliser.sum(-1), g_sum_exp)
-        g_exponential = g_competition * n / normaliser + _reverse_cumsum(g_normaliser) + later_exp[..., None]
+        later_exp, g_sum_exp = _suffix(lambda: g_normaliser.sum(-1), g_sum_exp, past_k, blocks)
+        g_exponential = g_competition * n / normaliser + _reverse_cumsum(g_normaliser)
+        if later_exp is not None:
+            g_exponential = g_exponential + later_exp[:, None]
         inside = (conserved_source >= -clamp) & (conserved_source <= clamp)
         g_source = g_exponential * exponential * inside / n  # of n times the conserved source
 
         # conserved flows: n S_j = triu(G)^T u + ..., n Z_i = tril(G) w + ..., with u = n / I, w = n / O
-        later_wq, g_wq_in = _suffix(_row_vector(g_source, k + eps), g_wq)
-        later_wk, g_wk_in = _suffix(_row_vector(g_sink, q + eps), g_wk)
-        g_source_tail, g_sink_tail = _reverse_cumsum(g_source), _reverse_cumsum(g_sink)
-        g_sink_weight = _matvec(upper, g_source) + eps * query_mass * g_source_tail + _dot(q, later_wq)
-        g_source_weight = _row_vector(g_sink, lower) + eps * key_mass * g_sink_tail + _dot(k, later_wk)
+        later_wq, g_sum_wq = _suffix(lambda: _row_vector(g_source, k, eps), g_sum_wq, past_wq, blocks)
+        later_wk, g_sum_wk = _suffix(lambda: _row_vector(g_sink, q, eps), g_sum_wk, past_wk, blocks)
+        source_tail, sink_tail = _reverse_cumsum(g_source), _reverse_cumsum(g_sink)
+        g_sink_weight = _matvec(upper, g_source) + eps * query_mass * source_tail
+        g_source_weight = _row_vector(g_sink, lower) + eps * key_mass * sink_tail
+        if later_wq is not None and later_wk is not None:
+            g_sink_weight = g_sink_weight + _matvec(q, later_wq)
+            g_source_weight = g_source_weight + _matvec(k, later_wk)
         g_incoming = g_incoming - g_sink_weight * sink_weight / incoming
         g_outgoing = -g_source_weight * source_weight / outgoing
 
         # flows: I = row sums of tril(G) + ..., O = column sums of triu(G) + ...
-        later_k, g_sum_k_in = _suffix(_row_vector(g_incoming, q + eps), g_sum_k)
-        later_q, g_sum_q_in = _suffix(_row_vector(g_outgoing, k + eps), g_sum_q)
-        g_query_mass = eps * (sink_weight * g_source_tail + _reverse_cumsum(g_outgoing))
-        g_key_mass = eps * (source_weight * g_sink_tail + _reverse_cumsum(g_incoming))
+        later_k, g_sum_k = _suffix(lambda: _row_vector(g_incoming, q, eps), g_sum_k, past_k, blocks)
+        later_q, g_sum_q = _suffix(lambda: _row_vector(g_outgoing, k, eps), g_sum_q, past_q, blocks)
+        g_query_mass = sink_weight * source_tail + _reverse_cumsum(g_outgoing) + g_sink + g_incoming
+        g_key_mass = source_weight * sink_tail + _reverse_cumsum(g_incoming) + g_source + g_outgoing
 
-        ones = torch.ones_like(n)
-        to_lower = torch.cat((g_aggregated, torch.stack((g_sink, g_incoming), -1)), -1) @ torch.cat(
-            (competed, torch.stack((source_weight, ones), -1)), -1
-        ).transpose(-1, -2)
-        to_upper = torch.stack((sink_weight, ones), -1) @ torch.stack((g_source, g_outgoing), -2)
-        g_gram = to_lower.tril_() + to_upper.triu_()
-        g_q = (
-            g_q
-            + g_gram @ k
-            + g_query_mass[..., None]
-            + _outer(
-                (g_sink, past_wk + eps), (g_incoming, past_k + eps), (sink_weight, later_wq), (ones, later_q)
-            )
+        g_lower = torch.bmm(g_aggregated, competed.mT)
+        g_lower.addcmul_(g_sink[..., None], source_weight[:, None]).add_(g_incoming[..., None])
+        g_upper = (sink_weight[..., None] * g_source[:, None]).add_(g_outgoing[:, None])
+        g_gram = g_lower.tril_().add_(g_upper.triu_())
+        g_q = torch.bmm(g_gram, k).add_((eps * g_query_mass)[..., None])
+        g_k = torch.bmm(g_gram.mT, q).add_((eps * g_key_mass)[..., None])
+        if past_memory is not None:
+            g_q.baddbmm_(g_aggregated, past_memory.mT)
+            _add_outer(g_q, (g_sink, past_wk), (g_incoming, past_k))
+            _add_outer(g_k, (g_source, past_wq), (g_outgoing, past_q))
+        if later_memory is not None:
+            ones = torch.ones_like(incoming)
+            g_k.baddbmm_(competed, later_memory.mT)
+            _add_outer(g_q, (sink_weight, later_wq), (ones, later_q))
+            _add_outer(g_k, (source_weight, later_wk), (ones, later_k))
+        g_queries = torch.ops.aten.sigmoid_backward(g_q, q).view(queries_shape)
+        g_keys = torch.ops.aten.sigmoid_backward(g_k, k).view(queries_shape)
+        g_state = (g_sum_k, g_sum_q, g_sum_wk, g_sum_wq, g_sum_exp, g_memory)
+        needed = zip(g_state, ctx.needs_input_grad[7:], strict=True)
+        shaped = (
+            g.view(*queries_shape[:2], *g.shape[1:]) if g is not None and need else None for g, need in needed
         )
-        g_k = (
-            g_k
-            + g_gram.transpose(-1, -2) @ q
-            + g_key_mass[..., None]
-            + _outer(
-                (g_source, past_wq + eps),
-                (g_outgoing, past_q + eps),
-                (source_weight, later_wk),
-                (ones, later_k),
-            )
-        )
-        g_state = (g_sum_k_in, g_sum_q_in, g_wk_in, g_wq_in, g_sum_exp_in, g_memory_in)
-        return g_q.flatten(2, 3), g_k.flatten(2, 3), g_v.flatten(2, 3), None, *g_state, None, None, None
+        return g_queries, g_keys, g_v.view(values_shape), None, None, None, None, *shaped
 
 
-def causal_flow_blocks(
-    queries: Tensor, keys: Tensor, values: Tensor, *state_blocks_clamp_eps: Any
-) -> tuple[Tensor, ...]:
-    """Causal Flow-Attention of (batch, heads, blocks * C, width) tensors **after** the sigmoid.
+def _blocks(x: Tensor, blocks: int) -> Tensor:  # (batch, heads, blocks * C, width) -> (M, C, width)
+    return x.view(-1, x.shape[2] // blocks, x.shape[3])
 
-    Further arguments: the seven tensors of a ``FlowState``, then ``blocks``, ``clamp`` and ``eps``.
-    Returns the output (batch, heads, blocks * C, value_dim) and the seven tensors of the state after it.
+
+def _token_numbers(num_tokens: Tensor | None, queries: Tensor, blocks: int) -> Tensor:
+    length = queries.shape[2]
+    n = torch.arange(
+        1, length + 1, dtype=torch.promote_types(queries.dtype, torch.float32), device=queries.device
+    )
+    if num_tokens is None and blocks == 1:
+        return n[None]
+    start = n.new_zeros(queries.shape[:2]) if num_tokens is None else num_tokens
+    return (start[..., None] + n).view(-1, length // blocks)
+
+
+def _prefix(per_block: Tensor, state: Tensor | None, blocks: int) -> tuple[Tensor | None, Tensor]:
+    """Per-block sums (M, ...) -> what precedes each block (M, ...), and the total after all (N, ...)."""
+    per_block = per_block.unflatten(0, (-1, blocks))  # (N, blocks, ...)
+    if state is None and blocks == 1:
+        return None, per_block[:, 0]
+    start = torch.zeros_like(per_block[:, :1]) if state is None else state.flatten(0, 1)[:, None]
+    running = torch.cat((start, per_block), dim=1).cumsum(1)
+    return running[:, :-1].flatten(0, 1), running[:, -1]
+
+
+def _suffix(
+    per_block: Any, final: Tensor | None, past: Tensor | None, blocks: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of :func:`_prefix`: what follows each block (M, ...), and what reaches the state (N, ...).
+
+    ``per_block`` is a function, since a window without past or future never needs its value.
     """
-    return _CausalFlowBlocks.apply(queries, keys, values, *state_blocks_clamp_eps)
+    if past is None and final is None:
+        return None, None
+    each = per_block().unflatten(0, (-1, blocks))  # (N, blocks, ...)
+    end = torch.zeros_like(each[:, :1]) if final is None else final.flatten(0, 1)[:, None]
+    running = torch.cat((each, end), dim=1).flip(1).cumsum(1).flip(1)
+    return running[:, 1:].flatten(0, 1), running[:, 0]
 
 
-def _split(x: Tensor, blocks: int) -> Tensor:  # (batch, heads, blocks * C, width) -> (..., blocks, C, width)
-    return x.unflatten(2, (blocks, -1))
+def _flow(x: Tensor, mass: Tensor, past: Tensor | None, eps: float) -> Tensor:
+    """(x + eps) . (past + eps) over the last dimension, (M, C); ``mass`` is the sum of x over it."""
+    own = eps * (mass + eps * x.shape[-1])
+    return own if past is None else own + _matvec(x, past) + eps * past.sum(-1, keepdim=True)
 
 
-def _prefix(per_block: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-block sums (batch, heads, blocks, ...) -> what precedes each block, and the total after all."""
-    if per_block.shape[2] == 1:
-        return state[:, :, None], state + per_block[:, :, 0]
-    running = torch.cat((state[:, :, None], per_block), dim=2).cumsum(2)
-    return running[:, :, :-1], running[:, :, -1]
+def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (M, C, D) and (M, D) -> (M, C)
+    return torch.bmm(matrix, vector.expand(len(matrix), -1)[..., None])[..., 0]
 
 
-def _suffix(per_block: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of :func:`_prefix`: what follows each block, and the total that reaches the state."""
-    if per_block.shape[2] == 1:
-        return final[:, :, None], final + per_block[:, :, 0]
-    running = torch.cat((per_block, final[:, :, None]), dim=2).flip(2).cumsum(2).flip(2)
-    return running[:, :, 1:], running[:, :, 0]
+def _row_vector(vector: Tensor, matrix: Tensor, eps: float = 0.0) -> Tensor:
+    """(M, C) and (M, C, D) -> the sum over C of vector times (matrix + eps), (M, D)."""
+    product = torch.bmm(vector[:, None], matrix)[:, 0]
+    return product if eps == 0 else product + eps * vector.sum(-1, keepdim=True)
 
 
-def _dot(x: Tensor, vector: Tensor, eps: float = 0.0) -> Tensor:
-    """(..., C, d) and (..., d) -> (x + eps) . vector, (..., C)."""
-    return (x @ vector[..., None])[..., 0] + eps * vector.sum(-1, keepdim=True)
-
-
-def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (..., C, D) and (..., D) -> (..., C)
-    return (matrix @ vector[..., None])[..., 0]
-
-
-def _row_vector(vector: Tensor, matrix: Tensor) -> Tensor:  # (..., C) and (..., C, D) -> (..., D)
-    return (vector[..., None, :] @ matrix)[..., 0, :]
-
-
-def _outer(*pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """The sum of outer products of (..., C) and (..., d) vectors, as one matrix product (..., C, d)."""
-    columns, rows = zip(*pairs, strict=True)
-    return torch.stack(columns, dim=-1) @ torch.stack(rows, dim=-2)
+def _add_outer(target: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> None:
+    """Add the outer products of (M, C) and (M, d) vectors to (M, C, d), as one matrix product."""
+    columns = torch.stack([column for column, _ in pairs], dim=-1)
+    target.baddbmm_(columns, torch.stack([row for _, row in pairs if row is not None], dim=-2))
 
 
 def _reverse_cumsum(x: Tensor) -> Tensor:
