@@ -1,14 +1,18 @@
 """Gymnasium environments from a spec: one at a time, or many whose finished slots stay still."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
+from flowrl.envs.mujoco_vector import MUJOCO_VECTOR_IDS, MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
@@ -24,9 +28,7 @@ def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gy
     """
     rendering = {} if render_mode is None else {"render_mode": render_mode}
     try:
-        with warnings.catch_warnings():
-            # D4RL's data belongs to the -v4 environments; that newer ones exist is not the user's problem.
-            warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
+        with _no_deprecations():
             env = gym.make(
                 environment.env_id,
                 max_episode_steps=environment.max_episode_steps,
@@ -50,10 +52,34 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
     observation, the same two flags and a reward of 0. ``reset(seed=[...])`` starts every slot anew;
     ``reset(seed=[...], options={"reset_mask": mask})``, ``mask`` (num_envs,) bool, only the chosen ones.
 
+    Gymnasium's planar robots and Ant with default arguments run on all cores
+    (:class:`flowrl.envs.mujoco_vector.MujocoVectorEnv`), everything else in Gymnasium's SyncVectorEnv.
+
     Raises:
         UserError: see :func:`make_env`.
     """
+    if environment.env_id in MUJOCO_VECTOR_IDS and not environment.kwargs:
+        return MujocoVectorEnv(make_env(environment), num_envs)
     return StillVectorEnv([lambda: StayFinished(make_env(environment))] * num_envs)
+
+
+@contextmanager
+def _no_deprecations() -> Iterator[None]:
+    """Keep quiet about what the user cannot change: old versions of environments and of robot models.
+
+    D4RL's data belongs to the -v4 environments, and Gymnasium's HalfCheetah uses a compiler option that
+    MuJoCo 4 deprecates, in lines on stderr and in a file MUJOCO_LOG.TXT, once per environment.
+    """
+    previous = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(
+        lambda text: None if "deprecated" in text else warnings.warn(text, stacklevel=2)
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
+            yield
+    finally:
+        mujoco.set_mju_user_warning(previous)
 
 
 class StayFinished(gym.Wrapper[Any, Any, Any, Any]):

@@ -1,0 +1,223 @@
+"""Gymnasium's planar robots and Ant, many at once, with their physics on all cores.
+
+Every slot has its own ``mujoco.MjData`` and takes the very ``mj_step`` calls that Gymnasium's environment
+makes, so states agree bit for bit. The calls release Python's lock, so a few threads keep every core busy;
+rewards, terminations and observations are then computed for all slots at once. (``mujoco.rollout`` moves
+states instead of keeping them and does not return the solver's warm start, without which the next step
+differs in its last digits.)
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+SLOTS_PER_THREAD = 4  # fewer are stepped faster than another thread is woken
+
+
+def _hopper_healthy(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    state = np.concatenate([qpos, qvel], axis=1)[:, 2:]
+    upright = (qpos[:, 1] > 0.7) & (np.abs(qpos[:, 2]) < 0.2)
+    return upright & (np.abs(state) < 100).all(axis=1)
+
+
+def _walker_healthy(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    return (qpos[:, 1] > 0.8) & (qpos[:, 1] < 2.0) & (np.abs(qpos[:, 2]) < 1.0)
+
+
+def _ant_healthy(qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(qpos).all(axis=1) & np.isfinite(qvel).all(axis=1)
+    return finite & (qpos[:, 2] >= 0.2) & (qpos[:, 2] <= 1.0)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a Gymnasium environment adds to its physics; the values are its defaults."""
+
+    control_cost_weight: float
+    reset_noise_scale: float
+    gaussian_velocity_noise: bool
+    """Initial velocities are disturbed by a normal distribution, otherwise a uniform one."""
+    healthy: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    """From qpos (slots, nq) and qvel (slots, nv) whether each may go on; None: it always may."""
+    pays_when_unhealthy: bool = False
+    """The -v4 environments pay the healthy reward in the terminal step too."""
+    hidden_positions: int = 1
+    """Leading entries of qpos that the observation leaves out."""
+    velocity_limit: float = np.inf
+    """Velocities are clipped to it in observations."""
+    tracks_body: bool = False
+    """Speed is that of the first body, as MuJoCo last computed it, instead of the first joint's."""
+    contact_cost_weight: float | None = None
+    """Contact forces are observed and cost."""
+
+
+_TASKS = {
+    "Hopper-v4": _Task(1e-3, 5e-3, False, _hopper_healthy, pays_when_unhealthy=True, velocity_limit=10),
+    "Hopper-v5": _Task(1e-3, 5e-3, False, _hopper_healthy, velocity_limit=10),
+    "Walker2d-v4": _Task(1e-3, 5e-3, False, _walker_healthy, pays_when_unhealthy=True, velocity_limit=10),
+    "Walker2d-v5": _Task(1e-3, 5e-3, False, _walker_healthy, velocity_limit=10),
+    "HalfCheetah-v4": _Task(0.1, 0.1, True),
+    "HalfCheetah-v5": _Task(0.1, 0.1, True),
+    "Ant-v4": _Task(
+        0.5, 0.1, True, _ant_healthy, pays_when_unhealthy=True, hidden_positions=2, tracks_body=True
+    ),
+    "Ant-v5": _Task(
+        0.5, 0.1, True, _ant_healthy, hidden_positions=2, tracks_body=True, contact_cost_weight=5e-4
+    ),
+}
+MUJOCO_VECTOR_IDS = frozenset(_TASKS)
+
+
+class MujocoVectorEnv(VectorEnv):
+    """``num_envs`` copies of one of :data:`MUJOCO_VECTOR_IDS` whose finished slots stay still.
+
+    Observations, rewards, flags, reset noise and seeds are those of Gymnasium's single environment with
+    default arguments; the info dictionaries are empty. See :func:`flowrl.envs.vector.make_vector_env` for
+    what ``step`` and ``reset`` promise.
+    """
+
+    def __init__(self, template: gym.Env, num_envs: int) -> None:
+        """``template`` is one such environment; its model, spaces and time limit are used."""
+        base: Any = template.unwrapped
+        if template.spec is None:
+            raise ValueError("the template must come from gymnasium.make")
+        self._task = _TASKS[template.spec.id]
+        self._max_episode_steps = template.spec.max_episode_steps or np.inf
+        self._model, self._frame_skip, self._dt = base.model, base.frame_skip, base.dt
+        self._init_qpos, self._init_qvel = base.init_qpos, base.init_qvel
+        self.num_envs = num_envs
+        self.metadata = {**template.metadata, "autoreset_mode": AutoresetMode.DISABLED}
+        self.single_observation_space = template.observation_space
+        self.single_action_space = template.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        template.close()
+
+        self._datas = [mujoco.MjData(self._model) for _ in range(num_envs)]
+        # Views into each slot's simulation, made once: MjData makes a new one at every access.
+        self._qpos = [data.qpos for data in self._datas]
+        self._qvel = [data.qvel for data in self._datas]
+        self._ctrl = [data.ctrl for data in self._datas]
+        self._body = [data.xpos[1] for data in self._datas]
+        self._forces = [data.cfrc_ext for data in self._datas]
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+
+        assert isinstance(self.observation_space, Box)
+        self._observations = np.zeros(self.observation_space.shape)
+        self._x = np.zeros(num_envs)  # position along the track that speed is computed from
+        self._elapsed = np.zeros(num_envs, dtype=np.int64)
+        self._terminations = np.zeros(num_envs, dtype=bool)
+        self._truncations = np.zeros(num_envs, dtype=bool)
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._threads = max(1, min(cores, num_envs // SLOTS_PER_THREAD))
+        self._pool = ThreadPoolExecutor(self._threads)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start every slot anew, or those of ``options["reset_mask"]``, (num_envs,) bool.
+
+        ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others;
+        without one a slot goes on drawing from its own generator, as Gymnasium's environments do.
+        """
+        if seed is None or isinstance(seed, int):
+            seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        if len(seeds) != self.num_envs or mask.shape != (self.num_envs,):
+            raise ValueError(f"expected {self.num_envs} seeds and a mask of that length")
+        slots = np.flatnonzero(mask)
+        for slot in slots.tolist():
+            self._reset_slot(slot, seeds[slot])
+        self._elapsed[slots] = 0
+        self._terminations[slots] = self._truncations[slots] = False
+        self._observe(slots)
+        return self._observations.copy(), {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step the slots whose episode goes on; the actions (num_envs, action_dim) of others are ignored."""
+        task = self._task
+        rewards = np.zeros(self.num_envs)
+        slots = np.flatnonzero(~(self._terminations | self._truncations))
+        if len(slots) > 0:
+            x_before = self._x[slots]
+            self._simulate(slots, actions)
+            qpos, qvel = self._observe(slots)
+            gains = (self._x[slots] - x_before) / self._dt
+            # In the actions' own precision, as Gymnasium computes it.
+            costs = task.control_cost_weight * np.square(actions[slots]).sum(axis=1)
+            if task.contact_cost_weight is not None:
+                costs = costs + task.contact_cost_weight * np.square(self._contact_forces(slots)).sum(axis=1)
+            if task.healthy is not None:
+                healthy = task.healthy(qpos, qvel)
+                gains = gains + (healthy | task.pays_when_unhealthy)
+                self._terminations[slots] = ~healthy
+            rewards[slots] = gains - costs
+            self._elapsed[slots] += 1
+            self._truncations[slots] = self._elapsed[slots] >= self._max_episode_steps
+        return self._observations.copy(), rewards, self._terminations.copy(), self._truncations.copy(), {}
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def _reset_slot(self, slot: int, seed: int | None) -> None:
+        generator = self._generators[slot]
+        if seed is not None or generator is None:
+            generator = self._generators[slot] = seeding.np_random(None if seed is None else int(seed))[0]
+        scale, model, data = self._task.reset_noise_scale, self._model, self._datas[slot]
+        mujoco.mj_resetData(model, data)
+        self._qpos[slot][:] = self._init_qpos + generator.uniform(-scale, scale, model.nq)
+        if self._task.gaussian_velocity_noise:
+            self._qvel[slot][:] = self._init_qvel + scale * generator.standard_normal(model.nv)
+        else:
+            self._qvel[slot][:] = self._init_qvel + generator.uniform(-scale, scale, model.nv)
+        mujoco.mj_forward(model, data)
+
+    def _simulate(self, slots: np.ndarray, actions: np.ndarray) -> None:
+        """Advance the physics of these slots by one environment step, on as many threads as pay off."""
+        threads = max(1, min(self._threads, len(slots) // SLOTS_PER_THREAD))
+        # One iterator for all threads: each takes the next slot when it is done with its last one.
+        remaining = iter(slots.tolist())
+        others = [self._pool.submit(self._simulate_each, remaining, actions) for _ in range(threads - 1)]
+        self._simulate_each(remaining, actions)
+        for other in others:
+            other.result()
+
+    def _simulate_each(self, slots: Iterator[int], actions: np.ndarray) -> None:
+        for slot in slots:
+            self._ctrl[slot][:] = actions[slot]
+            mujoco.mj_step(self._model, self._datas[slot], self._frame_skip)
+            if self._task.contact_cost_weight is not None:
+                mujoco.mj_rnePostConstraint(self._model, self._datas[slot])  # computes cfrc_ext
+
+    def _observe(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Update observations and positions of these slots; return their qpos and qvel."""
+        task, chosen = self._task, slots.tolist()
+        qpos = np.array([self._qpos[slot] for slot in chosen])  # (slots, nq)
+        qvel = np.array([self._qvel[slot] for slot in chosen])  # (slots, nv)
+        self._x[slots] = [self._body[slot][0] for slot in chosen] if task.tracks_body else qpos[:, 0]
+        parts = [qpos[:, task.hidden_positions :], np.clip(qvel, -task.velocity_limit, task.velocity_limit)]
+        if task.contact_cost_weight is not None:
+            parts.append(self._contact_forces(slots)[:, 6:])  # without the world's
+        self._observations[slots] = np.concatenate(parts, axis=1)
+        return qpos, qvel
+
+    def _contact_forces(self, slots: np.ndarray) -> np.ndarray:
+        """Return the clipped external forces on all bodies, (slots, bodies * 6)."""
+        forces = np.array([self._forces[slot] for slot in slots.tolist()])
+        return np.clip(forces, -1.0, 1.0).reshape(len(slots), -1)

@@ -1,0 +1,115 @@
+"""The threaded MuJoCo vector environment against Gymnasium's single environments, bit for bit."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from flowrl.envs.mujoco_vector import MUJOCO_VECTOR_IDS, MujocoVectorEnv
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import StillVectorEnv, make_vector_env
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
+
+EVERY_ID = [
+    f"{name}-v{version}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2d") for version in (4, 5)
+]
+
+
+def test_the_ids_are_the_promised_ones():
+    assert sorted(MUJOCO_VECTOR_IDS) == EVERY_ID
+
+
+@pytest.mark.parametrize("env_id", EVERY_ID)
+@pytest.mark.parametrize(("action_scale", "limit"), [(1.0, None), (0.1, 90)], ids=["wild", "gentle"])
+def test_every_step_equals_gymnasiums(env_id, action_scale, limit):
+    """1,000 random steps; finished slots are reset without a seed, so that generators are compared too."""
+    seeds = [0, 17, 2**31, 5]
+    singles = [gym.make(env_id, max_episode_steps=limit, disable_env_checker=True) for _ in seeds]
+    envs = make_vector_env(EnvironmentSpec(env_id, max_episode_steps=limit), len(seeds))
+    assert isinstance(envs, MujocoVectorEnv)
+    assert envs.single_observation_space == singles[0].observation_space
+    assert envs.single_action_space == singles[0].action_space
+    observations, _ = envs.reset(seed=seeds)
+    for single, seed, observation in zip(singles, seeds, observations, strict=True):
+        np.testing.assert_array_equal(observation, single.reset(seed=seed)[0])
+    rng = np.random.default_rng(3)
+    episodes = 0
+    for _ in range(1000):
+        actions = rng.uniform(-action_scale, action_scale, envs.action_space.shape).astype(np.float32)
+        outcome = envs.step(actions)
+        expected = [single.step(action) for single, action in zip(singles, actions, strict=True)]
+        for got, want in zip(outcome[:4], list(zip(*expected, strict=True))[:4], strict=True):
+            np.testing.assert_array_equal(got, want)
+        finished = outcome[2] | outcome[3]
+        if finished.any():
+            episodes += int(finished.sum())
+            observations, _ = envs.reset(options={"reset_mask": finished})
+            for slot in np.flatnonzero(finished):
+                np.testing.assert_array_equal(observations[slot], singles[slot].reset()[0])
+    assert episodes >= len(seeds)
+    envs.close()
+
+
+def test_finished_slots_stand_still_until_they_are_reset():
+    envs = make_vector_env(EnvironmentSpec("Hopper-v4", max_episode_steps=30), 12)
+    envs.reset(seed=list(range(12)))
+    rng = np.random.default_rng(0)
+    frozen, kept = np.zeros(12, dtype=bool), np.zeros((12, 11))
+    finishing_steps = set()
+    for step in range(35):
+        observations, rewards, terminations, truncations, _ = envs.step(rng.uniform(-1, 1, (12, 3)))
+        assert (rewards[frozen] == 0).all()
+        assert (rewards[~frozen] != 0).all()
+        np.testing.assert_array_equal(observations[frozen], kept[frozen])
+        assert (terminations | truncations)[frozen].all()
+        newly = (terminations | truncations) & ~frozen
+        kept[newly] = observations[newly]
+        frozen |= newly
+        if newly.any():
+            finishing_steps.add(step)
+    assert frozen.all()
+    assert len(finishing_steps) > 2
+    first = np.arange(12) < 5
+    again, _ = envs.reset(seed=list(range(12)), options={"reset_mask": first})
+    np.testing.assert_array_equal(again[~first], kept[~first])
+    fresh, _ = envs.reset(seed=0)  # slot i gets seed + i
+    np.testing.assert_array_equal(again[first], fresh[first])
+    envs.close()
+
+
+def test_threads_do_not_change_results():
+    rng = np.random.default_rng(1)
+    actions = rng.uniform(-1, 1, (100, 32, 6)).astype(np.float32)
+    results = []
+    for threads in (1, 3):
+        envs = make_vector_env(EnvironmentSpec("HalfCheetah-v5"), 32)
+        envs._threads = threads  # tasks that share the slots, whatever the machine's cores
+        envs.reset(seed=9)
+        results.append([envs.step(action)[:2] for action in actions])
+        envs.close()
+    for one, three in zip(*results, strict=True):
+        np.testing.assert_array_equal(one[0], three[0])
+        np.testing.assert_array_equal(one[1], three[1])
+
+
+def test_other_environments_and_arguments_use_gymnasiums_class():
+    for spec in (EnvironmentSpec("Hopper-v5", {"ctrl_cost_weight": 0.5}), EnvironmentSpec("Swimmer-v5")):
+        envs = make_vector_env(spec, 2)
+        assert isinstance(envs, StillVectorEnv)
+        envs.close()
+
+
+def test_wrong_seeds_and_masks_are_refused():
+    envs = make_vector_env(EnvironmentSpec("Hopper-v5"), 3)
+    with pytest.raises(ValueError, match="3 seeds"):
+        envs.reset(seed=[1, 2])
+    with pytest.raises(ValueError, match="3 seeds"):
+        envs.reset(options={"reset_mask": np.ones(2, dtype=bool)})
+    envs.close()
+
+
+def test_robot_models_are_loaded_without_lines_on_stderr(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_vector_env(EnvironmentSpec("HalfCheetah-v5"), 2).close()
+    assert capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
