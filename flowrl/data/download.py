@@ -147,7 +147,7 @@ def _transfer(url: str, part: Path, *, size: int | None, hash_known: bool, timeo
                 _discard(part)
                 _transfer(url, part, size=size, hash_known=hash_known, timeout=timeout)
             return
-        raise _Refused(f"HTTP status {error.code} {error.reason}".strip()) from error
+        raise _Refused(" ".join(f"HTTP status {error.code} {error.reason}".split())) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _Refused(_reason(error)) from error
 
