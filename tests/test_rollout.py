@@ -3,10 +3,15 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.spaces import Box
 
+from flowrl.envs.mujoco_vector import MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import StillVectorEnv, make_vector_env
 from flowrl.evaluation.rollout import NonFiniteError, rollout
+from flowrl.model.agent import Agent, AgentConfig
+from flowrl.model.network import ModelConfig, SequenceModel
 
 
 class LinearAgent:
@@ -90,6 +95,46 @@ def test_returns_and_lengths_equal_those_of_single_environments(environment, dim
         assert len(set(lengths)) > 1  # slots were dropped at different steps
     if environment.max_episode_steps is not None:
         assert not terminated.all()
+
+
+class CoarseAgent(Agent):
+    """The real agent with its actions rounded to tenths.
+
+    Matrix products round differently for different numbers of slots; a robot would amplify that.
+    """
+
+    def act(self, observations, rewards_since_last_act=None):
+        return np.round(super().act(observations, rewards_since_last_act), 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+@pytest.mark.parametrize(
+    ("environment", "vector_class"),
+    [
+        (EnvironmentSpec("Hopper-v4", max_episode_steps=35), MujocoVectorEnv),
+        (EnvironmentSpec("Hopper-v5", {"reset_noise_scale": 0.02}, 35), StillVectorEnv),
+    ],
+    ids=["threads", "gymnasium"],
+)
+def test_both_acting_modes_agree_with_single_environments(environment, vector_class, acting):
+    envs = make_vector_env(environment, 1)
+    assert type(envs) is vector_class
+    envs.close()
+    torch.manual_seed(1)
+    model = SequenceModel(ModelConfig(11, 3, 1000, num_layers=2, embed_dim=16, num_heads=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # an untrained model barely listens to its inputs
+    agent = CoarseAgent(model, AgentConfig(model.config, 5, False, ()), acting=acting)
+    targets = np.repeat([0.0, 2.0, -3.0, 5.0], 3)
+    seeds = np.tile([0, 1, 2], 4)
+    returns, lengths, terminated = loop_over_single_environments(agent, environment, targets, seeds)
+    result = rollout(agent, environment, targets, seeds)
+    np.testing.assert_array_equal(result.lengths, lengths)
+    np.testing.assert_allclose(result.returns, returns, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(result.terminated, terminated)
+    assert len(set(lengths)) > 2
 
 
 class FaultyEnv(gym.Env):
