@@ -10,7 +10,7 @@ are buffers of the model, so they travel with its weights.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -199,9 +199,9 @@ class SequenceModel(nn.Module):
 
     def _step_token(self, token: Tensor, states: list, read: bool) -> tuple[Tensor, list]:
         x, new_states = self.embed_norm(token), []
-        for layer, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
-            last = layer == len(self.blocks) - 1
-            x, state = block.step(x, state, read or not last)
+        blocks = cast(list[Block], list(self.blocks))
+        for block, state in zip(blocks, states, strict=True):
+            x, state = block.step(x, state, read or block is not blocks[-1])
             new_states.append(state)
         return x, new_states
 
