@@ -5,8 +5,8 @@ return-to-go, observation, action; the action is read from the observation's tok
 a timestep, the sum of the embeddings of the return-to-go, the observation and the previous action, so that
 the return reaches every action undiluted and the sequence is a third as long.
 
-Everything enters and leaves in the data's own units: observation normalisation, return scale and action bounds
-are buffers of the model, so they travel with its weights.
+Everything enters and leaves in the data's own units: observation normalisation, return scale and action
+bounds are buffers of the model, so they travel with its weights.
 """
 
 from dataclasses import dataclass

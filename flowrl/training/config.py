@@ -101,8 +101,11 @@ class TrainConfig:
 
 # What --resume may change: none of it alters what one update computes, but for the schedule's length.
 RESUMABLE = frozenset(
-    "steps device compile targets eval_every eval_episodes acting log_every checkpoint_every "
-    "keep_checkpoints resume run_dir".split()
+    (
+        *("steps", "device", "compile", "resume", "run_dir"),
+        *("targets", "eval_every", "eval_episodes", "acting"),
+        *("log_every", "checkpoint_every", "keep_checkpoints"),
+    )
 )
 
 

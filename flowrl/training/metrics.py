@@ -48,6 +48,26 @@ class MetricsLog:
         self._events.close()
 
 
+def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the lines of one kind (run, train, evaluation) of a run, in the order they were written.
+
+    Raises:
+        UserError: no such run, or a line that is not one of metrics.
+    """
+    path = run / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{run}: not a run folder, it has no {METRICS_FILE}")
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            if entry["kind"] == kind:
+                entries.append(entry)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is not a line of metrics") from error
+    return entries
+
+
 def rewind(run_dir: Path, step: int, evaluated_step: int) -> None:
     """Drop the lines that were written after a checkpoint: they will be written again.
 

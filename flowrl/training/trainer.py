@@ -1,4 +1,4 @@
-"""The training loop: updates, metrics, evaluations, checkpoints, and continuing exactly where a run stopped."""
+"""The training loop: updates, metrics, evaluations, checkpoints, and continuing exactly after a stop."""
 
 import json
 import math
@@ -76,10 +76,10 @@ def describe(dataset: EpisodeDataset) -> None:
     scores = ""
     if dataset.reference is not None:
         scores = f" (normalised {dataset.reference.normalized_score(float(returns.mean())):.1f})"
-    environment = dataset.environment.env_id if dataset.environment else "unknown"
     print(
         f"dataset {dataset.dataset_id} sha256 {dataset.sha256[:12]}: {dataset.num_transitions} transitions, "
-        f"{dataset.num_episodes} episodes, mean return {returns.mean():.1f}{scores}, environment {environment}"
+        f"{dataset.num_episodes} episodes, mean return {returns.mean():.1f}{scores}, "
+        f"environment {dataset.environment.env_id if dataset.environment else 'unknown'}"
     )
     for note in dataset.notes:
         print(f"note: {note}")
@@ -279,8 +279,9 @@ class Trainer:
         saved = agent_config_from_dict(resumed.agent, where=f"{self.run_dir}: agent.json")
         if saved.dataset_sha256 != dataset.sha256:
             raise UserError(
-                f"--resume {self.run_dir}: trained on {saved.dataset_id} (sha256 {saved.dataset_sha256[:12]}), "
-                f"but {dataset.dataset_id} now holds other data (sha256 {dataset.sha256[:12]})"
+                f"--resume {self.run_dir}: trained on {saved.dataset_id} "
+                f"(sha256 {saved.dataset_sha256[:12]}), but {dataset.dataset_id} now holds other data "
+                f"(sha256 {dataset.sha256[:12]})"
             )
 
     def _restore(self, resumed: Checkpoint) -> None:
