@@ -13,7 +13,6 @@ import pytest
 
 from flowrl.data.d4rl import read_d4rl_file
 from flowrl.data.episodes import EpisodeDataset
-from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
 
@@ -378,23 +377,3 @@ def test_a_damaged_file_gives_its_data_or_one_clear_error(tmp_path: Path) -> Non
             messages.append(str(error))
     assert len(messages) > 20
     assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
-
-
-def ant_columns(forces: float) -> dict[str, np.ndarray]:
-    data = columns(12, 111, 8)
-    data["observations"][:, 27:] = forces
-    return data
-
-
-def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp_path: Path) -> None:
-    ant = EnvironmentSpec("Ant-v4")
-    data = ant_columns(0.0)
-    path = write(tmp_path / "zero.hdf5", data)
-    dataset = read_d4rl_file(path, environment=ant)
-    assert np.array_equal(dataset.observations, data["observations"][:, :27])
-    assert dataset.environment == ant
-    assert any("84 contact-force columns are all zero: dropped" in note for note in dataset.notes)
-    assert read_d4rl_file(path).observation_dim == 111
-    dataset = read_d4rl_file(write(tmp_path / "forces.hdf5", ant_columns(0.5)), environment=ant)
-    assert dataset.observation_dim == 111
-    assert dataset.environment == EnvironmentSpec("Ant-v4", {"use_contact_forces": True})

@@ -39,7 +39,7 @@ def read_minari(dataset_id: str) -> EpisodeDataset:
 
     name = f"minari:{dataset_id}"
     _ensure_local(dataset_id)
-    folder = _datasets_folder() / dataset_id
+    folder = datasets_folder() / dataset_id
     with _named_errors(name, folder):
         metadata = _read_metadata(folder)
         dataset = minari.load_dataset(dataset_id)
@@ -93,7 +93,7 @@ def read_minari(dataset_id: str) -> EpisodeDataset:
     )
 
 
-def _datasets_folder() -> Path:
+def datasets_folder() -> Path:
     """Minari's local cache, found as minari finds it."""
     return Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
 
@@ -104,7 +104,7 @@ def _ensure_local(dataset_id: str) -> None:
 
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id, re.ASCII):
         raise UserError(f"malformed Minari id '{dataset_id}': one looks like mujoco/hopper/medium-v0")
-    root = _datasets_folder()
+    root = datasets_folder()
     if (root / dataset_id).exists():
         return
     flat_name = dataset_id.replace("/", "--")
@@ -119,7 +119,7 @@ def _ensure_local(dataset_id: str) -> None:
                 if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
                     # huggingface_hub retries for half a minute before it admits that there is no network.
                     require_answer(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-                with _minari_folder(staging):
+                with minari_folder(staging):
                     minari.download_dataset(dataset_id)
                 (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(staging / dataset_id, root / dataset_id)
@@ -134,8 +134,8 @@ def _ensure_local(dataset_id: str) -> None:
 
 
 @contextlib.contextmanager
-def _minari_folder(folder: Path) -> Iterator[None]:
-    """Let minari download to ``folder``: it takes its folder from the environment only."""
+def minari_folder(folder: Path) -> Iterator[None]:
+    """Let minari work in ``folder``: it takes its folder from the environment only."""
     before = os.environ.get("MINARI_DATASETS_PATH")
     os.environ["MINARI_DATASETS_PATH"] = str(folder)
     try:

@@ -40,7 +40,7 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
     if suffix in FILE_SUFFIXES:
         reference = None if environment is None else reference_scores(environment.env_id)
         return read_d4rl_file(Path(source).expanduser(), environment=environment, reference=reference)
-    if Path(source).expanduser().exists() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
+    if Path(source).expanduser().is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
         raise UserError(
             f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
             f"{' or '.join(FILE_SUFFIXES)}; other formats are not read, pickles never"

@@ -1,0 +1,388 @@
+"""Minari datasets written with minari itself, against plain loops; and damaged ones."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import h5py
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.wrappers import TimeAwareObservation
+from minari.data_collector import EpisodeBuffer
+
+from flowrl.data.d4rl import read_d4rl_file
+from flowrl.data.minari_data import read_minari
+from flowrl.envs.reference_scores import REFERENCE_SCORES, ReferenceScores
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import make_env
+from flowrl.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
+
+LENGTHS = (4, 1, 3, 6)
+TERMINATED = (True, False, True, False)
+ID = "test/hopper/tiny-v0"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache of our own, and no network to ask."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("MINARI_REMOTE", raising=False)
+    return tmp_path / "cache"
+
+
+def episodes(observation_space: spaces.Space[Any], action_dim: int = 3) -> list[EpisodeBuffer]:
+    random = np.random.default_rng(0)
+
+    def observe(space: spaces.Space[Any], count: int) -> Any:
+        if isinstance(space, spaces.Dict):
+            return {key: observe(inner, count) for key, inner in space.spaces.items()}
+        assert isinstance(space, spaces.Box)
+        return random.normal(size=(count, *space.shape)).astype(space.dtype)
+
+    return [
+        EpisodeBuffer(
+            observations=observe(observation_space, length + 1),
+            actions=random.uniform(-1, 1, size=(length, action_dim)).astype(np.float32),
+            rewards=random.normal(size=length).tolist(),
+            terminations=[False] * (length - 1) + [terminated],
+            truncations=[False] * (length - 1) + [not terminated],
+            infos={"extra": np.arange(length + 1)},
+        )
+        for length, terminated in zip(LENGTHS, TERMINATED, strict=True)
+    ]
+
+
+HOPPER_SPACE = spaces.Box(-np.inf, np.inf, (11,), np.float64)
+ACTION_SPACE = spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+
+def create(
+    buffers: list[EpisodeBuffer] | None = None,
+    dataset_id: str = ID,
+    observation_space: spaces.Space[Any] = HOPPER_SPACE,
+    **options: Any,
+) -> list[EpisodeBuffer]:
+    buffers = episodes(observation_space) if buffers is None else buffers
+    options.setdefault("action_space", ACTION_SPACE)
+    minari.create_dataset_from_buffers(dataset_id, buffers, observation_space=observation_space, **options)
+    return buffers
+
+
+def test_observations_are_aligned_with_the_actions_taken_on_them() -> None:
+    buffers = create(env="Hopper-v5")
+    dataset = read_minari(ID)
+    assert dataset.episode_lengths.tolist() == list(LENGTHS)
+    assert dataset.episode_starts.tolist() == [0, 4, 5, 8]
+    assert dataset.terminated.tolist() == list(TERMINATED)
+    row = 0
+    for buffer in buffers:
+        length = len(buffer.rewards)
+        for step in range(length):
+            assert np.array_equal(dataset.observations[row], buffer.observations[step].astype(np.float32))
+            assert np.array_equal(dataset.actions[row], buffer.actions[step])
+            assert dataset.rewards[row] == np.float32(buffer.rewards[step])
+            to_go = sum(float(np.float32(reward)) for reward in buffer.rewards[step:])
+            assert dataset.returns_to_go[row] == pytest.approx(to_go, rel=1e-6)
+            assert dataset.timesteps[row] == step
+            row += 1
+    assert row == dataset.num_transitions == 14
+    assert dataset.observations.dtype == np.float32
+    assert dataset.dataset_id == f"minari:{ID}"
+
+
+def test_the_same_data_as_a_d4rl_file_has_the_same_hash(tmp_path: Path) -> None:
+    buffers = create(env="Hopper-v5")
+    with h5py.File(tmp_path / "same.hdf5", "w") as file:
+        file["observations"] = np.concatenate([buffer.observations[:-1] for buffer in buffers])
+        for key in ("actions", "rewards"):
+            file[key] = np.concatenate([getattr(buffer, key) for buffer in buffers])
+        file["terminals"] = np.concatenate([buffer.terminations for buffer in buffers])
+        file["timeouts"] = np.concatenate([buffer.truncations for buffer in buffers])
+    from_file, from_minari = read_d4rl_file(tmp_path / "same.hdf5"), read_minari(ID)
+    assert from_file.sha256 == from_minari.sha256
+    assert np.array_equal(from_file.returns_to_go, from_minari.returns_to_go)
+
+
+class NestedEnv(gymnasium.Env[Any, Any]):
+    """Its Dict spaces are nested and, written as sequences, keep an order that is not alphabetical."""
+
+    observation_space = spaces.Dict(
+        [
+            ("speed", spaces.Box(-9, 9, (2,), np.float64)),
+            ("arm", spaces.Dict([("wrist", spaces.Box(-9, 9, (1,))), ("elbow", spaces.Box(-9, 9, (2, 2)))])),
+        ]
+    )
+    action_space = ACTION_SPACE
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        elbow = np.array([[4, 5], [6, 7]], np.float32)
+        arm = {"wrist": np.array([3], np.float32), "elbow": elbow}
+        return {"speed": np.array([1.0, 2.0]), "arm": arm}, {}
+
+
+def test_dict_observations_are_flattened_as_the_evaluation_environment_flattens_them() -> None:
+    buffers = episodes(NestedEnv.observation_space)
+    observation, _ = NestedEnv().reset()
+    buffers[0].observations["speed"][0] = observation["speed"]
+    for key in ("wrist", "elbow"):
+        buffers[0].observations["arm"][key][0] = observation["arm"][key]
+    # A string as entry point, so that the specification has a JSON form.
+    gymnasium.register("flowrl-test/Nested-v0", f"{__name__}:NestedEnv")
+    try:
+        create(buffers, env="flowrl-test/Nested-v0", observation_space=NestedEnv.observation_space)
+        dataset = read_minari(ID)
+        assert dataset.environment == EnvironmentSpec("flowrl-test/Nested-v0")
+        flat, _ = make_env(dataset.environment).reset()
+    finally:
+        del gymnasium.registry["flowrl-test/Nested-v0"]
+    assert dataset.observations[0].tolist() == flat.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    row = 0
+    for buffer in buffers:
+        for step in range(len(buffer.rewards)):
+            arm = buffer.observations["arm"]
+            parts = (buffer.observations["speed"][step], arm["wrist"][step], arm["elbow"][step].ravel())
+            assert np.array_equal(dataset.observations[row], np.concatenate(parts).astype(np.float32))
+            row += 1
+
+
+def test_boxes_of_any_shape_are_flattened() -> None:
+    space = spaces.Box(-1, 1, (2, 3), np.float32)
+    buffers = create(observation_space=space)
+    expected = np.concatenate([buffer.observations[:-1].reshape(-1, 6) for buffer in buffers])
+    assert np.array_equal(read_minari(ID).observations, expected)
+
+
+def test_the_environment_is_the_one_the_dataset_names_for_evaluation() -> None:
+    spec = gymnasium.make("Hopper-v5", forward_reward_weight=2.0, max_episode_steps=300).spec
+    create(env=spec)
+    assert read_minari(ID).environment == EnvironmentSpec("Hopper-v5", {"forward_reward_weight": 2.0}, 300)
+    create(dataset_id="test/two-v0", env="Hopper-v5", eval_env="Hopper-v4")
+    assert read_minari("test/two-v0").environment == EnvironmentSpec("Hopper-v4", {}, 1000)
+
+
+def test_a_dataset_without_a_usable_environment_says_so(cache: Path) -> None:
+    create()
+    dataset = read_minari(ID)
+    assert (dataset.environment, dataset.reference) == (None, None)
+    assert "the dataset names no environment: give one with --env to evaluate" in dataset.notes
+    assert "the dataset has no reference scores: returns are not normalized" in dataset.notes
+    change_metadata(cache, env_spec=gymnasium.spec("Hopper-v5").to_json().replace("Hopper-v5", "Nowhere-v3"))
+    dataset = read_minari(ID)
+    assert dataset.environment is None
+    assert "'Nowhere-v3' is not registered with Gymnasium" in dataset.notes[0]
+
+
+def test_wrappers_of_the_recording_are_reported() -> None:
+    env = TimeAwareObservation(gymnasium.make("Hopper-v5"))
+    create(env=env.spec, eval_env=env.spec)
+    notes = read_minari(ID).notes
+    assert "recorded with wrappers that are not applied: TimeAwareObservation" in notes[0]
+
+
+def test_its_own_reference_scores_win_over_the_table(cache: Path) -> None:
+    create(env="Hopper-v5", ref_min_score=-3.0, ref_max_score=7.5)
+    dataset = read_minari(ID)
+    assert dataset.reference == ReferenceScores(-3.0, 7.5)
+    assert dataset.notes == ()
+    for scores in ({"ref_min_score": None}, {"ref_min_score": 8.0}, {"ref_min_score": "low"}):
+        change_metadata(cache, **scores)
+        dataset = read_minari(ID)
+        assert dataset.reference == REFERENCE_SCORES["hopper"]
+        assert dataset.notes == (
+            "the dataset has no reference scores of its own: D4RL's are used to normalize",
+        )
+
+
+def test_flags_in_the_middle_of_an_episode_do_not_cut_it() -> None:
+    buffers = episodes(HOPPER_SPACE)
+    buffers[3].terminations[2] = True
+    create(buffers, env="Hopper-v5")
+    dataset = read_minari(ID)
+    assert dataset.episode_lengths.tolist() == list(LENGTHS)
+    assert "1 episodes have a termination flag before their last step: kept whole" in dataset.notes
+
+
+# Broken input from here on.
+
+
+def change_metadata(cache: Path, **changes: Any) -> None:
+    path = cache / ID / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    metadata.update(changes)
+    path.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
+
+
+def refuse(message: str, dataset_id: str = ID) -> str:
+    with pytest.raises(UserError, match=message) as caught:
+        read_minari(dataset_id)
+    text = str(caught.value)
+    assert dataset_id in text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    "dataset_id", ["", "hopper", "a/b", "../x-v0", "/etc/x-v0", "a//b-v0", "x-v0/", "x-vé"]
+)
+def test_malformed_ids_are_refused(dataset_id: str) -> None:
+    refuse("malformed Minari id", dataset_id)
+
+
+def test_what_is_neither_here_nor_downloadable_is_refused_quickly_and_leaves_nothing(cache: Path) -> None:
+    create(env="Hopper-v5")
+    text = refuse("could not download it", "test/hopper/tini-v0")
+    assert f"not in {cache}; did you mean '{ID}'?" in text
+    assert "http://127.0.0.1:9: Connection refused" in text
+    assert {path.name for path in cache.iterdir() if not path.name.endswith(".lock")} == {"test"}
+
+
+def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(env="Hopper-v5")
+    source, attempts = cache.with_name("remote"), []
+    cache.rename(source)
+    monkeypatch.setenv("MINARI_REMOTE", "gcp://none")  # asks nothing before the download
+
+    def download_dataset(dataset_id: str) -> None:
+        attempts.append(dataset_id)
+        target = Path(os.environ["MINARI_DATASETS_PATH"]) / dataset_id
+        shutil.copytree(source / dataset_id, target)
+        if len(attempts) == 1:
+            (target / "data" / "main_data.hdf5").unlink()
+            raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(minari, "download_dataset", download_dataset)
+    refuse("ConnectionError: reset by peer")
+    assert not (cache / ID).exists()
+    assert read_minari(ID).num_episodes == 4
+    assert read_minari(ID).num_episodes == 4
+    assert attempts == [ID, ID]
+    assert os.environ["MINARI_DATASETS_PATH"] == str(cache)
+    assert {path.name for path in cache.iterdir() if not path.name.endswith(".lock")} == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "message"),
+    [
+        (spaces.Discrete(4), "observations must be a Box or Dict of Box spaces"),
+        (spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Discrete(2)), "must be a Box or Dict of Box"),
+        (spaces.Tuple([spaces.Box(-1, 1, (2,))]), "must be a Box or Dict of Box"),
+    ],
+)
+def test_other_observation_spaces_are_refused(observation_space: spaces.Space[Any], message: str) -> None:
+    create([], observation_space=observation_space)
+    refuse(message)
+
+
+def test_other_action_spaces_are_refused() -> None:
+    create([], action_space=spaces.Discrete(3))
+    refuse("actions must be a Box space")
+
+
+def test_a_dataset_of_no_episodes_is_refused() -> None:
+    create([])
+    refuse("no episodes")
+
+
+@pytest.mark.parametrize("key", ["observations", "actions", "rewards"])
+def test_values_that_are_not_finite_are_named(key: str) -> None:
+    buffers = episodes(HOPPER_SPACE)
+    getattr(buffers[1], key)[0] = np.nan
+    create(buffers, env="Hopper-v5")
+    refuse(rf"'{key}'\[4.*\] is nan")
+
+
+@pytest.mark.parametrize(
+    ("key", "cut", "message"),
+    [
+        ("observations", 4, r"episode 0: 'observations' has shape \(4, 11\), expected \(5, 11\)"),
+        ("actions", 3, r"episode 0: 'actions' has shape \(3, 3\), expected \(4, 3\)"),
+        ("terminations", 3, r"episode 0: 'terminations' has shape \(3,\), expected \(4,\)"),
+        ("truncations", 0, r"episode 0: 'truncations' has shape \(0,\), expected \(4,\)"),
+        ("rewards", 0, "episode 0 has no steps"),
+        ("rewards", 3, r"'actions' has shape \(4, 3\), expected \(3, 3\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(cache: Path, key: str, cut: int, message: str) -> None:
+    create(env="Hopper-v5")
+    with h5py.File(cache / ID / "data" / "main_data.hdf5", "a") as file:
+        values = file[f"episode_0/{key}"][:cut]
+        del file[f"episode_0/{key}"]
+        file[f"episode_0/{key}"] = values
+    refuse(message)
+
+
+def test_episodes_of_another_width_are_refused(cache: Path) -> None:
+    create(env="Hopper-v5")
+    with h5py.File(cache / ID / "data" / "main_data.hdf5", "a") as file:
+        del file["episode_2/actions"]
+        file["episode_2/actions"] = np.zeros((3, 1))  # would broadcast
+    refuse(r"episode 2: 'actions' has shape \(3, 1\), expected \(3, 3\)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total_steps": 13}, "more than the 13 steps it states"),
+        ({"total_steps": 15}, "its episodes have 14 steps, it states 15"),
+        ({"total_steps": 10**13}, "steps would take .* bytes of memory"),
+        ({"total_steps": -1}, "cannot be read"),
+        ({"total_steps": "many"}, "cannot be read"),
+        ({"total_episodes": 3}, "its episodes have 13 steps, it states 14|have 8 steps, it states 14"),
+        ({"total_episodes": 5}, "cannot be read"),
+        ({"minari_version": "99.0"}, "does not support the dataset"),
+        ({"data_format": "pickle"}, "cannot be read"),
+        ({"data_format": None}, "key 'data_format' is missing"),
+        ({"observation_space": None}, "key 'observation_space' is missing"),
+        ({"action_space": None}, "key 'action_space' is missing"),
+        ({"action_space": 5}, "key 'action_space' is missing or not a string"),
+        ({"observation_space": "{"}, "cannot be read"),
+        ({"env_spec": "{"}, "cannot be read"),
+    ],
+)
+def test_damaged_metadata_is_refused(cache: Path, changes: dict[str, Any], message: str) -> None:
+    create(env="Hopper-v5")
+    change_metadata(cache, **changes)
+    refuse(message)
+
+
+def test_a_dataset_cannot_name_code_to_run(cache: Path, tmp_path: Path) -> None:
+    """Without its spaces minari would make the environment, from any entry point that the file names."""
+    create(env="Hopper-v5")
+    spec = json.loads(gymnasium.spec("Hopper-v5").to_json())
+    spec.update(entry_point="os:mkdir", kwargs={"path": str(tmp_path / "executed")})
+    change_metadata(cache, env_spec=json.dumps(spec), observation_space=None)
+    refuse("key 'observation_space' is missing")
+    assert not (tmp_path / "executed").exists()
+    create(dataset_id="test/other-v0", env="Hopper-v5")
+    shutil.copy(cache / "test/other-v0/data/metadata.json", cache / ID / "data")
+    change_metadata(cache, env_spec=json.dumps(spec))
+    assert read_minari(ID).environment == EnvironmentSpec(
+        "Hopper-v5", {"path": str(tmp_path / "executed")}, 1000
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_files_are_refused(cache: Path) -> None:
+    create(env="Hopper-v5")
+    data = cache / ID / "data"
+    whole = (data / "main_data.hdf5").read_bytes()
+    for length in range(0, len(whole), len(whole) // 12):
+        (data / "main_data.hdf5").write_bytes(whole[:length])
+        refuse("cannot be read")
+    (data / "main_data.hdf5").unlink()
+    refuse("cannot be read")
+    for content in (b"", b"{", b"[]", b"null", b"\xff\xfe", b"\x80\x04."):
+        (data / "metadata.json").write_bytes(content)
+        refuse("cannot be read|is missing")
+    (data / "metadata.json").unlink()
+    refuse("cannot be read")

@@ -1,0 +1,310 @@
+"""What --dataset and --env name, and where D4RL's files are looked for."""
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import h5py
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+
+from flowrl.data import EpisodeDataset, d4rl, load_episodes
+from flowrl.data.d4rl import D4RL_ENVIRONMENTS, PublishedFile
+from flowrl.data.sources import environment_named
+from flowrl.envs.reference_scores import REFERENCE_SCORES
+from flowrl.envs.specs import EnvironmentSpec, check_environment
+from flowrl.errors import UserError
+
+FILE = "hopper_medium-v2.hdf5"
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of our own instead of the user's, and servers that nobody runs."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(d4rl, "D4RL_URLS", ("http://127.0.0.1:9/{file}", "http://127.0.0.1:9/mirror/{file}"))
+    return tmp_path
+
+
+def write(path: Path, seed: int = 0) -> Path:
+    random = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file["observations"] = random.normal(size=(9, 11))
+        file["actions"] = random.normal(size=(9, 3))
+        file["rewards"] = random.normal(size=9)
+        file["terminals"] = np.arange(9) == 4
+        file["timeouts"] = np.arange(9) == 8
+    return path
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Let the file at ``path`` be what D4RL published as hopper-medium."""
+    content = path.read_bytes()
+    known = PublishedFile(len(content), hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(d4rl.PUBLISHED_FILES, "hopper-medium", known)
+
+
+def first_reward(dataset: EpisodeDataset) -> float:
+    return float(dataset.rewards[0])
+
+
+def test_a_path_is_read_and_its_environment_comes_from_env_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.h5")
+    for source in (str(path), str(shutil.copy(path, tmp_path / "mine.HDF5"))):
+        dataset = load_episodes(source)
+        assert dataset.episode_lengths.tolist() == [5, 4]
+        assert dataset.dataset_id == f"file:{Path(source).name}"
+        assert (dataset.environment, dataset.reference, dataset.notes) == (None, None, ())
+    for env in ("hopper-medium", "Hopper-v4"):
+        dataset = load_episodes(str(path), env)
+        assert dataset.environment == EnvironmentSpec("Hopper-v4")
+        assert dataset.reference == REFERENCE_SCORES["hopper"]
+    dataset = load_episodes(str(path), "Pendulum-v1")
+    assert (dataset.environment, dataset.reference) == (EnvironmentSpec("Pendulum-v1"), None)
+    with pytest.raises(UserError, match="Pendulum-v1 has observations of 3"):
+        check_environment(EnvironmentSpec("Pendulum-v1"), dataset.observation_dim, dataset.action_dim)
+
+
+def test_a_path_in_the_home_folder_may_be_written_with_a_tilde(tmp_path: Path) -> None:
+    write(tmp_path / "home" / "data.hdf5")
+    assert load_episodes("~/data.hdf5").num_episodes == 2
+
+
+def test_every_d4rl_name_is_evaluated_on_its_v4_environment() -> None:
+    assert len(D4RL_ENVIRONMENTS) == 24
+    ids = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
+    for name, env_id in ids.items():
+        for level in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):
+            assert environment_named(f"{name}-{level}") == EnvironmentSpec(env_id)
+
+
+def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_home = write(tmp_path / "home" / ".d4rl" / "datasets" / "walker2d_medium_replay-v2.hdf5", seed=1)
+    home_reward = first_reward(load_episodes(str(in_home)))
+    assert first_reward(load_episodes("walker2d-medium-replay")) == home_reward
+    in_folder = write(tmp_path / "d4rl" / "walker2d_medium_replay-v2.hdf5", seed=2)
+    folder_reward = first_reward(load_episodes(str(in_folder)))
+    assert folder_reward != home_reward
+    dataset = load_episodes("walker2d-medium-replay")
+    assert first_reward(dataset) == folder_reward
+    assert dataset.dataset_id == "d4rl/walker2d-medium-replay-v2"
+    assert dataset.environment == EnvironmentSpec("Walker2d-v4")
+    assert dataset.reference == REFERENCE_SCORES["walker2d"]
+    assert "no published hash is known" in dataset.notes[0]
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    assert first_reward(load_episodes("walker2d-medium-replay")) == home_reward
+
+
+def test_only_the_published_file_is_called_d4rls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "d4rl" / FILE)
+    dataset = load_episodes("hopper-medium")  # smaller than the 152,756,557 bytes that D4RL published
+    assert dataset.dataset_id == f"file:{FILE}"
+    assert "is not D4RL's published hopper-medium-v2: its scores are not D4RL scores" in dataset.notes[0]
+    assert dataset.environment == EnvironmentSpec("Hopper-v4")
+    publish(monkeypatch, path)
+    dataset = load_episodes("hopper-medium")
+    assert (dataset.dataset_id, dataset.notes) == ("d4rl/hopper-medium-v2", ())
+    size = path.stat().st_size
+    with h5py.File(path, "a") as file:
+        file["rewards"][3] = 0.25
+    assert path.stat().st_size == size  # only the hash can tell
+    dataset = load_episodes("hopper-medium")
+    assert dataset.dataset_id == f"file:{FILE}"
+    assert "is not D4RL's published" in dataset.notes[0]
+
+
+def test_the_published_hopper_file_is_the_documented_one() -> None:
+    assert d4rl.PUBLISHED_FILES["hopper-medium"] == PublishedFile(
+        152_756_557, "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"
+    )
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that a server on this machine serves as D4RL's."""
+    folder = tmp_path / "remote"
+    folder.mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(d4rl, "D4RL_URLS", (f"{base}/{{file}}", f"{base}/mirror/{{file}}"))
+    yield folder
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("place", [".", "mirror"])
+def test_a_missing_file_is_downloaded_once_into_the_variables_folder(
+    tmp_path: Path, remote: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    source = write(remote / place / FILE)
+    publish(monkeypatch, source)
+    assert load_episodes("hopper-medium").dataset_id == "d4rl/hopper-medium-v2"
+    assert (tmp_path / "d4rl" / FILE).read_bytes() == source.read_bytes()
+    source.unlink()
+    assert load_episodes("hopper-medium").num_episodes == 2
+
+
+def test_without_the_variable_it_is_downloaded_where_d4rl_looks(
+    tmp_path: Path, remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    write(remote / "ant_full_replay-v2.hdf5")
+    assert load_episodes("ant-full-replay").dataset_id == "d4rl/ant-full-replay-v2"
+    assert (tmp_path / "home" / ".d4rl" / "datasets" / "ant_full_replay-v2.hdf5").is_file()
+
+
+def test_a_downloaded_file_is_used_only_if_its_content_is_right(tmp_path: Path, remote: Path) -> None:
+    write(remote / FILE)  # a valid file, but not the one that D4RL published
+    with pytest.raises(UserError, match=r"offers .* bytes, the file has 152756557"):
+        load_episodes("hopper-medium")
+    (remote / "hopper_expert-v2.hdf5").write_bytes(b"<html>moved</html>")
+    (remote / "hopper_random-v2.hdf5").write_bytes((remote / FILE).read_bytes()[:-100])
+    for name in ("hopper-expert", "hopper-random"):
+        with pytest.raises(UserError, match=r"gave a file that is not usable: .* not a readable HDF5 file"):
+            load_episodes(name)
+    assert list((tmp_path / "d4rl").glob("*.hdf5")) == []
+    assert list((tmp_path / "d4rl").glob(".*.part")) == []
+
+
+def test_without_a_network_the_error_says_where_it_looked_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_episodes("hopper-medium")
+    text = str(caught.value)
+    for part in (
+        f"{FILE} is not in {tmp_path / 'd4rl'} or {tmp_path / 'home' / '.d4rl' / 'datasets'}",
+        f"http://127.0.0.1:9/{FILE}: Connection refused",
+        f"http://127.0.0.1:9/mirror/{FILE}: Connection refused",
+        "--dataset PATH.hdf5",
+        "D4RL_DATASET_DIR",
+    ):
+        assert part in text
+    assert "\n" not in text
+    assert list((tmp_path / "d4rl").glob("*.hdf5")) == []
+
+
+def test_the_real_urls_follow_d4rls_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert d4rl.D4RL_URLS[0].format(file="halfcheetah_medium_expert-v2.hdf5") == (
+        "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/halfcheetah_medium_expert-v2.hdf5"
+    )
+
+
+def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp_path: Path) -> None:
+    path = tmp_path / "d4rl" / "ant_medium-v2.hdf5"
+    path.parent.mkdir()
+    observations = np.random.default_rng(0).normal(size=(9, 111)).astype(np.float32)
+    for forces in (True, False):
+        observations[:, 27:] *= forces
+        with h5py.File(path, "w") as file:
+            file.update({"observations": observations, "actions": np.zeros((9, 8)), "rewards": np.ones(9)})
+            file.update({"terminals": np.zeros(9, bool), "timeouts": np.arange(9) == 8})
+        dataset = load_episodes("ant-medium")
+        assert dataset.environment is not None
+        check_environment(dataset.environment, dataset.observation_dim, dataset.action_dim)
+        if forces:
+            assert dataset.observation_dim == 111
+            assert dataset.environment == EnvironmentSpec("Ant-v4", {"use_contact_forces": True})
+        else:
+            assert np.array_equal(dataset.observations, observations[:, :27])
+            assert dataset.environment == EnvironmentSpec("Ant-v4")
+            assert any("84 contact-force columns are all zero: dropped" in note for note in dataset.notes)
+    assert load_episodes(str(path)).observation_dim == 111
+
+
+def record(dataset_id: str, env: str | None) -> None:
+    buffer = EpisodeBuffer(
+        observations=np.zeros((4, 11)),
+        actions=np.zeros((3, 3), np.float32),
+        rewards=[1.0, 2.0, 3.0],
+        terminations=[False, False, True],
+        truncations=[False] * 3,
+    )
+    minari.create_dataset_from_buffers(
+        dataset_id,
+        [buffer],
+        env=env,
+        observation_space=spaces.Box(-9, 9, (11,), np.float64),
+        action_space=spaces.Box(-1, 1, (3,), np.float32),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_datasets_bring_their_environment_which_env_replaces() -> None:
+    record("test/hopper-v0", "Hopper-v5")
+    dataset = load_episodes("minari:test/hopper-v0")
+    assert dataset.dataset_id == "minari:test/hopper-v0"
+    assert dataset.environment == EnvironmentSpec("Hopper-v5", {}, 1000)
+    assert dataset.episode_returns.tolist() == [6.0]
+    replaced = load_episodes("minari:test/hopper-v0", "hopper-medium")
+    assert replaced.environment == EnvironmentSpec("Hopper-v4")
+    assert replaced.reference == REFERENCE_SCORES["hopper"]
+    assert "evaluated in Hopper-v4, not in the data's own Hopper-v5" in replaced.notes
+    assert replaced.sha256 == dataset.sha256
+    record("test/nameless-v0", None)
+    named = load_episodes("minari:test/nameless-v0", "Hopper-v5")
+    assert named.environment == EnvironmentSpec("Hopper-v5")
+    assert named.reference == REFERENCE_SCORES["hopper"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hoper-medium", "unknown dataset 'hoper-medium'; did you mean 'hopper-medium'"),
+        ("hopper-medium-v2", "did you mean 'hopper-medium'"),
+        ("hopper_medium", "did you mean 'hopper-medium'"),
+        ("Hopper-medium", "did you mean 'hopper-medium'"),
+        ("walker-medium-replay", "did you mean 'walker2d-medium-replay'"),
+        ("", "unknown dataset ''"),
+        ("data.pkl", "other formats are not read, pickles never"),
+        ("data.npz", "must be HDF5 in D4RL's layout"),
+        ("missing.hdf5", "missing.hdf5: no such file"),
+        ("minari:", "malformed Minari id ''"),
+        ("d4rl:hopper", "unknown dataset 'd4rl:hopper'"),
+    ],
+)
+def test_unknown_sources_are_answered_with_what_would_be_right(source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_episodes(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_existing_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("1,2")
+    with pytest.raises(UserError, match=r"must be HDF5 in D4RL's layout"):
+        load_episodes(str(tmp_path / "data.csv"))
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ("Hoper-v4", "did you mean 'Hopper-v4'"),
+        ("hopper-mediun", "did you mean 'hopper-medium'"),
+        ("antigravity:Hopper-v4", "not registered with Gymnasium"),
+        ("", "not registered with Gymnasium"),
+    ],
+)
+def test_unknown_environments_are_refused_before_the_data_is_read(env: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_episodes("missing.hdf5", env)
