@@ -61,11 +61,20 @@ class BehaviorPolicy:
         ``stochastic`` samples with ``generator``, one (batch, action_dim) draw of normals a call; otherwise
         the action is tanh of the mean and the generator is left alone.
         """
-        actions, log_std = self.distribution(observations)
-        if stochastic:
-            actions = actions + np.exp(log_std) * generator.standard_normal(actions.shape)
-        rounded = np.round(np.tanh(actions) / ACTION_GRID) * ACTION_GRID
-        return rounded.astype(np.float32)
+        shape = (len(observations), self.action_dim)
+        normals = generator.standard_normal(shape) if stochastic else np.zeros(shape)
+        return self.act_with(observations, normals)
+
+    def act_with(
+        self, observations: np.ndarray, normals: np.ndarray, noise: np.ndarray | float = 0.0
+    ) -> NDArray[np.float32]:
+        """Act with given standard normals, (batch, action_dim); see :meth:`act`.
+
+        ``noise``, of the same shape, is added to the actions, which are then clipped to [-1, 1].
+        """
+        mean, log_std = self.distribution(observations)
+        actions = np.clip(np.tanh(mean + np.exp(log_std) * normals) + noise, -1.0, 1.0)
+        return (np.round(actions / ACTION_GRID) * ACTION_GRID).astype(np.float32)
 
     def to_tensors(self) -> dict[str, Float64]:
         """Return the weights by the names they have in a snapshot file."""

@@ -1,0 +1,224 @@
+"""Collection: episodes of behaviour policies, the same arrays for the same seed on any number of cores."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from tqdm import tqdm
+
+from flowrl.behavior.assets import ASSETS_DIR, behavior_assets, load_behavior
+from flowrl.behavior.policy import BehaviorPolicy
+from flowrl.data.episodes import EpisodeDataset, build_episodes
+from flowrl.envs.reference_scores import reference_scores
+from flowrl.envs.specs import EnvironmentSpec, registered_environment
+from flowrl.envs.vector import make_vector_env
+from flowrl.errors import UserError
+
+# A constant of the data: which other slots share a batch must not depend on the machine.
+SLOTS = 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a dataset that one policy collects."""
+
+    policy: str
+    """A shipped policy's name, such as "medium"."""
+    share: float = 1.0
+    """Of the dataset's steps, relative to the other parts'."""
+    noise: float = 0.0
+    """Standard deviation of the normal noise that is added to each action before it is clipped."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines a dataset's content."""
+
+    environment: str
+    """Whose shipped policies act, such as "hopper"."""
+    parts: tuple[Part, ...]
+    steps: int = 200_000
+    """Transitions in all, at least: every episode is whole."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One whole episode of T steps, in the environment's own precision."""
+
+    policy: str
+    seed: int  # of the environment's reset
+    observations: np.ndarray  # (T + 1, observation_dim) float64
+    actions: np.ndarray  # (T, action_dim) float32
+    rewards: np.ndarray  # (T,) float64
+    terminated: bool
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Episodes, part after part, and what they came from."""
+
+    recipe: Recipe
+    environment: EnvironmentSpec
+    episodes: tuple[Episode, ...]
+    policy_sha256: dict[str, str]  # of the policy files that acted, by name
+
+    @property
+    def num_transitions(self) -> int:
+        return sum(len(episode.rewards) for episode in self.episodes)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the content follows from, as plain JSON types."""
+        return {"recipe": plain_recipe(self.recipe), "policy_sha256": self.policy_sha256}
+
+
+def plain_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as the plain JSON types in which a dataset's metadata keeps it."""
+    return {**asdict(recipe), "parts": [asdict(part) for part in recipe.parts]}
+
+
+def policy_hashes(recipe: Recipe) -> dict[str, str]:
+    """Return the SHA-256 of the policy files that a recipe names, by policy name."""
+    assets = behavior_assets(recipe.environment)
+    return {part.policy: assets[part.policy].sha256 for part in recipe.parts}
+
+
+def collect(recipe: Recipe) -> Collection:
+    """Run the policies of ``recipe`` in the environment that they were trained in.
+
+    Part p takes the episodes p/0, p/1, ... until they hold its share of the steps; episode i draws its
+    environment's seed and its actions' randomness from the seed sequence (recipe.seed, p, i) alone. So
+    neither the number of cores nor the order in which episodes end changes anything.
+
+    Raises:
+        UserError: unknown environment or policy, a policy file that is not the shipped one, or a recipe
+            with no steps, shares or noise that make sense.
+    """
+    policies = _checked_policies(recipe)
+    environments = {policy.env_id for policy in policies.values()}
+    if len(environments) != 1:
+        raise UserError(f"policies of {recipe.environment} are for different environments: {environments}")
+    environment = registered_environment(environments.pop())
+    shares = np.array([part.share for part in recipe.parts])
+    targets = np.ceil(recipe.steps * shares / shares.sum()).astype(int).tolist()
+    episodes: list[Episode] = []
+    envs = make_vector_env(environment, SLOTS)
+    try:
+        with tqdm(total=sum(targets), desc=f"collect {environment.env_id}", unit="step", disable=None) as bar:
+            for index, (part, target) in enumerate(zip(recipe.parts, targets, strict=True)):
+                episodes += _collect_part(recipe.seed, index, part, policies[part.policy], target, envs, bar)
+    finally:
+        envs.close()
+    return Collection(recipe, environment, tuple(episodes), policy_hashes(recipe))
+
+
+def to_dataset(collection: Collection, dataset_id: str) -> EpisodeDataset:
+    """Return the collection in flowrl's in-memory form."""
+    episodes = collection.episodes
+    return build_episodes(
+        observations=np.concatenate([episode.observations[:-1] for episode in episodes]),
+        actions=np.concatenate([episode.actions for episode in episodes]),
+        rewards=np.concatenate([episode.rewards for episode in episodes]),
+        episode_lengths=np.array([len(episode.rewards) for episode in episodes]),
+        terminated=np.array([episode.terminated for episode in episodes]),
+        dataset_id=dataset_id,
+        where=dataset_id,
+        environment=collection.environment,
+        reference=reference_scores(collection.environment.env_id),
+    )
+
+
+def _checked_policies(recipe: Recipe) -> dict[str, BehaviorPolicy]:
+    if recipe.steps < 1:
+        raise UserError(f"--steps {recipe.steps}: want at least 1")
+    if recipe.seed < 0:
+        raise UserError(f"--seed {recipe.seed}: want 0 or more")
+    if not recipe.parts:
+        raise UserError("--policies: want at least one policy")
+    for part in recipe.parts:
+        if not 0 < part.share < np.inf:
+            raise UserError(f"policy {part.policy}: its share is {part.share}; want more than 0")
+        if not 0 <= part.noise < np.inf:
+            raise UserError(f"policy {part.policy}: its noise is {part.noise}; want 0 or more")
+    names = dict.fromkeys(part.policy for part in recipe.parts)
+    return {name: load_behavior(recipe.environment, name, ASSETS_DIR) for name in names}
+
+
+class _Running:
+    """An episode that a slot is in the middle of."""
+
+    def __init__(self, seed: int, part_index: int, number: int, limit: int, action_dim: int) -> None:
+        self.number = number
+        generator = np.random.default_rng([seed, part_index, number])
+        self.seed = int(generator.integers(2**31))
+        self.normals = generator.standard_normal((limit, action_dim))  # of the policy
+        self.noise = generator.standard_normal((limit, action_dim))  # of the exploration, for scale 1
+        self.observations: list[np.ndarray] = []
+        self.actions: list[np.ndarray] = []
+        self.rewards: list[float] = []
+
+
+def _collect_part(
+    seed: int, index: int, part: Part, policy: BehaviorPolicy, target: int, envs: Any, progress: tqdm
+) -> list[Episode]:
+    """Return the first episodes of a part that together hold ``target`` steps.
+
+    A slot whose episode is over starts the next one, until the steps already taken suffice.
+    """
+    limit = gymnasium.spec(policy.env_id).max_episode_steps or 1
+    finished: list[Episode | None] = []  # by number; None: still running
+    whole, whole_steps, all_steps = 0, 0, 0  # finished without a gap; their steps; all steps taken
+
+    def begin() -> _Running:
+        finished.append(None)
+        return _Running(seed, index, len(finished) - 1, limit, policy.action_dim)
+
+    slots = [begin() for _ in range(SLOTS)]
+    observations, _ = envs.reset(seed=[slot.seed for slot in slots])  # (SLOTS, observation_dim)
+    for slot, observation in zip(slots, observations, strict=True):
+        slot.observations.append(observation)
+    active = np.ones(SLOTS, dtype=bool)
+    while whole_steps < target:
+        steps = [min(len(slot.rewards), limit - 1) for slot in slots]
+        normals = np.stack([slot.normals[step] for slot, step in zip(slots, steps, strict=True)])
+        noise = np.stack([slot.noise[step] for slot, step in zip(slots, steps, strict=True)])
+        actions = policy.act_with(observations, normals, part.noise * noise)
+        observations, rewards, terminations, truncations, _ = envs.step(actions)
+        for i in np.flatnonzero(active).tolist():
+            slots[i].observations.append(observations[i])
+            slots[i].actions.append(actions[i])
+            slots[i].rewards.append(float(rewards[i]))
+        taken, all_steps = int(active.sum()), all_steps + int(active.sum())
+        progress.update(max(0, min(taken, target - (all_steps - taken))))
+
+        ended = active & (terminations | truncations)
+        for i in np.flatnonzero(ended).tolist():
+            finished[slots[i].number] = _finish(part.policy, slots[i], bool(terminations[i]))
+        while whole < len(finished) and whole_steps < target:
+            episode = finished[whole]
+            if episode is None:
+                break
+            whole, whole_steps = whole + 1, whole_steps + len(episode.rewards)
+        if not ended.any():
+            continue
+        if all_steps >= target:
+            active &= ~ended
+            continue
+        for i in np.flatnonzero(ended).tolist():
+            slots[i] = begin()
+        observations, _ = envs.reset(seed=[slot.seed for slot in slots], options={"reset_mask": ended})
+        for i in np.flatnonzero(ended).tolist():
+            slots[i].observations.append(observations[i])
+    return [episode for episode in finished[:whole] if episode is not None]
+
+
+def _finish(policy: str, running: _Running, terminated: bool) -> Episode:
+    return Episode(
+        policy=policy,
+        seed=running.seed,
+        observations=np.stack(running.observations),
+        actions=np.stack(running.actions),
+        rewards=np.array(running.rewards),
+        terminated=terminated,
+    )
