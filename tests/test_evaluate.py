@@ -26,7 +26,7 @@ from flowrl.evaluation.evaluate import (
     format_table,
     to_json,
 )
-from flowrl.evaluation.video import check_video, write_video
+from flowrl.evaluation.video import check_video, make_rendered_env, write_video
 
 HOPPER = EnvironmentSpec("Hopper-v5", max_episode_steps=13)
 
@@ -190,6 +190,16 @@ def test_video_holds_one_episode_per_target(tmp_path):
     reader.close()
     assert size == (480, 480)
     assert frame.std() > 10  # a picture, not one colour
+
+
+def test_the_camera_follows_the_robot():
+    env = make_rendered_env(HOPPER)
+    env.reset(seed=0)
+    robot = env.unwrapped
+    robot.set_state(robot.init_qpos + np.array([20.0, 0, 0, 0, 0, 0]), robot.init_qvel)
+    red, _, blue = np.moveaxis(env.render().astype(int), -1, 0)
+    env.close()
+    assert (red - blue > 40).sum() > 1000  # the floor and the sky have no warm colours
 
 
 def test_video_without_moviepy_is_a_user_error(tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -47,12 +49,7 @@ def write_video(
         UserError: see :func:`check_video`; also when the environment cannot be rendered here.
     """
     check_video(path)
-    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
-    if headless and os.environ.get("MUJOCO_GL", "") in ("", "glfw"):
-        # Without a screen MuJoCo draws through EGL (GLFW would crash the process). Gymnasium reads this
-        # when the first frame is drawn.
-        os.environ["MUJOCO_GL"] = "egl"
-    env = make_env(environment, render_mode="rgb_array")
+    env = make_rendered_env(environment)
     steps_per_second = env.metadata.get("render_fps") or 30
     stride = -(-int(steps_per_second) // MAX_FRAMES_PER_SECOND)  # rounded up
     frames = chain.from_iterable(_frames(agent, env, target, seed, stride) for target in targets)
@@ -64,6 +61,22 @@ def write_video(
         raise UserError(f"--video {path}: cannot be written: {reason}") from error
     finally:
         env.close()
+
+
+def make_rendered_env(environment: EnvironmentSpec) -> gym.Env:
+    """Make an environment that draws itself, also without a screen, its camera following the robot."""
+    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
+    if headless and os.environ.get("MUJOCO_GL", "") in ("", "glfw"):
+        # Without a screen MuJoCo draws through EGL (GLFW would crash the process). Gymnasium reads this
+        # when the first frame is drawn.
+        os.environ["MUJOCO_GL"] = "egl"
+    env = make_env(environment, render_mode="rgb_array")
+    renderer: Any = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None and renderer.camera_id == -1:
+        # Gymnasium 1.4 draws from a camera that stays where the robot started; its models have one that
+        # follows (where not, the id stays -1).
+        renderer.camera_id = mujoco.mj_name2id(renderer.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    return env
 
 
 def _encode(path: Path, frames: Iterator[np.ndarray], frames_per_second: float) -> None:
