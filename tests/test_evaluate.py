@@ -227,7 +227,7 @@ from test_evaluate import ConstantAgent
 class Slow(ConstantAgent):
     def act(self, *arguments):
         print("acting", flush=True)
-        time.sleep(0.05)
+        time.sleep(1)
         return super().act(*arguments)
 
 flowrl.load_agent = lambda *_, **__: Slow()
