@@ -131,9 +131,9 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: fl
     while start < length:
         blocks = max(min((length - start) // block, group), 1)
         taken = min(blocks * block, length - start)
-        part = slice(start, start + taken)
+        part, goes_on = slice(start, start + taken), start + taken < length
         output, *state = CausalFlowBlocks.apply(
-            queries[:, :, part], keys[:, :, part], values[:, :, part], blocks, clamp, eps, *state
+            queries[:, :, part], keys[:, :, part], values[:, :, part], blocks, goes_on, clamp, eps, *state
         )
         outputs.append(output)
         start += taken

@@ -10,6 +10,7 @@ blocks at once, as (M, C) or (M, C, d). A past or later tensor that is None stan
 whole story of a short window: no state before it, nothing after it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 
 class CausalFlowBlocks(torch.autograd.Function):
-    """``apply(queries, keys, values, blocks, clamp, eps, *state)`` -> (output, *state after it).
+    """``apply(queries, keys, values, blocks, goes_on, clamp, eps, *state)`` -> (output, *state after it).
 
     ``queries`` and ``keys`` are (batch, heads, blocks * C, head_dim) **before** the sigmoid, ``values`` are
     (batch, heads, blocks * C, value_dim). ``state`` is the seven tensors of a ``FlowState``, or seven times
-    None before the first token.
+    None before the first token; the state after it is wanted, and not None, where ``goes_on``.
     """
 
     @staticmethod
@@ -32,27 +33,28 @@ class CausalFlowBlocks(torch.autograd.Function):
         keys: Tensor,
         values: Tensor,
         blocks: int,
+        goes_on: bool,
         clamp: float,
         eps: float,
         *state: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         num_tokens, sum_k, sum_q, sum_wk, sum_wq, sum_exp, memory = state
         q, k = (_blocks(torch.sigmoid(x.contiguous()), blocks) for x in (queries, keys))  # (M, C, d)
         v = _blocks(values.contiguous(), blocks)
         n = _token_numbers(num_tokens, queries, blocks)  # (M, C), or (1, C) where all blocks share it
-        gram = torch.bmm(q, k.mT)
-        lower, upper = gram.tril(), gram.triu_()  # pairs with source <= sink, and sink <= source
+        lower, upper = _triangles(q, k)
         key_mass, query_mass = k.sum(-1), q.sum(-1)
 
-        past_k, sum_k = _prefix(k.sum(-2), sum_k, blocks)
-        past_q, sum_q = _prefix(q.sum(-2), sum_q, blocks)
+        alone = blocks == 1 and num_tokens is None and not goes_on  # nothing before, nothing after
+        past_k, sum_k = _prefix(alone, lambda: k.sum(-2), sum_k, blocks)
+        past_q, sum_q = _prefix(alone, lambda: q.sum(-2), sum_q, blocks)
         incoming = lower.sum(-1) + eps * key_mass.cumsum(-1) + _flow(q, query_mass, past_k, eps)
         outgoing = upper.sum(-2) + eps * query_mass.cumsum(-1) + _flow(k, key_mass, past_q, eps)
 
         source_weight, sink_weight = n / outgoing, n / incoming
-        past_wk, sum_wk = _prefix(_row_vector(source_weight, k), sum_wk, blocks)
-        past_wq, sum_wq = _prefix(_row_vector(sink_weight, q), sum_wq, blocks)
+        past_wk, sum_wk = _prefix(alone, lambda: _row_vector(source_weight, k), sum_wk, blocks)
+        past_wq, sum_wq = _prefix(alone, lambda: _row_vector(sink_weight, q), sum_wq, blocks)
         conserved_sink = (
             _matvec(lower, source_weight)
             + eps * (key_mass * source_weight).cumsum(-1)
@@ -65,40 +67,43 @@ class CausalFlowBlocks(torch.autograd.Function):
         ) / n
 
         exponential = conserved_source.clamp(-clamp, clamp).exp()
-        past_exp, sum_exp = _prefix(exponential.sum(-1), sum_exp, blocks)
+        past_exp, sum_exp = _prefix(alone, lambda: exponential.sum(-1), sum_exp, blocks)
         normaliser = exponential.cumsum(-1)
         if past_exp is not None:
             normaliser = normaliser + past_exp[:, None]
         competed = (n * exponential / normaliser)[..., None] * v  # C_j v_j
-        past_memory, memory = _prefix(torch.bmm(k.mT, competed), memory, blocks)
+        past_memory, memory = _prefix(alone, lambda: torch.bmm(k.mT, competed), memory, blocks)
         aggregated = torch.bmm(lower, competed)
         if past_memory is not None:
             aggregated.baddbmm_(q, past_memory)
         allocation = conserved_sink.sigmoid()
         output = (allocation / incoming)[..., None] * aggregated
 
+        kept = (lower, upper) if blocks == 1 else (None, None)  # many blocks build theirs again
         ctx.save_for_backward(
             q, k, v, n, incoming, outgoing, conserved_source, exponential, normaliser, allocation, aggregated,
-            past_k, past_q, past_wk, past_wq, past_memory,
+            past_k, past_q, past_wk, past_wq, past_memory, *kept,
         )  # fmt: skip
         ctx.constants = (blocks, clamp, eps, queries.shape, values.shape)
+        if not goes_on:
+            return output.view(values.shape), *(None for _ in state)
         last = n.view(*queries.shape[:2], -1)[..., -1] if len(n) > 1 else n[:, -1:].expand(queries.shape[:2])
         after = (sum_k, sum_q, sum_wk, sum_wq, sum_exp, memory)
-        shaped = (x.view(*queries.shape[:2], *x.shape[1:]) for x in after)
+        shaped = (None if x is None else x.view(*queries.shape[:2], *x.shape[1:]) for x in after)
         return output.view(values.shape), last, *shaped
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, n, incoming, outgoing, conserved_source, exponential, normaliser, *rest = ctx.saved_tensors
-        allocation, aggregated, past_k, past_q, past_wk, past_wq, past_memory = rest
+        allocation, aggregated, past_k, past_q, past_wk, past_wq, past_memory, lower, upper = rest
         blocks, clamp, eps, queries_shape, values_shape = ctx.constants
         g_output, _, g_sum_k, g_sum_q, g_sum_wk, g_sum_wq, g_sum_exp, g_memory = grads
         if g_output is None:  # only the state was used
             g_output = aggregated.new_zeros(values_shape)
         g_output = _blocks(g_output.contiguous(), blocks)
-        gram = torch.bmm(q, k.mT)  # built again: cheaper than keeping it from the forward pass
-        lower, upper = gram.tril(), gram.triu_()
+        if lower is None:
+            lower, upper = _triangles(q, k)
         key_mass, query_mass = k.sum(-1), q.sum(-1)
         source_weight, sink_weight = n / outgoing, n / incoming
         competition = n * exponential / normaliser
@@ -162,11 +167,11 @@ class CausalFlowBlocks(torch.autograd.Function):
         g_queries = torch.ops.aten.sigmoid_backward(g_q, q).view(queries_shape)
         g_keys = torch.ops.aten.sigmoid_backward(g_k, k).view(queries_shape)
         g_state = (g_sum_k, g_sum_q, g_sum_wk, g_sum_wq, g_sum_exp, g_memory)
-        needed = zip(g_state, ctx.needs_input_grad[7:], strict=True)
+        needed = zip(g_state, ctx.needs_input_grad[8:], strict=True)
         shaped = (
             g.view(*queries_shape[:2], *g.shape[1:]) if g is not None and need else None for g, need in needed
         )
-        return g_queries, g_keys, g_v.view(values_shape), None, None, None, None, *shaped
+        return g_queries, g_keys, g_v.view(values_shape), *(None,) * 5, *shaped
 
 
 def _blocks(x: Tensor, blocks: int) -> Tensor:  # (batch, heads, blocks * C, width) -> (M, C, width)
@@ -184,23 +189,33 @@ def _token_numbers(num_tokens: Tensor | None, queries: Tensor, blocks: int) -> T
     return (start[..., None] + n).view(-1, length // blocks)
 
 
-def _prefix(per_block: Tensor, state: Tensor | None, blocks: int) -> tuple[Tensor | None, Tensor]:
-    """Per-block sums (M, ...) -> what precedes each block (M, ...), and the total after all (N, ...)."""
-    per_block = per_block.unflatten(0, (-1, blocks))  # (N, blocks, ...)
+def _triangles(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrices of blocks where source <= sink, and where sink <= source, each (M, C, C)."""
+    gram = torch.bmm(q, k.mT)
+    return gram.tril(), gram.triu_()
+
+
+def _prefix(
+    alone: bool, per_block: Callable[[], Tensor], state: Tensor | None, blocks: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Per-block sums (M, ...) -> what precedes each block (M, ...), and the total after all (N, ...).
+
+    ``per_block`` is a function, since its value is not needed where a block is ``alone``.
+    """
+    if alone:
+        return None, None
+    each = per_block().unflatten(0, (-1, blocks))  # (N, blocks, ...)
     if state is None and blocks == 1:
-        return None, per_block[:, 0]
-    start = torch.zeros_like(per_block[:, :1]) if state is None else state.flatten(0, 1)[:, None]
-    running = torch.cat((start, per_block), dim=1).cumsum(1)
+        return None, each[:, 0]
+    start = torch.zeros_like(each[:, :1]) if state is None else state.flatten(0, 1)[:, None]
+    running = torch.cat((start, each), dim=1).cumsum(1)
     return running[:, :-1].flatten(0, 1), running[:, -1]
 
 
 def _suffix(
-    per_block: Any, final: Tensor | None, past: Tensor | None, blocks: int
+    per_block: Callable[[], Tensor], final: Tensor | None, past: Tensor | None, blocks: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient of :func:`_prefix`: what follows each block (M, ...), and what reaches the state (N, ...).
-
-    ``per_block`` is a function, since a window without past or future never needs its value.
-    """
+    """The gradient of :func:`_prefix`: what follows each block (M, ...), what reaches the state (N, ...)."""
     if past is None and final is None:
         return None, None
     each = per_block().unflatten(0, (-1, blocks))  # (N, blocks, ...)
