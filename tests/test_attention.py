@@ -1,0 +1,395 @@
+"""Every form of Flow-Attention against the naive one, and the naive one against a loop over the formula."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowrl.attention import (
+    ATTENTION_KINDS,
+    flow,
+    flow_attention,
+    flow_attention_step,
+    naive_flow_attention,
+    softmax_attention,
+    softmax_attention_step,
+)
+from flowrl.attention.kinds import clear_rows, select_rows
+
+LENGTHS = (1, 2, 60, 127, 128, 129, 1000, 3000)
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def tokens(length, *, batch=1, heads=2, head_dim=8, value_dim=5, seed=0, dtype=torch.float64):
+    """Queries, keys, values and a weight on the outputs, (batch, heads, length, width) each."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = (head_dim, head_dim, value_dim, value_dim)
+    shapes = [(batch, heads, length, width) for width in widths]
+    return [2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def with_gradients(attention, queries, keys, values, weight, **options):
+    inputs = [tensor.clone().requires_grad_() for tensor in (queries, keys, values)]
+    output = attention(*inputs, **options)
+    (output * weight).sum().backward()
+    return output.detach(), *(tensor.grad for tensor in inputs)
+
+
+def stepped(queries, keys, values, step=flow_attention_step, **options):
+    outputs, state = [], None
+    for token in range(queries.shape[2]):
+        output, state = step(queries[:, :, token], keys[:, :, token], values[:, :, token], state, **options)
+        outputs.append(output)
+    return torch.stack(outputs, dim=2)
+
+
+def assert_all_close(actual, expected, tolerance):
+    for name, a, b in zip(("output", "query", "key", "value"), actual, expected, strict=True):
+        difference = (a.double() - b.double()).abs().max().item()
+        scale = max(1.0, b.abs().max().item())
+        assert difference <= tolerance * scale, f"{name}: {difference}"  # a NaN fails too
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def formula_by_hand(queries, keys, values, clamp, eps=1e-6):
+    """The causal definition in Python floats, one sum at a time, for (length, width) lists."""
+    q = [[sigmoid(x) for x in row] for row in queries]
+    k = [[sigmoid(x) for x in row] for row in keys]
+    length, head_dim, value_dim = len(q), len(q[0]), len(values[0])
+
+    def dot(x, sums):
+        return sum((a + eps) * (b + eps) for a, b in zip(x, sums, strict=True))
+
+    def sums(rows, weights):
+        return [sum(w * row[c] for w, row in zip(weights, rows, strict=True)) for c in range(head_dim)]
+
+    incoming = [dot(q[i], sums(k[: i + 1], [1] * (i + 1))) for i in range(length)]
+    outgoing = [dot(k[j], sums(q[: j + 1], [1] * (j + 1))) for j in range(length)]
+    result = []
+    exponentials = []
+    for j in range(length):
+        weights = [(i + 1) / incoming[i] for i in range(j + 1)]
+        conserved = dot(k[j], sums(q[: j + 1], weights)) / (j + 1)
+        exponentials.append(math.exp(min(max(conserved, -clamp), clamp)))
+    for i in range(length):
+        weights = [(j + 1) / outgoing[j] for j in range(i + 1)]
+        allocation = sigmoid(dot(q[i], sums(k[: i + 1], weights)) / (i + 1))
+        row = [0.0] * value_dim
+        for j in range(i + 1):
+            competition = (j + 1) * exponentials[j] / sum(exponentials[: j + 1])
+            pair = sum(a * b for a, b in zip(q[i], k[j], strict=True))
+            row = [r + pair * competition * v for r, v in zip(row, values[j], strict=True)]
+        result.append([allocation * r / incoming[i] for r in row])
+    return result
+
+
+@pytest.mark.parametrize("clamp", [0.3, 10.0])
+def test_naive_form_is_the_formula(clamp):
+    q, k, v, _ = tokens(11, heads=1, head_dim=3, value_dim=2)
+    expected = formula_by_hand(q[0, 0].tolist(), k[0, 0].tolist(), v[0, 0].tolist(), clamp)
+    np.testing.assert_allclose(naive_flow_attention(q, k, v, clamp=clamp)[0, 0], expected, rtol=1e-12)
+
+
+def test_naive_bidirectional_form_is_the_formula():
+    q, _, _, _ = tokens(4, heads=1, head_dim=3, value_dim=2)
+    _, k, v, _ = tokens(7, heads=1, head_dim=3, value_dim=2, seed=1)
+    actual = naive_flow_attention(q, k, v, causal=False, clamp=0.45)[0, 0]
+    sinks, sources, values, eps = q[0, 0].sigmoid().numpy(), k[0, 0].sigmoid().numpy(), v[0, 0].numpy(), 1e-6
+    incoming = [(x + eps) @ (sources.sum(0) + eps) for x in sinks]
+    outgoing = [(x + eps) @ (sinks.sum(0) + eps) for x in sources]
+    weighted_sources = sum(x / o for x, o in zip(sources, outgoing, strict=True))
+    weighted_sinks = sum(x / i for x, i in zip(sinks, incoming, strict=True))
+    conserved = [(x + eps) @ (weighted_sinks + eps) for x in sources]
+    exponentials = np.exp(np.clip(conserved, -0.45, 0.45))
+    assert (np.array(conserved) > 0.45).any()
+    assert (np.array(conserved) < 0.45).any()
+    competition = 7 * exponentials / exponentials.sum()
+    for sink, flow_in, row in zip(sinks, incoming, actual, strict=True):
+        allocation = sigmoid((sink + eps) @ (weighted_sources + eps) * 4 / 7)
+        aggregated = sum(
+            (sink @ source) * weight * value
+            for source, weight, value in zip(sources, competition, values, strict=True)
+        )
+        np.testing.assert_allclose(row, allocation * aggregated / flow_in, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_parallel_recurrent_and_naive_forms_agree(length, dtype):
+    q, k, v, weight = tokens(length, heads=1 if length > 1000 else 2)
+    expected = with_gradients(naive_flow_attention, q, k, v, weight)
+    cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
+    actual = with_gradients(flow_attention, *cast)
+    assert actual[0].dtype == dtype
+    assert_all_close(actual, expected, TOLERANCE[dtype])
+    assert (stepped(*cast[:3]).double() - expected[0]).abs().max() <= TOLERANCE[dtype] * max(
+        1.0, expected[0].abs().max()
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("clamp", [0.3, 0.9, 1.0, 100.0])
+def test_forms_agree_where_the_clamp_binds(clamp, dtype):
+    q, k, v, weight = tokens(200, batch=2)
+    expected = with_gradients(naive_flow_attention, q, k, v, weight, clamp=clamp)
+    unclamped = with_gradients(naive_flow_attention, q, k, v, weight, clamp=1e9)
+    assert (expected[0] - unclamped[0]).abs().max() > 1e-3 or clamp == 100.0
+    cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
+    assert_all_close(with_gradients(flow_attention, *cast, clamp=clamp), expected, TOLERANCE[dtype])
+    outputs = stepped(*cast[:3], clamp=clamp)
+    assert (outputs.double() - expected[0]).abs().max() <= TOLERANCE[dtype]
+
+
+def test_recurrent_form_has_the_gradients_of_the_naive_one():
+    q, k, v, weight = tokens(40)
+    expected = with_gradients(naive_flow_attention, q, k, v, weight)
+    assert_all_close(with_gradients(stepped, q, k, v, weight), expected, 1e-10)
+
+
+def use_short_blocks(monkeypatch, block, group):
+    """Blocks of so many tokens and groups of so many put every kind of boundary into a few tokens."""
+    monkeypatch.setattr(flow, "ONE_BLOCK", block)
+    monkeypatch.setattr(flow, "SHORTEST_BLOCK", block)
+    monkeypatch.setattr(flow, "GROUP_TOKENS", group)
+
+
+@pytest.mark.parametrize("length", [3, 4, 5, 8, 12, 13, 36, 47])
+def test_state_carries_over_blocks_and_groups_of_blocks(monkeypatch, length):
+    use_short_blocks(monkeypatch, 4, group=2 * 2 * 12)  # three blocks of each of the 2 x 2 sequences
+    q, k, v, weight = tokens(length, batch=2, head_dim=4)
+    for clamp in (0.5, 10.0):
+        expected = with_gradients(naive_flow_attention, q, k, v, weight, clamp=clamp)
+        assert_all_close(with_gradients(flow_attention, q, k, v, weight, clamp=clamp), expected, 1e-10)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_agree_with_finite_differences(monkeypatch, causal):
+    use_short_blocks(monkeypatch, 2, group=4)
+    inputs = [tensor.requires_grad_() for tensor in tokens(5, heads=1, head_dim=2, value_dim=1)[:3]]
+    assert torch.autograd.gradcheck(lambda *x: flow_attention(*x, causal=causal), inputs)
+
+
+def test_eps_and_value_width_are_honoured():
+    for value_dim in (1, 8, 19):
+        q, k, v, weight = tokens(150, value_dim=value_dim)
+        expected = with_gradients(naive_flow_attention, q, k, v, weight, eps=0.05)
+        assert_all_close(with_gradients(flow_attention, q, k, v, weight, eps=0.05), expected, 1e-10)
+        assert (stepped(q, k, v, eps=0.05) - expected[0]).abs().max() < 1e-10
+        assert (flow_attention(q, k, v) - expected[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("sinks", "sources"), [(1, 1), (5, 9), (9, 5), (300, 7), (64, 1000)])
+def test_bidirectional_form_agrees_with_the_naive_one(sinks, sources, dtype):
+    q, _, _, weight = tokens(sinks, seed=1)
+    _, k, v, _ = tokens(sources, seed=2)
+    for clamp in (0.3, 10.0):
+        options = {"causal": False, "clamp": clamp}
+        expected = with_gradients(naive_flow_attention, q, k, v, weight, **options)
+        cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
+        assert_all_close(with_gradients(flow_attention, *cast, **options), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("attention", [flow_attention, naive_flow_attention, softmax_attention])
+@pytest.mark.parametrize("changed", [0, 1, 127, 128, 200, 299])
+def test_a_change_alters_nothing_before_it(attention, changed):
+    inputs = tokens(300)[:3]
+    before = attention(*inputs)
+    effect = 0.0
+    for index in range(3):
+        altered = [tensor.clone() for tensor in inputs]
+        altered[index][:, :, changed] += 3
+        after = attention(*altered)
+        assert torch.equal(after[:, :, :changed], before[:, :, :changed])
+        effect += float((after[:, :, changed:] - before[:, :, changed:]).abs().max())
+    assert effect > 1e-2
+
+
+def extreme_inputs(length, head_dim):
+    """Pairs of (1, length, head_dim) queries and keys, saturated in every way that flows can vanish."""
+
+    def full(value):
+        return torch.full((1, length, head_dim), value)
+
+    def halves(first, second):
+        return torch.cat((full(first)[:, : length // 2], full(second)[:, length // 2 :]), dim=1)
+
+    generator = torch.Generator().manual_seed(3)
+    spread = [2e4 * torch.rand(1, length, head_dim, generator=generator) - 1e4 for _ in range(2)]
+    one_sided = torch.tensor([1e4, -1e4]).repeat(head_dim // 2).expand(1, length, head_dim)
+    return {
+        "spread": spread,
+        "both on": (full(1e4), full(1e4)),
+        "both off": (full(-1e4), full(-1e4)),
+        "queries off": (full(-1e4), full(1e4)),
+        "keys off": (full(1e4), full(-1e4)),
+        "near zero": (full(-30.0), full(-30.0)),
+        "off, then on": (halves(-1e4, 1e4), halves(-1e4, 1e4)),
+        "crossing": (halves(-1e4, 1e4), halves(1e4, -1e4)),
+        "orthogonal": (one_sided, -one_sided),
+    }
+
+
+def test_extreme_inputs_stay_finite_at_length_65536():
+    cases = extreme_inputs(65_536, 2)
+    queries, keys = (torch.stack(tensors) for tensors in zip(*cases.values(), strict=True))
+    values = 2e4 * torch.rand(len(cases), 1, 65_536, 1, generator=torch.Generator().manual_seed(4)) - 1e4
+    results = with_gradients(flow_attention, queries, keys, values, 1.0)
+    for row, case in enumerate(cases):
+        assert all(result[row].isfinite().all() for result in results), case
+    last_steps = [tensor[:, :, -300:] for tensor in (queries, keys, values)]
+    assert stepped(*last_steps).isfinite().all()
+
+
+def test_bfloat16_inputs_are_summed_in_float32():
+    rounded = [tensor.bfloat16() for tensor in tokens(1000)]
+    exact = with_gradients(naive_flow_attention, *(tensor.double() for tensor in rounded))
+    actual = with_gradients(flow_attention, *rounded)
+    for value, reference in zip(actual, exact, strict=True):
+        assert value.dtype == torch.bfloat16
+        # Nothing but the final rounding to 8 bits; sums in bfloat16 would be off by percents.
+        assert ((value.double() - reference).abs() <= 2**-8 * reference.abs() + 1e-5).all()
+    outputs = stepped(*rounded[:3])
+    assert outputs.dtype == torch.bfloat16
+    assert ((outputs.double() - exact[0]).abs() <= 2**-8 * exact[0].abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_lower_the_precision(causal, dtype):
+    """Under autocast a projection hands over bfloat16; sums must not follow it, nor lower float32 input."""
+    inputs = [tensor.to(dtype) for tensor in tokens(1000)]
+    exact = with_gradients(naive_flow_attention, *(tensor.double() for tensor in inputs), causal=causal)
+    queries, keys, values = (tensor.clone().requires_grad_() for tensor in inputs[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = flow_attention(queries, keys, values, causal=causal)
+        steps = stepped(*inputs[:3]) if causal else output
+    (output * inputs[3]).sum().backward()
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    for value, reference in zip(
+        (output, queries.grad, keys.grad, values.grad, steps), (*exact, exact[0]), strict=True
+    ):
+        assert value.dtype == dtype
+        assert ((value.double() - reference).abs() <= rounding * reference.abs() + 1e-5).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def saved_bytes(length, head_dim):
+    """Bytes that the forward pass keeps for the backward pass, and the largest tensor of both (elements)."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = tokens(length, heads=1, head_dim=head_dim, value_dim=head_dim, dtype=torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), LargestTensor() as largest:
+        with_gradients(flow_attention, *inputs)
+    return sum(storages.values()), largest.elements
+
+
+def test_memory_is_linear_in_length():
+    head_dim = 64
+    (short, _), (long, largest) = saved_bytes(2048, head_dim), saved_bytes(4096, head_dim)
+    assert 1.9 * short < long < 2.1 * short
+    assert long < 4096 * head_dim * head_dim * 4 / 4  # no (length, head_dim, head_dim) tensor is kept
+    assert largest <= 3 * 4096 * head_dim  # nor made on the way; nor one of (length, length)
+
+
+def test_step_state_is_constant_in_size():
+    q, k, v, _ = tokens(300, batch=3)
+    sizes = []
+    state = None
+    for token in range(300):
+        _, state = flow_attention_step(q[:, :, token], k[:, :, token], v[:, :, token], state)
+        sizes.append(sum(tensor.numel() for tensor in state))
+    assert set(sizes) == {3 * 2 * (2 + 4 * 8 + 8 * 5)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_softmax_step_equals_its_parallel_form(dtype):
+    inputs = tokens(200, batch=2, head_dim=8, value_dim=8, dtype=dtype)[:3]
+    q, k, v = inputs
+    scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(
+        ~torch.ones(200, 200, dtype=torch.bool).tril(), -torch.inf
+    )
+    expected = scores.softmax(-1) @ v
+    assert (softmax_attention(*inputs) - expected).abs().max() < TOLERANCE[dtype]
+    assert (stepped(*inputs, step=softmax_attention_step) - expected).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", list(ATTENTION_KINDS))
+def test_rows_restart_and_move_on_their_own(name):
+    """Rows that began at different times, with one dropped, equal sequences run one by one."""
+    kind = ATTENTION_KINDS[name]
+    inputs = tokens(150, batch=3, head_dim=8, value_dim=8)[:3]
+    starts, rows, state = [0, 0, 0], [0, 1, 2], None
+    outputs = {}
+    for token in range(150):
+        if token in (10, 70, 71):  # row 1 starts anew, then rows 0 and 1, then row 2
+            restarted = {10: [1], 70: [0, 1], 71: [2]}[token]
+            state = clear_rows(state, torch.tensor([row in restarted for row in rows]))
+            starts = [token if row in restarted else start for row, start in enumerate(starts)]
+        if token == 100:  # row 1 leaves, the others change places
+            state, rows = select_rows(state, torch.tensor([2, 0])), [2, 0]
+        output, state = kind.step(*(tensor[rows][:, :, token] for tensor in inputs), state)
+        for place, row in enumerate(rows):
+            outputs.setdefault((row, starts[row]), []).append(output[place])
+    assert sorted(outputs) == [(0, 0), (0, 70), (1, 0), (1, 10), (1, 70), (2, 0), (2, 71)]
+    for (row, start), actual in outputs.items():
+        part = [tensor[row : row + 1, :, start : start + len(actual)] for tensor in inputs]
+        assert (torch.stack(actual, dim=1) - kind.parallel(*part)[0]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "causal"),
+    [
+        ((2, 3, 8), (2, 3, 8), (2, 3, 8), True),
+        ((1, 2, 3, 8), (1, 2, 3, 4), (1, 2, 3, 8), True),
+        ((1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8), True),
+        ((2, 2, 3, 8), (1, 2, 3, 8), (1, 2, 3, 8), True),
+        ((1, 2, 3, 8), (1, 2, 3, 8), (1, 2, 4, 8), True),
+        ((1, 2, 3, 8), (1, 2, 3, 8), (1, 1, 3, 8), True),
+        ((1, 2, 3, 8), (1, 2, 4, 8), (1, 2, 4, 8), True),
+        ((1, 2, 0, 8), (1, 2, 0, 8), (1, 2, 0, 8), True),
+        ((1, 2, 3, 8), (1, 2, 0, 8), (1, 2, 0, 8), False),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(queries, keys, values, causal):
+    with pytest.raises(ValueError, match=r"queries|flow_attention"):
+        flow_attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values), causal=causal)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        ((1, 2, 3, 8), (1, 2, 3, 8), (1, 2, 3, 8)),
+        ((2, 3, 8), (2, 3, 4), (2, 3, 8)),
+        ((2, 3, 8), (2, 1, 8), (2, 3, 8)),
+        ((2, 3, 8), (1, 3, 8), (2, 3, 8)),
+        ((2, 3, 8), (2, 3, 8), (2, 1, 8)),
+    ],
+)
+def test_step_refuses_shapes_that_do_not_fit(query, key, value):
+    with pytest.raises(ValueError, match="flow_attention_step"):
+        flow_attention_step(torch.zeros(query), torch.zeros(key), torch.zeros(value))
