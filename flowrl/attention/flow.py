@@ -95,8 +95,11 @@ def flow_attention_step(
 
     ``query`` and ``key`` are (batch, heads, head_dim), before the sigmoid; ``value`` is (batch, heads,
     value_dim); ``state`` is None before the first token. Returns the output (batch, heads, value_dim) and the
-    new state.
+    new state. Raises ValueError for shapes that do not fit.
     """
+    if query.ndim != 3 or query.shape != key.shape or query.shape[:2] != value.shape[:2] or value.ndim != 3:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        raise ValueError(f"flow_attention_step takes (batch, heads, head_dim) tensors, got {shapes}")
     with torch.autocast(query.device.type, enabled=False):
         if state is None:
             state = empty_flow_state(query, value)
