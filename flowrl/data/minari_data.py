@@ -98,12 +98,17 @@ def datasets_folder() -> Path:
     return Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
 
 
+def check_minari_id(dataset_id: str) -> None:
+    """Raise UserError unless the id is one that can name a Minari dataset and nothing outside its storage."""
+    if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id, re.ASCII):
+        raise UserError(f"malformed Minari id '{dataset_id}': one looks like mujoco/hopper/medium-v0")
+
+
 def _ensure_local(dataset_id: str) -> None:
     """Download the dataset unless it is in the local cache; whole or not at all."""
     import minari
 
-    if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id, re.ASCII):
-        raise UserError(f"malformed Minari id '{dataset_id}': one looks like mujoco/hopper/medium-v0")
+    check_minari_id(dataset_id)
     root = datasets_folder()
     if (root / dataset_id).exists():
         return

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from flowrl.data.d4rl import D4RL_ENVIRONMENTS, read_d4rl, read_d4rl_file
+from flowrl.data.d4rl import D4RL_ENVIRONMENTS, find_d4rl_file, read_d4rl, read_d4rl_file
+from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
 from flowrl.data.episodes import EpisodeDataset
 from flowrl.data.minari_data import read_minari
 from flowrl.envs.reference_scores import reference_scores
@@ -19,7 +20,8 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
 
     Args:
         source: ``"minari:ID"`` (local cache, else downloaded), the path of an ``.hdf5`` or ``.h5`` file in
-            D4RL's layout, or a D4RL v2 dataset such as ``"hopper-medium"`` (local file, else downloaded).
+            D4RL's layout, a D4RL v2 dataset such as ``"hopper-medium"`` (local file, else downloaded, else
+            flowrl's own data of that name), or ``"flowrl"``: flowrl's own data, which ``env`` names.
         env: environment to evaluate in, see :func:`environment_named`. A file names none itself; a Minari
             or D4RL dataset brings its own, which this replaces.
 
@@ -31,12 +33,14 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
     Raises:
         UserError: unknown source or environment, or data that is missing, damaged or invalid.
     """
+    if source == SOURCE:
+        return load_embedded(env or "")
     environment = None if env is None else environment_named(env)
     suffix = Path(source).suffix.lower()
     if source.startswith(MINARI_PREFIX):
         return _evaluated_in(read_minari(source.removeprefix(MINARI_PREFIX)), environment)
     if source in D4RL_ENVIRONMENTS:
-        return _evaluated_in(read_d4rl(source), environment)
+        return _evaluated_in(_d4rl_or_embedded(source), environment)
     if suffix in FILE_SUFFIXES:
         reference = None if environment is None else reference_scores(environment.env_id)
         return read_d4rl_file(Path(source).expanduser(), environment=environment, reference=reference)
@@ -49,6 +53,17 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
         f"unknown dataset '{source}'{did_you_mean(source, D4RL_ENVIRONMENTS)} "
         f"(or give {MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)})"
     )
+
+
+def _d4rl_or_embedded(name: str) -> EpisodeDataset:
+    """Read D4RL's dataset; where it is neither here nor to be had, flowrl's own of that name."""
+    try:
+        find_d4rl_file(name)
+    except UserError as error:
+        if name not in EMBEDDED:
+            raise
+        return load_embedded(name, why=str(error).partition("; give a file")[0])
+    return read_d4rl(name)
 
 
 def environment_named(env: str) -> EnvironmentSpec:

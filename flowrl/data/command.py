@@ -1,0 +1,91 @@
+"""What ``scripts/collect.py`` does with its options."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from flowrl.behavior.assets import behavior_assets, behavior_names
+from flowrl.data.collect import Part, Recipe
+from flowrl.data.embedded import EMBEDDED, embedded_id
+from flowrl.data.writers import collect_d4rl, collect_minari, read_provenance
+from flowrl.errors import UserError, did_you_mean
+from flowrl.signals import StopSignals
+
+
+@dataclass(frozen=True)
+class CollectCommand:
+    """What to collect and where to put it."""
+
+    name: tyro.conf.Positional[str]
+    """An embedded dataset (hopper-medium), or an environment (hopper) with --policies."""
+    policies: tuple[str, ...] = ()
+    """NAME or NAME=SHARE of the steps, such as medium=3 expert=1."""
+    noise: float = 0.0
+    """Standard deviation of the normal noise added to actions; with --policies."""
+    steps: int | None = None
+    """Transitions, at least; 200000 unless given."""
+    seed: int | None = None
+    format: Literal["minari", "d4rl"] = "minari"
+    id: str | None = None
+    """Id of the Minari dataset; an embedded dataset as published has its own."""
+    out: Path | None = None
+    """HDF5 file to write with --format d4rl."""
+    overwrite: bool = False
+
+
+def run_collect(command: CollectCommand) -> None:
+    """Collect and print where the data is and its content hash; a signal leaves nothing behind.
+
+    Raises:
+        UserError: a name, policy or option that makes no sense, and see :mod:`flowrl.data.writers`.
+    """
+    recipe = _recipe(command)
+    with StopSignals() as signals, signals.interruptible():
+        if command.format == "d4rl":
+            if command.out is None or command.id is not None:
+                raise UserError("--format d4rl writes to --out FILE.hdf5, not to --id")
+            sha256 = collect_d4rl(recipe, command.out, command.overwrite)
+            print(f"{command.out}: content SHA-256 {sha256}")
+            return
+        if command.out is not None:
+            raise UserError("--out needs --format d4rl; Minari datasets go to MINARI_DATASETS_PATH")
+        dataset_id = _dataset_id(command, recipe)
+        folder = collect_minari(recipe, dataset_id, command.overwrite)
+        print(f"{dataset_id}: {folder}, content SHA-256 {read_provenance(folder)['sha256']}")
+
+
+def _recipe(command: CollectCommand) -> Recipe:
+    if command.name in EMBEDDED:
+        if command.policies or command.noise:
+            raise UserError(f"{command.name} has its own policies: --policies and --noise go with hopper")
+        recipe = EMBEDDED[command.name].recipe
+    elif command.name in behavior_names():
+        if not command.policies:
+            known = ", ".join(behavior_assets(command.name))
+            raise UserError(f"{command.name}: give --policies, of {known}")
+        recipe = Recipe(command.name, tuple(_part(policy, command.noise) for policy in command.policies))
+    else:
+        hint = did_you_mean(command.name, (*EMBEDDED, *behavior_names()))
+        raise UserError(f"no dataset or environment '{command.name}'{hint}")
+    changes = {"steps": command.steps, "seed": command.seed}
+    return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+
+
+def _part(policy: str, noise: float) -> Part:
+    name, separator, share = policy.partition("=")
+    try:
+        return Part(name, float(share) if separator else 1.0, noise)
+    except ValueError:
+        raise UserError(f"--policies {policy}: want NAME or NAME=SHARE, such as medium=3") from None
+
+
+def _dataset_id(command: CollectCommand, recipe: Recipe) -> str:
+    """Return the id to store under; an embedded dataset's own is for its own recipe only."""
+    own = embedded_id(command.name) if command.name in EMBEDDED else None
+    if own is not None and recipe == EMBEDDED[command.name].recipe:
+        return command.id or own
+    if command.id is None or command.id.startswith("flowrl/"):
+        raise UserError("data of one's own needs a name of its own: --id such as mine/hopper/mixed-v0")
+    return command.id

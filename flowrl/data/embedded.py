@@ -1,0 +1,101 @@
+"""The nine datasets that flowrl brings as recipes: collected here, on first use, by the policies it ships.
+
+They are not D4RL's: other policies, other environments (-v5), fewer steps. Scores on one of them compare with
+scores on the same data only.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+
+from flowrl.data.collect import Part, Recipe
+from flowrl.data.episodes import EpisodeDataset
+from flowrl.data.minari_data import read_minari
+from flowrl.data.writers import collected_sha256, ensure_minari
+from flowrl.errors import UserError, did_you_mean
+
+SOURCE = "flowrl"  # what --dataset takes
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A recipe and the content that it gave where it was published."""
+
+    recipe: Recipe
+    sha256: str = ""
+    """Content hash; other processors or versions of MuJoCo may differ in the last digits, so it only warns."""
+
+
+# A replay set holds what the training run saw on its way to its medium policy: each snapshot stands for the
+# training steps around it, which are the shares (in thousands of steps).
+EMBEDDED = {
+    "hopper-medium": Embedded(Recipe("hopper", (Part("medium"),), seed=1)),
+    "hopper-medium-replay": Embedded(
+        Recipe(
+            "hopper",
+            (
+                Part("random", 12),
+                Part("25k", 38),
+                Part("75k", 50),
+                Part("125k", 38),
+                Part("150k", 25),
+                Part("175k", 25),
+                Part("200k", 25),
+                Part("225k", 62),
+                Part("medium", 50),
+            ),
+            seed=2,
+        )
+    ),
+    "hopper-medium-expert": Embedded(Recipe("hopper", (Part("medium"), Part("expert")), seed=3)),
+}
+
+
+def embedded_id(name: str) -> str:
+    """Return the Minari id of the embedded dataset that ``--env`` calls ``name``.
+
+    ``"hopper-medium-replay"`` is ``"flowrl/hopper/medium-replay-v0"``.
+    """
+    environment, _, level = name.partition("-")
+    return f"{SOURCE}/{environment}/{level}-v0"
+
+
+def embedded_named(name: str) -> Embedded:
+    """Return the embedded dataset ``name``; a UserError for an unknown one suggests the closest."""
+    if name not in EMBEDDED:
+        raise UserError(f"no embedded dataset '{name}'{did_you_mean(name, EMBEDDED)}")
+    return EMBEDDED[name]
+
+
+def load_embedded(name: str, why: str = "") -> EpisodeDataset:
+    """Load the embedded dataset ``name`` ("hopper-medium"), collecting it on first use.
+
+    Args:
+        name: a key of ``EMBEDDED``.
+        why: how it came to this data, for the note that says which data it is.
+
+    Raises:
+        UserError: no such dataset, policies or stored data that are not what they should be, or a disk that
+            cannot be written.
+    """
+    embedded, dataset_id = embedded_named(name), embedded_id(name)
+    print(
+        f"{why}{'; ' if why else ''}using flowrl's own data {dataset_id}, NOT D4RL's {name}",
+        file=sys.stderr,
+    )
+    folder = ensure_minari(embedded.recipe, dataset_id)
+    dataset = read_minari(dataset_id)
+    if dataset.sha256 != collected_sha256(folder):
+        raise UserError(
+            f"{folder}: its content is not what was collected (SHA-256 {dataset.sha256}): collect it again, "
+            f"python scripts/collect.py {name} --overwrite"
+        )
+    notes = [
+        f"THIS IS flowrl's OWN DATA {dataset_id}, NOT D4RL's {name}: "
+        "its scores compare only with scores on the same data"
+    ]
+    if embedded.sha256 and dataset.sha256 != embedded.sha256:
+        notes.append(
+            f"collected here, {dataset_id} has SHA-256 {dataset.sha256}, where it was published "
+            f"{embedded.sha256}: another processor or version of MuJoCo; compare scores on this machine only"
+        )
+    return replace(dataset, dataset_id=dataset_id, notes=(*notes, *dataset.notes))

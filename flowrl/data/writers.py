@@ -1,0 +1,232 @@
+"""Collected episodes on disk: a Minari dataset or a file in D4RL's layout, whole or absent."""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+
+import flowrl
+from flowrl.atomic import atomic_path, sync_folder
+from flowrl.data.collect import Collection, Episode, Recipe, collect, plain_recipe, policy_hashes, to_dataset
+from flowrl.data.minari_data import check_minari_id, datasets_folder, minari_folder
+from flowrl.envs.reference_scores import reference_scores
+from flowrl.envs.vector import make_env
+from flowrl.errors import UserError
+
+METADATA_KEY = "flowrl"  # of what flowrl adds to a Minari dataset's metadata
+
+
+def collect_minari(recipe: Recipe, dataset_id: str, overwrite: bool = False) -> Path:
+    """Collect ``recipe`` into Minari's local storage (``MINARI_DATASETS_PATH``) and return its folder.
+
+    The dataset appears under its id only when all of it is on disk. Of two processes that collect the same
+    one, the second waits for the first.
+
+    Raises:
+        UserError: a malformed id, an id that exists already (unless ``overwrite``), a recipe that
+            :func:`flowrl.data.collect.collect` refuses, or a disk that cannot be written.
+    """
+    check_minari_id(dataset_id)
+    with _locked(dataset_id) as folder:
+        if folder.exists() and not overwrite:
+            raise UserError(f"dataset {dataset_id} exists already ({folder}); replace it with --overwrite")
+        _collect_into(recipe, dataset_id, folder)
+    return folder
+
+
+def ensure_minari(recipe: Recipe, dataset_id: str) -> Path:
+    """Return the folder of a dataset in Minari's local storage, collected first if it is not there.
+
+    Raises:
+        UserError: as :func:`collect_minari`, and for a dataset of that id which another recipe collected or
+            which nothing says that flowrl collected.
+    """
+    with _locked(dataset_id) as folder:
+        if not folder.exists():
+            _collect_into(recipe, dataset_id, folder)
+    provenance = read_provenance(folder)
+    wanted = {"recipe": plain_recipe(recipe), "policy_sha256": policy_hashes(recipe)}
+    if any(provenance.get(key) != value for key, value in wanted.items()):
+        raise UserError(
+            f"{folder} was not collected by this version's recipe and policies: collect it again with "
+            "scripts/collect.py and --overwrite, or move it away"
+        )
+    return folder
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return what flowrl wrote about a dataset into its metadata: recipe, hashes, versions.
+
+    Raises:
+        UserError: the metadata is damaged or flowrl did not write it.
+    """
+    path = folder / "data" / "metadata.json"
+    try:
+        provenance = json.loads(path.read_text(encoding="utf-8"))[METADATA_KEY]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the metadata of a dataset that flowrl collected ({error!r})") from None
+    if not isinstance(provenance, dict):
+        raise UserError(f"{path}: '{METADATA_KEY}' must be a mapping")
+    return provenance
+
+
+def collected_sha256(folder: Path) -> str:
+    """Return the content hash that a dataset had when flowrl collected it."""
+    return str(read_provenance(folder).get("sha256"))
+
+
+def collect_d4rl(recipe: Recipe, path: Path, overwrite: bool = False) -> str:
+    """Collect ``recipe`` into an HDF5 file in D4RL's layout and return the data's content hash.
+
+    Raises:
+        UserError: the file exists already (unless ``overwrite``), a recipe that
+            :func:`flowrl.data.collect.collect` refuses, or a disk that cannot be written.
+    """
+    if path.suffix.lower() not in (".hdf5", ".h5"):
+        raise UserError(f"--out {path}: the name of a file in D4RL's layout ends in .hdf5 or .h5")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already; replace it with --overwrite")
+    collection = collect(recipe)
+    dataset = to_dataset(collection, str(path))
+    ends = dataset.episode_starts + dataset.episode_lengths - 1
+    terminals = np.zeros(dataset.num_transitions, dtype=bool)
+    terminals[ends] = dataset.terminated
+    timeouts = np.zeros_like(terminals)
+    timeouts[ends] = ~dataset.terminated
+    with _disk_errors(path), atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        for key in ("observations", "actions", "rewards"):
+            file[key] = getattr(dataset, key)
+        file["terminals"], file["timeouts"] = terminals, timeouts
+        for key, value in _provenance(collection, dataset.sha256).items():
+            file[f"metadata/{key}"] = json.dumps(value)
+    return dataset.sha256
+
+
+def _provenance(collection: Collection, sha256: str) -> dict[str, Any]:
+    return {
+        **collection.provenance(),
+        "environment": collection.environment.to_dict(),
+        "sha256": sha256,
+        "flowrl_version": flowrl.__version__,
+        "mujoco_version": mujoco.__version__,
+    }
+
+
+@contextmanager
+def _locked(dataset_id: str) -> Iterator[Path]:
+    """Yield the dataset's folder while no other process collects or downloads it."""
+    root = datasets_folder()
+    with _disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(root / f".{_flat(dataset_id)}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(f"waiting for another process that is collecting {dataset_id}", file=sys.stderr)
+            lock.acquire()
+    try:
+        yield root / dataset_id
+    finally:
+        lock.release()
+
+
+def _collect_into(recipe: Recipe, dataset_id: str, folder: Path) -> None:
+    """Collect and write aside, then put the dataset where it belongs, in the place of one that is there."""
+    root = datasets_folder()
+    staging = root / f".incomplete-{_flat(dataset_id)}"
+    with _disk_errors(root):
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    collection = collect(recipe)
+    with _disk_errors(folder):
+        try:
+            with minari_folder(staging):
+                _write_minari(collection, dataset_id)
+            for file in staging.rglob("*"):
+                _sync(file)
+            _add_namespaces(dataset_id)
+            if folder.exists():
+                os.replace(folder, staging / "replaced")
+            os.replace(staging / dataset_id, folder)
+            sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_minari(collection: Collection, dataset_id: str) -> None:
+    import minari  # here: it takes a while to import
+
+    reference = reference_scores(collection.environment.env_id)
+    environment = make_env(collection.environment)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # minari asks for an author, a permalink and so on
+        dataset = minari.create_dataset_from_buffers(
+            dataset_id,
+            [_to_buffer(index, episode) for index, episode in enumerate(collection.episodes)],
+            env=environment,
+            algorithm_name="SAC",
+            author="flowrl",
+            ref_min_score=None if reference is None else reference.minimum,
+            ref_max_score=None if reference is None else reference.maximum,
+            description=f"Collected by flowrl's own behaviour policies: {collection.recipe}",
+            requirements=[f"mujoco=={mujoco.__version__}", f"gymnasium=={gymnasium.__version__}"],
+        )
+    environment.close()
+    sha256 = to_dataset(collection, dataset_id).sha256
+    dataset.storage.update_metadata({METADATA_KEY: _provenance(collection, sha256)})
+
+
+def _to_buffer(index: int, episode: Episode) -> Any:
+    from minari.data_collector import EpisodeBuffer
+
+    last = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
+    return EpisodeBuffer(
+        id=index,
+        seed=episode.seed,
+        options={"policy": episode.policy},
+        observations=episode.observations,
+        actions=episode.actions,
+        rewards=episode.rewards,
+        terminations=last & episode.terminated,
+        truncations=last & (not episode.terminated),
+    )
+
+
+def _add_namespaces(dataset_id: str) -> None:
+    """Let minari know the folders between its root and the dataset."""
+    from minari.namespace import create_namespace, list_local_namespaces
+
+    namespace = dataset_id.rpartition("/")[0]
+    if namespace and namespace not in list_local_namespaces():
+        create_namespace(namespace)
+
+
+def _flat(dataset_id: str) -> str:
+    return dataset_id.replace("/", "--")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk, as Python and HDF5 report it, into one UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
