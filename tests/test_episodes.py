@@ -54,17 +54,16 @@ def test_offsets_timesteps_and_returns_match_a_plain_loop() -> None:
         assert getattr(dataset, name).dtype == np.int64
 
 
-def test_returns_to_go_keep_float32_precision_next_to_a_huge_episode_and_over_many_steps() -> None:
-    lengths = (2, 100_000, 3)
+def test_returns_to_go_keep_float32_precision_between_huge_episodes_and_over_many_steps() -> None:
+    lengths = (2, 100_000, 3, 2)
     given = arrays(lengths)
-    given["rewards"][:2] = 1e30
-    given["rewards"][2:-3] = 0.1
+    given["rewards"][:2] = given["rewards"][-2:] = 1e30
+    given["rewards"][2:-5] = 0.1
     dataset = build_episodes(**given, dataset_id="test", where="test")
     tenth = float(np.float32(0.1))
-    expected = tenth * np.arange(100_000, 0, -1)
-    np.testing.assert_allclose(dataset.returns_to_go[2:-3], expected, rtol=1e-6)
-    last = naive_returns_to_go(given["rewards"][-3:], (3,))
-    np.testing.assert_allclose(dataset.returns_to_go[-3:], last, rtol=1e-6)
+    np.testing.assert_allclose(dataset.returns_to_go[2:-5], tenth * np.arange(100_000, 0, -1), rtol=1e-6)
+    expected = naive_returns_to_go(given["rewards"][-5:], (3, 2))
+    np.testing.assert_allclose(dataset.returns_to_go[-5:], expected, rtol=1e-6)
 
 
 def test_float32_arrays_are_kept_without_a_copy() -> None:

@@ -175,7 +175,9 @@ def test_without_the_variable_it_is_downloaded_where_d4rl_looks(
     assert (tmp_path / "home" / ".d4rl" / "datasets" / "ant_full_replay-v2.hdf5").is_file()
 
 
-def test_a_downloaded_file_is_used_only_if_its_content_is_right(tmp_path: Path, remote: Path) -> None:
+def test_a_downloaded_file_is_used_only_if_its_content_is_right(
+    tmp_path: Path, remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(remote / FILE)  # a valid file, but not the one that D4RL published
     with pytest.raises(UserError, match=r"offers .* bytes, the file has 152756557"):
         load_episodes("hopper-medium")
@@ -184,6 +186,11 @@ def test_a_downloaded_file_is_used_only_if_its_content_is_right(tmp_path: Path, 
     for name in ("hopper-expert", "hopper-random"):
         with pytest.raises(UserError, match=r"gave a file that is not usable: .* not a readable HDF5 file"):
             load_episodes(name)
+    publish(monkeypatch, remote / FILE)
+    with h5py.File(remote / FILE, "a") as file:
+        file["rewards"][3] = 0.25  # same size, other content
+    with pytest.raises(UserError, match="gave a file with another SHA-256"):
+        load_episodes("hopper-medium")
     assert list((tmp_path / "d4rl").glob("*.hdf5")) == []
     assert list((tmp_path / "d4rl").glob(".*.part")) == []
 
