@@ -1,0 +1,75 @@
+"""What is measured on a CUDA device: whole updates, and attention in bfloat16 against flash attention."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from flowrl.benchmarks.attention import forward_backward, make_inputs
+from flowrl.benchmarks.report import Goal, Measurement, Row, Section
+from flowrl.benchmarks.timing import Spread, interleaved, nothing
+from flowrl.benchmarks.workload import Sizes, open_trainer, paper_config, training_data
+
+LENGTH_GOALS = {3_072: 1.0, 12_288: 4.0}  # times as fast as flash attention
+BATCH, HEADS, HEAD_DIM = 16, 4, 64
+# Tensors of the inputs' size that forward and backward must move: q, k, v in and the output out, then
+# these three and the output's gradient in and three gradients out.
+TENSORS_MOVED = 4 + 7
+COPIED_BYTES = 1 << 30
+
+
+def measure_gpu(sizes: Sizes, repetitions: int, device: str = "cuda") -> Section:
+    """Skipped, and said so, without a CUDA device."""
+    section = Section("gpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = "no CUDA device"
+        section.rows.append(Row("training updates and attention on a GPU", "", "x", None, None, reason))
+        return section
+    _measure_updates(section, sizes, repetitions, device)
+    _measure_attention(section, sizes, repetitions, device)
+    return section
+
+
+def _measure_updates(section: Section, sizes: Sizes, repetitions: int, device: str) -> None:
+    for full_episodes, goal in ((False, Goal(1.5, at_least=False)), (True, None)):
+        config = paper_config(sizes, full_episodes=full_episodes)
+        windows, timesteps = config.batch_size, sizes.episode_length if full_episodes else 20
+        with open_trainer(config, training_data(sizes, config), device) as trainer:
+            timing = interleaved({"flow": trainer.update}, repetitions, wait=_waiting(device))["flow"]
+        case = f"GPU update, {windows} x {timesteps:,} timesteps"
+        section.measurements.append(Measurement("flow", case, windows * timesteps, timing))
+        section.rows.append(Row(case, "time", "ms", timing.spread.scaled(1e3), goal))
+
+
+def _measure_attention(section: Section, sizes: Sizes, repetitions: int, device: str) -> None:
+    bandwidth = _copy_bandwidth(repetitions, device)
+    for length, goal in LENGTH_GOALS.items():
+        if length not in sizes.lengths:
+            continue
+        shape = (BATCH, HEADS, length, HEAD_DIM)
+        inputs = make_inputs(shape, device, torch.bfloat16)
+        contenders = {form: partial(forward_backward, form, inputs) for form in ("flow", "softmax")}
+        timings = interleaved(contenders, repetitions, wait=_waiting(device))
+        case = f"GPU attention forward + backward, bf16, {BATCH} x {HEADS} x {length:,} x {HEAD_DIM}"
+        for form, timing in timings.items():
+            section.measurements.append(Measurement(form, case, BATCH * length, timing))
+        faster = timings["softmax"].ratio_to(timings["flow"])
+        section.rows.append(Row(case, "flash attention", "x", faster, Goal(goal)))
+        moved = TENSORS_MOVED * inputs[0].numel() * inputs[0].element_size()
+        seconds = timings["flow"].spread
+        share = 100 * moved / bandwidth
+        part = Spread(share / seconds.median, share / seconds.high, share / seconds.low)
+        section.rows.append(Row(case, "bandwidth bound of its bytes", "%", part, Goal(50.0)))
+
+
+def _copy_bandwidth(repetitions: int, device: str) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    size = COPIED_BYTES if device == "cuda" else 1 << 20
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": partial(target.copy_, source)}, repetitions, wait=_waiting(device))["copy"]
+    return 2 * size / timing.spread.median
+
+
+def _waiting(device: str) -> Callable[[], None]:
+    return torch.cuda.synchronize if device == "cuda" else nothing

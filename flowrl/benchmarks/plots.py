@@ -1,0 +1,66 @@
+"""Pictures of a benchmark run: attention over length, updates, rollouts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowrl.atomic import atomic_path
+from flowrl.benchmarks.report import Measurement, Section
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {"flow": "tab:blue", "softmax": "tab:orange", "authors": "tab:red"}
+
+
+def draw_report(path: Path, sections: list[Section]) -> bool:
+    """Write ``path`` with .png added to its name; return False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # an extra: only drawing needs it
+    except ImportError:
+        return False
+    measurements = {section.name: section.measurements for section in sections}
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (time_axes, memory_axes), (update_axes, rollout_axes) = figure.subplots(2, 2)
+    lengths = [m for m in measurements.get("attention", []) if m.case.startswith("1 x ")]
+    _draw_lengths(time_axes, memory_axes, lengths)
+    _draw_bars(update_axes, [m for m in measurements.get("update", []) if m.contender in COLORS], "timesteps")
+    rollouts = [m for m in measurements.get("rollouts", []) if m.case == "Hopper episodes"]
+    _draw_bars(rollout_axes, rollouts, "environment steps")
+    update_axes.set_title("training, paper size")
+    rollout_axes.set_title("evaluation in Hopper")
+    with atomic_path(path.with_name(path.name + ".png")) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return True
+
+
+def _draw_lengths(time_axes: "Axes", memory_axes: "Axes", measurements: list[Measurement]) -> None:
+    for form, color in COLORS.items():
+        points = [m for m in measurements if m.contender == form and m.timing and m.peak_memory]
+        tokens = [m.size for m in points]
+        time_axes.plot(
+            tokens, [m.timing.spread.median for m in points if m.timing], "o-", color=color, label=form
+        )
+        memory_axes.plot(
+            tokens, [m.peak_memory / 2**20 for m in points if m.peak_memory], "o-", color=color, label=form
+        )
+    time_axes.set(ylabel="seconds", title="attention, forward + backward")
+    memory_axes.set(ylabel="peak memory, MiB", title="attention, forward + backward")
+    for axes in (time_axes, memory_axes):
+        axes.set(xscale="log", yscale="log", xlabel="tokens")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def _draw_bars(axes: "Axes", measurements: list[Measurement], unit: str) -> None:
+    """Rates as horizontal bars with their quartiles, the first measurement on top."""
+    timed = [(m, m.size, m.timing.spread) for m in reversed(measurements) if m.timing]
+    names = [f"{m.contender}\n{m.case.removeprefix('update, ').split(',')[0]}" for m, _, _ in timed]
+    rates = [size / seconds.median for _, size, seconds in timed]
+    errors = [
+        [rate - size / seconds.high for rate, (_, size, seconds) in zip(rates, timed, strict=True)],
+        [size / seconds.low - rate for rate, (_, size, seconds) in zip(rates, timed, strict=True)],
+    ]
+    colors = [COLORS.get(m.contender, "tab:green") for m, _, _ in timed]
+    axes.barh(names, rates, xerr=errors if timed else None, color=colors, capsize=3)
+    axes.set(xlabel=f"{unit} per second", xscale="log")
+    axes.grid(alpha=0.3, axis="x")

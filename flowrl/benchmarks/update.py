@@ -1,0 +1,86 @@
+"""Whole training updates: sampling, forward, backward, clipping and optimiser, as the trainer does them."""
+
+from contextlib import ExitStack
+
+from flowrl.attention.flow import flow_attention_step
+from flowrl.attention.kinds import AttentionKind, AttentionName
+from flowrl.benchmarks.attention import authors_flow_attention
+from flowrl.benchmarks.products import ProductRunner, needed_products
+from flowrl.benchmarks.report import Goal, Measurement, Row, Section
+from flowrl.benchmarks.timing import interleaved, peak_memory
+from flowrl.benchmarks.workload import Sizes, open_trainer, paper_config, training_data
+from flowrl.model.network import Block, SequenceModel
+
+AUTHORS = AttentionKind(authors_flow_attention, flow_attention_step)
+TINY = Sizes(
+    num_layers=1, embed_dim=8, batch_size=1, episode_batch_size=1, episode_length=30, transitions=400
+)
+
+
+def use_authors_attention(model: SequenceModel) -> None:
+    """Let the model attend as the authors' code does; its weights and its function stay the same."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.kind = AUTHORS
+
+
+def measure_update(sizes: Sizes, repetitions: int) -> Section:
+    """Windows of 20 timesteps with all three attentions, full episodes with flow and softmax."""
+    section = Section("update")
+    _measure_case(section, sizes, repetitions, full_episodes=False)
+    _measure_case(section, sizes, repetitions, full_episodes=True)
+    section.notes.append(
+        "matrix products: the update's needed products alone, forward and backward, at the speed of this "
+        "machine's sgemm at those very shapes; its size is their FLOPs."
+    )
+    return section
+
+
+def update_once(sizes: Sizes, form: str, full_episodes: bool) -> None:
+    """Two updates, the second with the optimiser's state: what a process is measured on."""
+    config = paper_config(sizes, _attention_of(form), full_episodes=full_episodes)
+    with open_trainer(config, training_data(sizes, config)) as trainer:
+        if form == "authors":
+            use_authors_attention(trainer.model)
+        for _ in range(2):
+            trainer.update()
+
+
+def _measure_case(section: Section, sizes: Sizes, repetitions: int, *, full_episodes: bool) -> None:
+    forms = ("flow", "softmax") if full_episodes else ("flow", "softmax", "authors")
+    timesteps = sizes.episode_length if full_episodes else 20
+    batch_size = sizes.episode_batch_size if full_episodes else sizes.batch_size
+    case = f"{batch_size} x {timesteps:,} timesteps, {3 * timesteps:,} tokens"
+    with ExitStack() as stack:
+        trainers = {}
+        for form in forms:
+            config = paper_config(sizes, _attention_of(form), full_episodes=full_episodes)
+            dataset = training_data(sizes, config)
+            trainers[form] = stack.enter_context(open_trainer(config, dataset))
+        if "authors" in trainers:
+            use_authors_attention(trainers["authors"].model)
+        products = ProductRunner(needed_products(trainers["flow"].model, batch_size, timesteps))
+        contenders = {form: trainer.update for form, trainer in trainers.items()}
+        timings = interleaved({**contenders, "products": products}, repetitions)
+    for form in forms:
+        memory = peak_memory(update_once, sizes, form, full_episodes, warm_up=(TINY, form, full_episodes))
+        size = batch_size * timesteps
+        section.measurements.append(Measurement(form, f"update, {case}", size, timings[form], memory))
+    section.measurements.append(
+        Measurement("matrix products", f"update, {case}", products.flops, timings["products"])
+    )
+
+    what = f"training update, {case}"
+    softmax_goal = 2.5 if full_episodes else 1.0
+    against_softmax = timings["softmax"].ratio_to(timings["flow"])
+    section.rows.append(Row(what, "the same model with softmax", "x", against_softmax, Goal(softmax_goal)))
+    if "authors" in timings:
+        against_authors = timings["authors"].ratio_to(timings["flow"])
+        section.rows.append(Row(what, "the same with the authors' form", "x", against_authors, Goal(20.0)))
+    share = timings["products"].ratio_to(timings["flow"], factor=100.0)
+    goal = None if full_episodes else Goal(70.0)
+    section.rows.append(Row(f"{what}: share of its matrix products", "100%", "%", share, goal))
+
+
+def _attention_of(form: str) -> AttentionName:
+    return "softmax" if form == "softmax" else "flow"

@@ -1,0 +1,209 @@
+"""The benchmark measures what it says: baselines compute the same, counts are right, reports are well formed.
+
+Timings decide nothing here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowrl.attention import naive_flow_attention
+from flowrl.benchmarks.attention import authors_flow_attention, make_inputs
+from flowrl.benchmarks.products import ProductRunner, needed_products
+from flowrl.benchmarks.report import Goal, Row, format_row
+from flowrl.benchmarks.rollouts import (
+    RawPhysics,
+    evaluate_batch,
+    evaluate_one_by_one,
+    record_episodes,
+    state_bytes,
+)
+from flowrl.benchmarks.run import BenchmarkConfig, run_benchmarks
+from flowrl.benchmarks.sampling import LoopSampler
+from flowrl.benchmarks.timing import Spread, Timing, peak_memory
+from flowrl.benchmarks.update import use_authors_attention
+from flowrl.benchmarks.workload import HOPPER, Sizes, make_agent, make_episodes, paper_config
+from flowrl.data.sampler import WindowSampler
+from flowrl.envs.vector import make_env
+from flowrl.errors import UserError
+from flowrl.model.network import ModelConfig, SequenceModel, Window
+
+TINY = Sizes(
+    windows=(2, 4, 12, 8),
+    lengths=(16, 40),
+    num_layers=1,
+    embed_dim=16,
+    batch_size=2,
+    episode_batch_size=1,
+    episode_length=60,
+    large_batch=4,
+    transitions=800,
+    episodes=2,
+    baseline_episodes=1,
+    late_step=14,
+)
+
+
+@pytest.mark.parametrize("length", [1, 2, 61])
+def test_the_authors_form_is_the_naive_formula(length):
+    inputs = tuple(x.detach().double().mul(3).requires_grad_() for x in make_inputs((2, 3, length, 8)))
+    weights = torch.randn(2, 3, length, 8, dtype=torch.float64)
+    results = []
+    for form in (authors_flow_attention, naive_flow_attention):
+        outputs = form(*inputs)
+        results.append((outputs, *torch.autograd.grad((outputs * weights).sum(), inputs)))
+    for ours, naive in zip(*results, strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_with_the_authors_form_predicts_the_same():
+    dataset = make_episodes(400)
+    window = Window(*WindowSampler(dataset, 20, 8, seed=1).sample()[:5])
+    model = SequenceModel(ModelConfig(11, 3, 1000, num_layers=2, embed_dim=32)).eval()
+    expected = model(window)
+    use_authors_attention(model)
+    torch.testing.assert_close(model(window), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sums_returns", [True, False])
+def test_the_loop_samples_the_same_windows(sums_returns):
+    dataset = make_episodes(3_000, seed=3)
+    drawn = torch.tensor([0, 5, 1, 2_999, 1_500, int(dataset.episode_starts[1]), 777])
+    context = 250  # longer than some of the episodes
+    expected = WindowSampler(dataset, context, len(drawn), seed=0).gather(drawn)
+    episodes = np.searchsorted(dataset.episode_starts, drawn.numpy(), side="right") - 1
+    offsets = drawn.numpy() - dataset.episode_starts[episodes]
+    loop = LoopSampler(dataset, context, len(drawn), 0, sums_returns=sums_returns)
+    batch = loop.gather(episodes.tolist(), offsets.tolist())
+    assert batch.num_timesteps == expected.num_timesteps
+    assert batch.valid.equal(expected.valid)
+    assert batch.starts.equal(expected.starts)
+    valid = expected.valid
+    assert batch.observations[valid].equal(expected.observations[valid])
+    assert batch.actions[valid].equal(expected.actions[valid])
+    assert batch.timesteps[valid].equal(expected.timesteps[valid])
+    torch.testing.assert_close(batch.returns_to_go[valid], expected.returns_to_go[valid])
+    later = valid & (expected.timesteps > 0)
+    assert batch.previous_actions[later].equal(expected.previous_actions[later])
+
+
+def test_every_contender_steps_through_the_recorded_episodes():
+    episodes = record_episodes(5)
+    agent = make_agent(TINY, paper_config(TINY))
+    assert evaluate_batch(agent, episodes).tolist() == episodes.lengths.tolist()
+    assert evaluate_batch(None, episodes).tolist() == episodes.lengths.tolist()
+    assert evaluate_one_by_one(agent, episodes, 2).tolist() == episodes.lengths[:2].tolist()
+    final = RawPhysics(episodes).run()
+    env = make_env(HOPPER)
+    for episode, length in enumerate(episodes.lengths):
+        env.reset(seed=episode)
+        for action in episodes.actions[episode, :length]:
+            env.step(action)
+        np.testing.assert_array_equal(final[episode], env.unwrapped.data.qpos)
+
+
+def test_remembered_bytes_grow_with_a_cache_and_not_with_flow():
+    observations, rewards = np.zeros((3, 11)), np.zeros(3)
+    sizes = {}
+    for attention in ("flow", "softmax"):
+        agent = make_agent(TINY, paper_config(TINY, attention))
+        agent.acting = "recurrent"
+        agent.reset(3, 1.0)
+        sizes[attention] = []
+        for _ in range(2):
+            for _ in range(30):
+                agent.act(observations, rewards)
+            sizes[attention].append(state_bytes(agent))
+    assert sizes["flow"][0] == sizes["flow"][1] > 3 * 16 * 4
+    assert sizes["softmax"][1] > sizes["softmax"][0]
+
+
+def test_needed_products_of_linear_layers_are_those_of_a_hooked_model():
+    """2 x rows x inputs x outputs of every nn.Linear, three times, or twice where the inputs are data."""
+    model = SequenceModel(ModelConfig(11, 3, 1000, num_layers=2, embed_dim=32))
+    embeddings = (model.embed_return, model.embed_observation, model.embed_action)
+    counted = 0
+
+    def count(module, inputs, outputs):
+        nonlocal counted
+        counted += outputs.numel() * module.in_features * 2 * (2 if module in embeddings else 3)
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    dataset = make_episodes(2_000)
+    model(Window(*WindowSampler(dataset, 20, 4, seed=0).gather(torch.arange(4))[:5]))
+    products = needed_products(model, 4, 20)
+    attention = [product for product in products if product.batch > 1]
+    assert sum(product.flops for product in products if product.batch == 1) == counted
+    # Two products a layer and two gradients of each, on 4 x 4 sequences of 59 tokens, 8 wide.
+    assert sum(product.flops for product in attention) == 2 * 6 * 2 * 16 * 59 * 59 * 8
+    runner = ProductRunner(products)
+    runner()
+    assert runner.flops == sum(product.flops for product in products)
+
+
+def test_ratios_are_taken_inside_each_round():
+    slow, fast = Timing((2.0, 40.0, 6.0)), Timing((1.0, 10.0, 1.0))
+    assert slow.ratio_to(fast) == Spread(4.0, 3.0, 5.0)
+    assert slow.ratio_to(fast, factor=100.0).median == 400.0
+
+
+def _hold(count: int) -> float:
+    return float(np.ones(count, dtype=np.uint8).sum())
+
+
+def test_peak_memory_counts_what_a_call_holds():
+    megabytes = peak_memory(_hold, 200 << 20, warm_up=(1 << 10,)) / 2**20
+    assert 190 < megabytes < 260
+
+
+def test_a_missed_a_met_and_a_skipped_row():
+    value = Spread(12.345, 10.0, 14.0)
+    assert format_row(Row("a", "b", "x", value, Goal(10.0))) == "| a | b | ≥ 10x | 12.3x (10 to 14) | met |"
+    row = Row("a", "b", "%", value, Goal(2.0, at_least=False))
+    assert format_row(row) == "| a | b | ≤ 2% | 12.3% (10 to 14) | missed |"
+    assert format_row(Row("a", "b", "x", None, None, "too long")) == "| a | b |  | skipped: too long |  |"
+
+
+def test_a_tiny_run_writes_json_and_table(tmp_path):
+    output = tmp_path / "results" / "tiny"
+    sections = run_benchmarks(BenchmarkConfig(repetitions=2, output=output, sizes=TINY))
+    document = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert list(document["sections"]) == ["attention", "update", "sampling", "rollouts", "profile", "gpu"]
+    assert document["machine"]["versions"]["torch"] == torch.__version__
+    for section in sections:
+        stored = document["sections"][section.name]
+        assert len(stored["rows"]) == len(section.rows)
+        for row in stored["rows"]:
+            assert (row["measured"] is None) == bool(row["skipped"])
+            if row["measured"] is not None:
+                assert 0 < row["measured"]["low"] <= row["measured"]["median"] <= row["measured"]["high"]
+            assert row["goal"] is None or isinstance(row["met"], bool) or row["skipped"]
+        for measurement in stored["measurements"]:
+            assert len(measurement["seconds"]["samples"]) == 2
+    table = (tmp_path / "results" / "tiny.md").read_text().splitlines()
+    header = table.index("| what | against | goal | measured | |")
+    rows = sum(len(section.rows) for section in sections)
+    assert all(line.count("|") == 6 for line in table[header : header + 2 + rows])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_unusable_options_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--repetitions 0"):
+        run_benchmarks(BenchmarkConfig(repetitions=0))
+    with pytest.raises(UserError, match="--output"):
+        run_benchmarks(BenchmarkConfig(output=tmp_path))
+    script = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
+    command = [sys.executable, script, "--only", "gpu", "--repetitions", "0"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ, cwd=tmp_path, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
