@@ -207,6 +207,7 @@ def test_flags_in_the_middle_of_an_episode_do_not_cut_it() -> None:
     create(buffers, env="Hopper-v5")
     dataset = read_minari(ID)
     assert dataset.episode_lengths.tolist() == list(LENGTHS)
+    assert dataset.terminated.tolist() == list(TERMINATED)
     assert "1 episodes have a termination flag before their last step: kept whole" in dataset.notes
 
 
@@ -250,6 +251,7 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(
     create(env="Hopper-v5")
     source, attempts = cache.with_name("remote"), []
     cache.rename(source)
+    (cache / f".incomplete-{ID.replace('/', '--')}" / ID).mkdir(parents=True)  # of a process killed earlier
     monkeypatch.setenv("MINARI_REMOTE", "gcp://none")  # asks nothing before the download
 
     def download_dataset(dataset_id: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
-from flowrl.data import EpisodeDataset, d4rl, load_episodes
+from flowrl.data import EpisodeDataset, d4rl, load_episodes, sources
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, PublishedFile
 from flowrl.data.sources import environment_named
 from flowrl.envs.reference_scores import REFERENCE_SCORES
@@ -34,6 +34,10 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(d4rl, "D4RL_URLS", ("http://127.0.0.1:9/{file}", "http://127.0.0.1:9/mirror/{file}"))
+    # Data of our own would stand in for a file that was not found, after minutes of collecting it.
+    monkeypatch.setattr(
+        sources, "load_embedded", lambda name, why="": pytest.fail(f"{name} not found: {why}")
+    )
     return tmp_path
 
 
@@ -180,7 +184,7 @@ def test_a_downloaded_file_is_used_only_if_its_content_is_right(
 ) -> None:
     write(remote / FILE)  # a valid file, but not the one that D4RL published
     with pytest.raises(UserError, match=r"offers .* bytes, the file has 152756557"):
-        load_episodes("hopper-medium")
+        d4rl.read_d4rl("hopper-medium")
     (remote / "hopper_expert-v2.hdf5").write_bytes(b"<html>moved</html>")
     (remote / "hopper_random-v2.hdf5").write_bytes((remote / FILE).read_bytes()[:-100])
     for name in ("hopper-expert", "hopper-random"):
@@ -190,14 +194,14 @@ def test_a_downloaded_file_is_used_only_if_its_content_is_right(
     with h5py.File(remote / FILE, "a") as file:
         file["rewards"][3] = 0.25  # same size, other content
     with pytest.raises(UserError, match="gave a file with another SHA-256"):
-        load_episodes("hopper-medium")
+        d4rl.read_d4rl("hopper-medium")
     assert list((tmp_path / "d4rl").glob("*.hdf5")) == []
     assert list((tmp_path / "d4rl").glob(".*.part")) == []
 
 
 def test_without_a_network_the_error_says_where_it_looked_and_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load_episodes("hopper-medium")
+        d4rl.read_d4rl("hopper-medium")
     text = str(caught.value)
     for part in (
         f"{FILE} is not in {tmp_path / 'd4rl'} or {tmp_path / 'home' / '.d4rl' / 'datasets'}",
