@@ -80,7 +80,7 @@ def plain_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def policy_hashes(recipe: Recipe) -> dict[str, str]:
     """Return the SHA-256 of the policy files that a recipe names, by policy name."""
-    assets = behavior_assets(recipe.environment)
+    assets = behavior_assets(recipe.environment, ASSETS_DIR)
     return {part.policy: assets[part.policy].sha256 for part in recipe.parts}
 
 

@@ -22,7 +22,7 @@ class Embedded:
 
     recipe: Recipe
     sha256: str = ""
-    """Content hash; other processors or versions of MuJoCo may differ in the last digits, so it only warns."""
+    """Content hash; other processors or versions of MuJoCo may differ slightly, so it only warns."""
 
 
 # A replay set holds what the training run saw on its way to its medium policy: each snapshot stands for the
@@ -47,6 +47,34 @@ EMBEDDED = {
         )
     ),
     "hopper-medium-expert": Embedded(Recipe("hopper", (Part("medium"), Part("expert")), seed=3)),
+    "halfcheetah-medium": Embedded(Recipe("halfcheetah", (Part("medium"),), seed=1)),
+    "halfcheetah-medium-replay": Embedded(
+        Recipe(
+            "halfcheetah",
+            (Part("random", 12), Part("25k", 25), Part("50k", 25), Part("75k", 25), Part("medium", 13)),
+            seed=2,
+        )
+    ),
+    "halfcheetah-medium-expert": Embedded(Recipe("halfcheetah", (Part("medium"), Part("expert")), seed=3)),
+    "walker2d-medium": Embedded(Recipe("walker2d", (Part("medium"),), seed=1)),
+    "walker2d-medium-replay": Embedded(
+        Recipe(
+            "walker2d",
+            (
+                Part("random", 12),
+                Part("25k", 38),
+                Part("75k", 50),
+                Part("125k", 50),
+                Part("175k", 75),
+                Part("275k", 100),
+                Part("375k", 62),
+                Part("400k", 38),
+                Part("medium", 50),
+            ),
+            seed=2,
+        )
+    ),
+    "walker2d-medium-expert": Embedded(Recipe("walker2d", (Part("medium"), Part("expert")), seed=3)),
 }
 
 

@@ -1,0 +1,272 @@
+"""Collection against a plain loop over one environment, and what it leaves on disk, whole or interrupted."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium
+import minari
+import numpy as np
+import pytest
+
+from flowrl.behavior.assets import ASSETS_DIR, load_behavior
+from flowrl.data import collect as collect_module
+from flowrl.data.collect import Part, Recipe, collect, to_dataset
+from flowrl.data.command import CollectCommand, run_collect
+from flowrl.data.d4rl import read_d4rl_file
+from flowrl.data.minari_data import read_minari
+from flowrl.data.writers import collect_d4rl, collect_minari, ensure_minari, read_provenance
+from flowrl.envs import mujoco_vector
+from flowrl.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = Recipe("hopper", (Part("25k"),), steps=300, seed=4)
+MIXED = Recipe("hopper", (Part("random", 1.0, noise=0.3), Part("25k", 2.0)), steps=2400, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Minari's local storage, for this test alone."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path / "minari"
+
+
+def visible(storage: Path) -> list[str]:
+    """What is in the storage besides lock files."""
+    paths = (path.relative_to(storage) for path in storage.rglob("*"))
+    return sorted(str(path) for path in paths if path.suffix != ".lock")
+
+
+def test_episodes_are_those_of_a_plain_loop() -> None:
+    collection = collect(MIXED)
+    env = gymnasium.make("Hopper-v5")
+    episodes = list(collection.episodes)
+    for index, (part, target) in enumerate(zip(MIXED.parts, (800, 1600), strict=True)):
+        policy = load_behavior("hopper", part.policy)
+        steps = number = 0
+        while steps < target:
+            generator = np.random.default_rng([5, index, number])
+            seed = int(generator.integers(2**31))
+            normals, noise = generator.standard_normal((1000, 3)), generator.standard_normal((1000, 3))
+            episode = episodes.pop(0)
+            assert (episode.policy, episode.seed) == (part.policy, seed)
+            observation, _ = env.reset(seed=seed)
+            for step in range(len(episode.rewards)):
+                np.testing.assert_array_equal(episode.observations[step], observation)
+                mean, log_std = policy.distribution(observation[None])
+                action = np.tanh(mean + np.exp(log_std) * normals[step]) + part.noise * noise[step]
+                np.testing.assert_allclose(episode.actions[step], np.clip(action[0], -1, 1), rtol=0, atol=1e-5)
+                observation, reward, terminated, truncated, _ = env.step(episode.actions[step])
+                assert episode.rewards[step] == reward
+                assert (terminated or truncated) == (step == len(episode.rewards) - 1)
+            np.testing.assert_array_equal(episode.observations[-1], observation)
+            assert episode.terminated == terminated
+            number, steps = number + 1, steps + len(episode.rewards)
+        assert number > collect_module.SLOTS / 4
+    assert episodes == []
+
+
+def test_a_seed_gives_the_same_bytes_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = set()
+    for cores, slots in ((1, 32), (2, 32), (5, 32), (2, 3)):
+        monkeypatch.setattr(mujoco_vector.os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        monkeypatch.setattr(collect_module, "SLOTS", slots)
+        hashes.add(to_dataset(collect(MIXED), "x").sha256)
+    assert len(hashes) == 1
+    assert to_dataset(collect(replace(MIXED, seed=6)), "x").sha256 not in hashes
+
+
+def test_episodes_that_the_time_limit_cut_are_not_marked_terminated() -> None:
+    episodes = collect(Recipe("hopper", (Part("expert"),), steps=1500)).episodes
+    lengths = [len(episode.rewards) for episode in episodes]
+    assert 1000 in lengths
+    assert [episode.terminated for episode in episodes] == [length < 1000 for length in lengths]
+
+
+def test_minari_d4rl_and_memory_hold_the_same_data(tmp_path: Path, storage: Path) -> None:
+    expected = to_dataset(collect(MIXED), "x")
+    folder = collect_minari(MIXED, "mine/hopper/mixed-v0")
+    assert folder == storage / "mine" / "hopper" / "mixed-v0"
+    dataset = read_minari("mine/hopper/mixed-v0")
+    assert collect_d4rl(MIXED, tmp_path / "mixed.hdf5") == expected.sha256
+    file = read_d4rl_file(tmp_path / "mixed.hdf5")
+    assert dataset.sha256 == file.sha256 == expected.sha256
+    assert dataset.notes == file.notes == ()
+    assert dataset.environment is not None
+    assert (dataset.environment.env_id, dataset.environment.max_episode_steps) == ("Hopper-v5", 1000)
+    assert dataset.reference == expected.reference
+
+    stored = minari.load_dataset("mine/hopper/mixed-v0")
+    assert list(minari.list_local_datasets()) == ["mine/hopper/mixed-v0"]
+    assert isinstance(stored.recover_environment().unwrapped, gymnasium.envs.mujoco.hopper_v5.HopperEnv)
+    for episode, source in zip(stored.iterate_episodes(), collect(MIXED).episodes, strict=True):
+        np.testing.assert_array_equal(episode.observations, source.observations)
+        np.testing.assert_array_equal(episode.rewards, source.rewards)
+    provenance = read_provenance(folder)
+    assert provenance["sha256"] == expected.sha256
+    assert provenance["recipe"]["seed"] == 5
+    assert provenance["environment"]["env_id"] == "Hopper-v5"
+    assert set(provenance["policy_sha256"]) == {"random", "25k"}
+    assert provenance["flowrl_version"]
+
+
+def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path: Path, storage: Path) -> None:
+    collect_minari(SMALL, "mine/x-v0")
+    before, files = read_minari("mine/x-v0").sha256, visible(storage)
+    other = replace(SMALL, seed=9)
+    with pytest.raises(UserError, match=r"mine/x-v0 exists already .* --overwrite"):
+        collect_minari(other, "mine/x-v0")
+    assert read_minari("mine/x-v0").sha256 == before
+    collect_minari(other, "mine/x-v0", overwrite=True)
+    assert read_minari("mine/x-v0").sha256 == to_dataset(collect(other), "x").sha256 != before
+    assert visible(storage) == files
+    path = tmp_path / "x.hdf5"
+    collect_d4rl(SMALL, path)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match=r"x\.hdf5 exists already"):
+        collect_d4rl(other, path)
+    assert path.read_bytes() == content
+    collect_d4rl(other, path, overwrite=True)
+    assert path.read_bytes() != content
+
+
+def test_a_tampered_policy_is_refused_and_nothing_is_left(
+    tmp_path: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = shutil.copytree(ASSETS_DIR, tmp_path / "assets")
+    monkeypatch.setattr(collect_module, "ASSETS_DIR", assets)
+    path = assets / "hopper" / "25k.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: SHA-256 is"):
+        collect_minari(SMALL, "mine/x-v0")
+    assert visible(storage) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (CollectCommand("hoper-medium"), "did you mean 'hopper-medium'"),
+        (CollectCommand("hopper-mediun-expert"), "did you mean 'hopper-medium-expert'"),
+        (CollectCommand("hopper"), "give --policies, of random, "),
+        (CollectCommand("hopper", ("mediun",), id="a-v0"), "did you mean 'medium'"),
+        (CollectCommand("hopper", ("medium=much",), id="a-v0"), "--policies medium=much"),
+        (CollectCommand("hopper", ("medium=0",), id="a-v0"), "share is 0"),
+        (CollectCommand("hopper", ("medium",), noise=-1.0, id="a-v0"), "noise is -1"),
+        (CollectCommand("hopper", ("medium",), steps=0, id="a-v0"), "--steps 0"),
+        (CollectCommand("hopper", ("medium",), seed=-1, id="a-v0"), "--seed -1"),
+        (CollectCommand("hopper", ("medium",)), "--id"),
+        (CollectCommand("hopper", ("medium",), id="../a-v0"), "malformed Minari id"),
+        (CollectCommand("hopper-medium", steps=100), "--id"),
+        (CollectCommand("hopper-medium", steps=100, id="flowrl/hopper/medium-v0"), "--id"),
+        (CollectCommand("hopper-medium", ("expert",)), "has its own policies"),
+        (CollectCommand("hopper-medium", format="d4rl"), "--out FILE.hdf5"),
+        (CollectCommand("hopper-medium", format="d4rl", out=Path("x.pkl")), "ends in .hdf5"),
+        (CollectCommand("hopper-medium", out=Path("x.hdf5")), "--out needs --format d4rl"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(storage: Path, command: CollectCommand, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        run_collect(command)
+    assert "\n" not in str(error.value)
+    assert not storage.exists() or visible(storage) == []
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_signal_leaves_nothing_and_exits_with_its_code(storage: Path) -> None:
+    process = start(
+        "scripts/collect.py", "hopper", "--policies", "25k", "--steps", "9000000", "--id", "mine/x-v0"
+    )
+    while not (storage / ".mine--x-v0.lock").exists():  # it is collecting, or about to
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert visible(storage) == []
+
+
+KILLED = """
+import os, signal, sys
+from flowrl.data import writers
+from flowrl.data.collect import Part, Recipe
+writers._add_namespaces = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # all written, nothing renamed
+writers.collect_minari(Recipe("hopper", (Part("25k"),), steps=300, seed=4), "mine/x-v0")
+"""
+
+FULL_DISK = """
+import resource
+from flowrl.data.collect import Part, Recipe
+from flowrl.data.writers import collect_d4rl, collect_minari
+from flowrl.errors import UserError
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+recipe = Recipe("hopper", (Part("25k"),), steps=3000, seed=4)
+for write in (lambda: collect_minari(recipe, "mine/x-v0"), lambda: collect_d4rl(recipe, Path("{file}"))):
+    try:
+        write()
+    except UserError as error:
+        print(error)
+"""
+
+RACING = """
+from flowrl.data import writers
+from flowrl.data.collect import Part, Recipe
+collect = writers.collect
+def counted(recipe):
+    print("collected", flush=True)
+    return collect(recipe)
+writers.collect = counted
+recipe = Recipe("hopper", (Part("25k"),), steps=3000, seed=4)
+print(writers.collected_sha256(writers.ensure_minari(recipe, "mine/x-v0")))
+"""
+
+
+def test_a_killed_collection_is_not_trusted_and_not_in_the_way(storage: Path) -> None:
+    process = start("-c", KILLED)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert not (storage / "mine" / "x-v0").exists()
+    assert [path for path in visible(storage) if path.endswith("main_data.hdf5")]  # it got that far
+    assert ensure_minari(SMALL, "mine/x-v0") == storage / "mine" / "x-v0"
+    assert read_minari("mine/x-v0").sha256 == to_dataset(collect(SMALL), "x").sha256
+    assert [path for path in visible(storage) if "incomplete" in path] == []
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, storage: Path) -> None:
+    process = start("-c", FULL_DISK.replace("{file}", str(tmp_path / "x.hdf5")))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    lines = output.splitlines()
+    assert len(lines) == 2, output + errors
+    assert all("cannot be written" in line for line in lines)
+    assert visible(storage) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["minari"]
+
+
+def test_of_two_processes_the_second_uses_the_firsts_data() -> None:
+    processes = [start("-c", RACING) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    lines = [line for output, _ in outputs for line in output.splitlines()]
+    assert lines.count("collected") == 1
+    assert len(set(lines)) == 2
