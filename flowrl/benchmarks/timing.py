@@ -18,6 +18,8 @@ import numpy as np
 
 SHORTEST_SAMPLE = 0.05  # seconds: quicker calls are repeated until a sample lasts that long
 _STATUS = Path("/proc/self/status")
+# Imported once by the process that the fresh ones are forked from; it computes nothing itself.
+_PRELOADED = "flowrl.benchmarks.workload"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def peak_memory(
     The function and its arguments must be picklable by name. ``warm_up`` are small arguments for a first
     call, so that what libraries allocate once and for all is not counted.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_PRELOADED])
     with context.Pool(1) as pool:
         return pool.apply(_peak_of, (partial(function, *arguments), warm_up and partial(function, *warm_up)))
 
