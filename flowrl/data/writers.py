@@ -19,12 +19,17 @@ import numpy as np
 import flowrl
 from flowrl.atomic import atomic_path, sync_folder
 from flowrl.data.collect import Collection, Episode, Recipe, collect, plain_recipe, policy_hashes, to_dataset
+from flowrl.data.episodes import EpisodeDataset
 from flowrl.data.minari_data import check_minari_id, datasets_folder, minari_folder
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
 
 METADATA_KEY = "flowrl"  # of what flowrl adds to a Minari dataset's metadata
+
+# What Minari's HDF5 takes at most per transition's byte and, for its groups and chunks, per episode.
+_STORED_PER_BYTE, _STORED_PER_EPISODE = 1.5, 1 << 16
+_ZEROS = bytes(1 << 20)
 
 
 def collect_minari(recipe: Recipe, dataset_id: str, overwrite: bool = False) -> Path:
@@ -99,18 +104,24 @@ def collect_d4rl(recipe: Recipe, path: Path, overwrite: bool = False) -> str:
         raise UserError(f"{path} exists already; replace it with --overwrite")
     collection = collect(recipe)
     dataset = to_dataset(collection, str(path))
+    with _disk_errors(path), atomic_path(path) as temporary:
+        _check_space(temporary, collection)
+        _write_d4rl(dataset, _provenance(collection, dataset.sha256), temporary)
+    return dataset.sha256
+
+
+def _write_d4rl(dataset: EpisodeDataset, provenance: dict[str, Any], path: Path) -> None:
     ends = dataset.episode_starts + dataset.episode_lengths - 1
     terminals = np.zeros(dataset.num_transitions, dtype=bool)
     terminals[ends] = dataset.terminated
     timeouts = np.zeros_like(terminals)
     timeouts[ends] = ~dataset.terminated
-    with _disk_errors(path), atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+    with h5py.File(path, "w") as file:
         for key in ("observations", "actions", "rewards"):
             file[key] = getattr(dataset, key)
         file["terminals"], file["timeouts"] = terminals, timeouts
-        for key, value in _provenance(collection, dataset.sha256).items():
+        for key, value in provenance.items():
             file[f"metadata/{key}"] = json.dumps(value)
-    return dataset.sha256
 
 
 def _provenance(collection: Collection, sha256: str) -> dict[str, Any]:
@@ -150,6 +161,8 @@ def _collect_into(recipe: Recipe, dataset_id: str, folder: Path) -> None:
     collection = collect(recipe)
     with _disk_errors(folder):
         try:
+            staging.mkdir()
+            _check_space(staging / "space", collection)
             with minari_folder(staging):
                 _write_minari(collection, dataset_id)
             for file in staging.rglob("*"):
@@ -184,6 +197,24 @@ def _write_minari(collection: Collection, dataset_id: str) -> None:
     environment.close()
     sha256 = to_dataset(collection, dataset_id).sha256
     dataset.storage.update_metadata({METADATA_KEY: _provenance(collection, sha256)})
+
+
+def _check_space(path: Path, collection: Collection) -> None:
+    """Fill a file at ``path`` with as much as will be stored, and delete it.
+
+    HDF5 may take the whole process down when a write fails; this finds a full disk before it does.
+    """
+    arrays = [(e.observations, e.actions, e.rewards) for e in collection.episodes]
+    size = sum(array.nbytes for episode in arrays for array in episode) * _STORED_PER_BYTE
+    size += len(arrays) * _STORED_PER_EPISODE
+    try:
+        with path.open("wb") as file:
+            for _ in range(int(size) // len(_ZEROS) + 1):
+                file.write(_ZEROS)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _to_buffer(index: int, episode: Episode) -> Any:

@@ -1,0 +1,164 @@
+"""The embedded datasets: their table, when they are used, and what is refused in their place."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from flowrl.behavior.assets import behavior_assets
+from flowrl.data import d4rl, embedded, load_episodes
+from flowrl.data.collect import Part, Recipe, collect, to_dataset
+from flowrl.data.embedded import EMBEDDED, Embedded, embedded_id, load_embedded
+from flowrl.data.minari_data import check_minari_id
+from flowrl.data.writers import collect_minari
+from flowrl.envs.reference_scores import REFERENCE_SCORES
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.errors import UserError
+
+SMALL = Recipe("hopper", (Part("25k"),), steps=300, seed=4)
+ID = "flowrl/hopper/medium-v0"
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of our own, servers that nobody runs, and a hopper-medium that is quickly collected."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(d4rl, "D4RL_URLS", ("http://127.0.0.1:9/{file}",))
+    monkeypatch.setitem(EMBEDDED, "hopper-medium", Embedded(SMALL))
+    return tmp_path
+
+
+def test_the_table_names_nine_datasets_of_shipped_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    levels = ("medium", "medium-replay", "medium-expert")
+    names = {f"{environment}-{level}" for environment in REFERENCE_SCORES for level in levels}
+    assert set(EMBEDDED) == {name for name in names if not name.startswith("ant")}
+    for name, entry in EMBEDDED.items():
+        recipe = entry.recipe
+        assert recipe.steps == 200_000
+        check_minari_id(embedded_id(name))
+        assets = behavior_assets(recipe.environment)
+        steps = [assets[part.policy].training_steps for part in recipe.parts]
+        shares = np.array([part.share for part in recipe.parts]) / sum(part.share for part in recipe.parts)
+        scores = [assets[part.policy].normalized_score for part in recipe.parts]
+        if name.endswith("medium-expert"):
+            assert [part.policy for part in recipe.parts] == ["medium", "expert"]
+            assert shares.tolist() == [0.5, 0.5]
+        elif name.endswith("replay"):
+            assert steps == sorted(steps)
+            assert (steps[0], recipe.parts[-1].policy) == (0, "medium")
+            poor = [share for share, score in zip(shares, scores, strict=True) if score < scores[-1] * 0.75]
+            assert sum(poor) > 0.5
+        else:
+            assert [part.policy for part in recipe.parts] == ["medium"]
+    assert embedded_id("walker2d-medium-replay") == "flowrl/walker2d/medium-replay-v0"
+
+
+def test_the_medium_and_expert_levels_are_what_their_names_say() -> None:
+    medium = {"hopper": (35, 50), "halfcheetah": (35, 45), "walker2d": (50, 70)}
+    for environment, (low, high) in medium.items():
+        assets = behavior_assets(environment)
+        assert low <= assets["medium"].normalized_score <= high
+        assert assets["expert"].normalized_score >= EXPERT_AT_LEAST[environment]
+
+
+EXPERT_AT_LEAST = {"hopper": 95, "halfcheetah": 60, "walker2d": 90}
+
+
+def test_without_file_and_network_the_embedded_data_stands_in(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = load_episodes("hopper-medium")
+    error = capsys.readouterr().err
+    assert "hopper_medium-v2.hdf5 is not in" in error
+    assert f"using flowrl's own data {ID}, NOT D4RL's hopper-medium" in error
+    assert dataset.sha256 == to_dataset(collect(SMALL), "x").sha256
+    assert dataset.dataset_id == ID
+    assert (dataset.environment, dataset.reference) == (
+        EnvironmentSpec("Hopper-v5", max_episode_steps=1000),
+        REFERENCE_SCORES["hopper"],
+    )
+    assert len(dataset.notes) == 1
+    assert "scores compare only with scores on the same data" in dataset.notes[0]
+    assert load_episodes("flowrl", "hopper-medium").sha256 == dataset.sha256
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load_episodes("hopper-expert")  # flowrl has none of that name
+
+
+def test_d4rls_file_comes_first_and_flowrls_data_can_be_forced(folders: Path) -> None:
+    (folders / "d4rl").mkdir()
+    with h5py.File(folders / "d4rl" / "hopper_medium-v2.hdf5", "w") as file:
+        file.update({"observations": np.zeros((9, 11)), "actions": np.zeros((9, 3)), "rewards": np.ones(9)})
+        file.update({"terminals": np.arange(9) == 8, "timeouts": np.zeros(9, bool)})
+    assert load_episodes("hopper-medium").num_transitions == 9
+    assert not (folders / "minari").exists()
+    forced = load_episodes("flowrl", "hopper-medium")
+    assert forced.dataset_id == ID
+    assert forced.environment == EnvironmentSpec("Hopper-v5", max_episode_steps=1000)
+    assert load_episodes("hopper-medium").num_transitions == 9
+    (folders / "d4rl" / "hopper_medium-v2.hdf5").write_bytes(b"broken")
+    with pytest.raises(UserError, match="not a readable HDF5 file"):  # not replaced behind the user's back
+        load_episodes("hopper-medium")
+
+
+def test_it_is_collected_once(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_embedded("hopper-medium")
+
+    def collect_again(*_: object) -> None:
+        raise AssertionError("collected again")
+
+    monkeypatch.setattr("flowrl.data.writers.collect", collect_again)
+    assert load_embedded("hopper-medium").sha256 == first.sha256
+
+
+@pytest.mark.parametrize("name", ["hopper-mediun", "hoper-medium", "", None])
+def test_unknown_names_are_refused(name: str | None) -> None:
+    with pytest.raises(UserError, match=r"did you mean 'hopper-medium'|known: .*hopper-medium") as error:
+        load_episodes("flowrl", name)
+    assert "\n" not in str(error.value)
+
+
+def test_stored_data_that_changed_is_refused(folders: Path) -> None:
+    load_embedded("hopper-medium")
+    folder = folders / "minari" / ID
+    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+        file["episode_0/rewards"][0] += 0.5
+    with pytest.raises(UserError, match=r"content is not what was collected .* hopper-medium --overwrite"):
+        load_embedded("hopper-medium")
+    (folder / "data" / "main_data.hdf5").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_embedded("hopper-medium")
+    (folder / "data" / "metadata.json").write_text("{")
+    with pytest.raises(UserError, match=r"metadata\.json: not the metadata of a dataset that flowrl"):
+        load_embedded("hopper-medium")
+
+
+def test_data_of_another_recipe_is_refused(folders: Path) -> None:
+    folder = collect_minari(replace(SMALL, seed=5), ID)
+    with pytest.raises(UserError, match=r"not collected by this version's recipe and policies.*--overwrite"):
+        load_embedded("hopper-medium")
+    collect_minari(SMALL, ID, overwrite=True)
+    load_embedded("hopper-medium")
+    path = folder / "data" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    metadata["flowrl"]["policy_sha256"]["25k"] = "0" * 64
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match="not collected by this version's recipe and policies"):
+        load_embedded("hopper-medium")
+
+
+def test_other_last_digits_than_published_are_only_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sha256 = load_embedded("hopper-medium").sha256
+    monkeypatch.setitem(embedded.EMBEDDED, "hopper-medium", Embedded(SMALL, sha256))
+    assert len(load_embedded("hopper-medium").notes) == 1
+    monkeypatch.setitem(embedded.EMBEDDED, "hopper-medium", Embedded(SMALL, "0" * 64))
+    notes = load_embedded("hopper-medium").notes
+    assert len(notes) == 2
+    assert f"has SHA-256 {sha256}, where it was published {'0' * 64}" in notes[1]
