@@ -123,6 +123,7 @@ def test_a_connection_that_always_drops_ends_and_the_part_is_resumed_by_a_later_
     url = server.url("/data", dropped_halfway)
     refuse([url], path, f"connection closed after {HALF} of {SIZE} bytes", **KNOWN)
     assert (tmp_path / ".data.bin.part").read_bytes() == CONTENT[:HALF]
+    assert len(server.requests) == 2  # the second one brought nothing new
     server.requests.clear()
     download([server.url("/data", whole)], path, **KNOWN)
     assert path.read_bytes() == CONTENT
@@ -154,6 +155,20 @@ def test_a_file_changed_on_the_server_is_not_joined_to_the_old_beginning(
     refuse([server.url("/data", dropped_halfway)], path, "connection closed")
     download([server.url("/data", lambda handler: whole(handler, other, '"v2"'))], path)
     assert path.read_bytes() == other
+
+
+def test_a_range_that_was_not_asked_for_is_not_appended(server: Server, tmp_path: Path) -> None:
+    def first_half_again(handler: Handler) -> None:
+        if handler.headers.get("Range"):
+            handler.head(206, HALF, Content_Range=f"bytes 0-{HALF - 1}/{SIZE}")
+            handler.wfile.write(CONTENT[:HALF])
+        else:
+            whole(handler)
+
+    path = tmp_path / "data.bin"
+    refuse([server.url("/data", dropped_halfway)], path, "connection closed")
+    download([server.url("/data", first_half_again)], path)
+    assert path.read_bytes() == CONTENT
 
 
 def test_a_part_of_unknown_origin_is_not_used_without_a_hash(server: Server, tmp_path: Path) -> None:
