@@ -13,6 +13,7 @@ from flowrl.data import d4rl, embedded, load_episodes
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
 from flowrl.data.embedded import EMBEDDED, Embedded, embedded_id, load_embedded
 from flowrl.data.minari_data import check_minari_id
+from flowrl.data.summary import DataSummary, summarize_data
 from flowrl.data.writers import collect_minari
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec
@@ -162,3 +163,18 @@ def test_other_last_digits_than_published_are_only_noted(monkeypatch: pytest.Mon
     notes = load_embedded("hopper-medium").notes
     assert len(notes) == 2
     assert f"has SHA-256 {sha256}, where it was published {'0' * 64}" in notes[1]
+
+
+def test_the_summary_states_what_the_data_holds(folders: Path) -> None:
+    table = summarize_data(DataSummary(folders / "results", ("hopper-medium",)))
+    dataset = to_dataset(collect(SMALL), "x")
+    scores = [100 * (value + 20.272305) / (3234.3 + 20.272305) for value in dataset.episode_returns]
+    cells = [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")]
+    mean_return = float(np.mean(dataset.episode_returns))
+    expected = [len(scores), dataset.num_transitions, round(mean_return)]
+    assert cells[0] == f"`{ID}`"
+    assert [int(cell) for cell in cells[1:4]] == expected
+    assert cells[4:7] == [f"{value:.1f}" for value in (np.mean(scores), np.std(scores), max(scores))]
+    assert cells[7] == f"`{dataset.sha256[:16]}`"
+    assert table in (folders / "results" / "data.md").read_text()
+    assert (folders / "results" / "data_returns.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,78 @@
+"""What the embedded datasets hold: one table of all of them, and their returns drawn as histograms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flowrl.atomic import atomic_path, write_text
+from flowrl.data.embedded import EMBEDDED, load_embedded
+from flowrl.data.episodes import EpisodeDataset
+from flowrl.errors import UserError
+
+BINS = 40
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Where to write the table and the picture."""
+
+    results_dir: Path = Path("results")
+    names: tuple[str, ...] = tuple(EMBEDDED)
+
+
+def summarize_data(summary: DataSummary) -> str:
+    """Write ``data.md`` and ``data_returns.png`` into the results folder and return the table.
+
+    Datasets that are not here yet are collected.
+
+    Raises:
+        UserError: matplotlib is not installed, an unknown name, or see
+            :func:`flowrl.data.embedded.load_embedded`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"drawing histograms needs matplotlib ({error}): pip install -e '.[plots]'") from None
+    columns = min(3, len(summary.names))
+    rows = -(-len(summary.names) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    lines = [
+        "| dataset | episodes | steps | mean return | mean | std | best | SHA-256 |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for axis, name in zip(axes.flat, summary.names, strict=False):
+        dataset = load_embedded(name)
+        scores = normalized_scores(dataset)
+        lines.append(table_row(dataset, scores))
+        axis.hist(scores, bins=BINS, color="#4477aa")
+        axis.set_title(dataset.dataset_id.removeprefix("flowrl/"), fontsize=9)
+        axis.set_xlabel("normalised score", fontsize=8)
+        axis.set_ylabel("episodes", fontsize=8)
+    table = "\n".join(lines)
+    with atomic_path(summary.results_dir / "data_returns.png") as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    write_text(
+        summary.results_dir / "data.md",
+        "# The embedded datasets, as collected\n\nMean, std and best are normalised scores of whole "
+        f"episodes (100 is D4RL's expert).\n\n{table}\n\n![Returns](data_returns.png)\n",
+    )
+    return table
+
+
+def normalized_scores(dataset: EpisodeDataset) -> np.ndarray:
+    """Return the normalised score of each episode, (E,) float64."""
+    if dataset.reference is None:
+        raise UserError(f"{dataset.dataset_id} has no reference scores")
+    reference = dataset.reference
+    return np.array([reference.normalized_score(value) for value in dataset.episode_returns.tolist()])
+
+
+def table_row(dataset: EpisodeDataset, scores: np.ndarray) -> str:
+    """Return a dataset's line of the table; ``scores`` are its episodes' normalised scores."""
+    return (
+        f"| `{dataset.dataset_id}` | {dataset.num_episodes} | {dataset.num_transitions} "
+        f"| {dataset.episode_returns.mean():.0f} | {scores.mean():.1f} | {scores.std():.1f} "
+        f"| {scores.max():.1f} | `{dataset.sha256[:16]}` |"
+    )
