@@ -62,5 +62,5 @@ def _draw_bars(axes: "Axes", measurements: list[Measurement], unit: str) -> None
     ]
     colors = [COLORS.get(m.contender, "tab:green") for m, _, _ in timed]
     axes.barh(names, rates, xerr=errors if timed else None, color=colors, capsize=3)
-    axes.set(xlabel=f"{unit} per second", xscale="log")
+    axes.set(xlabel=f"{unit} per second")
     axes.grid(alpha=0.3, axis="x")

@@ -106,12 +106,13 @@ def to_markdown(sections: list[Section], machine: dict[str, Any], repetitions: i
     for section in sections:
         lines += [format_row(row) for row in section.rows]
     for section in sections:
-        lines += ["", f"## {section.name}", ""]
+        if section.measurements or section.profiles:
+            lines += ["", f"## {section.name}"]
         if section.measurements:
-            lines += ["| case | contender | time | per second | peak memory |", "|---|---|---|---|---|"]
+            lines += ["", "| case | contender | time | per second | peak memory |", "|---|---|---|---|---|"]
             lines += [_format_measurement(measurement) for measurement in section.measurements]
-            lines.append("")
-        lines += [f"- {note}" for note in section.notes]
+        if section.notes:
+            lines += ["", *(f"- {note}" for note in section.notes)]
         for title, profile in section.profiles.items():
             lines += ["", f"{title}:", "", "```", profile.rstrip(), "```"]
     return "\n".join(lines).rstrip() + "\n"
@@ -177,7 +178,7 @@ def _format_measurement(measurement: Measurement) -> str:
                 f"({_number(1e3 * value.low)} to {_number(1e3 * value.high)})",
             )
         )
-        rate = f"{measurement.size / value.median:,.0f}"
+        rate = _rate(measurement.size / value.median)
     if measurement.peak_memory is not None:
         memory = f"{measurement.peak_memory / 2**20:,.1f} MiB"
     return f"| {measurement.case} | {measurement.contender} | {seconds} | {rate} | {memory} |"
@@ -186,6 +187,10 @@ def _format_measurement(measurement: Measurement) -> str:
 def _number(value: float) -> str:
     """Three significant digits, without an exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _rate(value: float) -> str:
+    return f"{value / 1e9:,.1f} billion" if value >= 1e9 else f"{value:,.0f}"
 
 
 def _suffix(unit: Unit) -> str:
