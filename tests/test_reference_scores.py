@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from flowrl.envs.reference_scores import REFERENCE_SCORES, reference_scores
+from flowrl.envs.spaces import action_bounds, check_environment
 from flowrl.envs.specs import (
     EnvironmentSpec,
-    action_bounds,
-    check_environment,
     registered_environment,
     wrappers_in_gymnasium_json,
 )

@@ -19,7 +19,8 @@ from flowrl.data import EpisodeDataset, d4rl, load_episodes, sources
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, PublishedFile
 from flowrl.data.sources import environment_named
 from flowrl.envs.reference_scores import REFERENCE_SCORES
-from flowrl.envs.specs import EnvironmentSpec, check_environment
+from flowrl.envs.spaces import check_environment
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
 FILE = "hopper_medium-v2.hdf5"

@@ -1,13 +1,10 @@
 """Which Gymnasium environment an agent is evaluated in, as plain data that fits in a JSON file."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
-import numpy as np
-from gymnasium.spaces import Box
 
 from flowrl.errors import UserError, did_you_mean
 
@@ -98,51 +95,6 @@ def wrappers_in_gymnasium_json(json_string: str) -> tuple[str, ...]:
     if not isinstance(wrappers, list):
         return ()
     return tuple(str(wrapper.get("name")) for wrapper in wrappers if isinstance(wrapper, dict))
-
-
-def check_environment(environment: EnvironmentSpec, observation_dim: int, action_dim: int) -> None:
-    """Check that the data's dimensions are the environment's (Dict observations count flattened).
-
-    Raises:
-        UserError: they differ, the environment cannot be made, or its spaces are not Box (or Dict of Box).
-    """
-    observation_space, action_space = _flat_spaces(environment)
-    expected = (math.prod(observation_space.shape), math.prod(action_space.shape))
-    if (observation_dim, action_dim) != expected:
-        raise UserError(
-            f"environment {environment.env_id} has observations of {expected[0]} and actions of "
-            f"{expected[1]} numbers, the data {observation_dim} and {action_dim}: "
-            "give the environment that the data is from"
-        )
-
-
-def action_bounds(environment: EnvironmentSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (low, high) bounds of the environment's actions, float32 arrays of shape (action_dim,).
-
-    Raises:
-        UserError: the environment cannot be made or its spaces are not Box (or Dict of Box).
-    """
-    _, action_space = _flat_spaces(environment)
-    return action_space.low.astype(np.float32).ravel(), action_space.high.astype(np.float32).ravel()
-
-
-def _flat_spaces(environment: EnvironmentSpec) -> tuple[Box, Box]:
-    """Make the environment once, as evaluation does, to read its observation and action spaces."""
-    from flowrl.envs.vector import make_env  # that module builds on this one
-
-    _check_registered(environment.env_id)
-    env = make_env(environment)
-    try:
-        observation_space, action_space = env.observation_space, env.action_space
-    finally:
-        env.close()
-    if not isinstance(observation_space, Box):
-        raise UserError(
-            f"environment {environment.env_id}: observations must be Box, not {observation_space}"
-        )
-    if not isinstance(action_space, Box):
-        raise UserError(f"environment {environment.env_id}: actions must be Box, not {action_space}")
-    return observation_space, action_space
 
 
 def _check_registered(env_id: str, also_known: tuple[str, ...] = ()) -> None:

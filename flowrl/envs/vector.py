@@ -28,7 +28,7 @@ def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gy
     """
     rendering = {} if render_mode is None else {"render_mode": render_mode}
     try:
-        with _no_deprecations():
+        with no_deprecations():
             env = gym.make(
                 environment.env_id,
                 max_episode_steps=environment.max_episode_steps,
@@ -64,7 +64,7 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
 
 
 @contextmanager
-def _no_deprecations() -> Iterator[None]:
+def no_deprecations() -> Iterator[None]:
     """Keep quiet about what the user cannot change: old versions of environments and of robot models.
 
     D4RL's data belongs to the -v4 environments, and Gymnasium's HalfCheetah uses a compiler option that

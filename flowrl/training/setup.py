@@ -6,7 +6,7 @@ import torch
 
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.episodes import delayed_rewards
-from flowrl.envs.specs import action_bounds, check_environment
+from flowrl.envs.spaces import action_bounds, check_environment
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.network import ModelConfig, SequenceModel
