@@ -103,9 +103,11 @@ class Agent:
 
     @torch.inference_mode()
     def reset(self, num_envs: int, target_return: float | np.ndarray) -> None:
-        """Start ``num_envs`` episodes that aim at ``target_return``, one number or one per slot."""
+        """Start ``num_envs`` episodes that aim at ``target_return``, one finite number or one per slot."""
         config, device = self.config.model, self.device
         targets = np.broadcast_to(np.asarray(target_return, dtype=np.float32), (num_envs,))
+        if not np.isfinite(targets).all():
+            raise ValueError(f"target_return {target_return}: must be finite")
         self.model.eval()
         self._target_return = torch.tensor(targets, device=device)
         self._returns_to_go = self._target_return.clone()
@@ -136,7 +138,7 @@ class Agent:
             actions = self._act_window(observed, self._history)
         self._timesteps += 1
         self._previous_actions = actions
-        return actions.cpu().numpy()
+        return actions.cpu().numpy().copy()  # the agent remembers its own: the caller may change these
 
     @torch.inference_mode()
     def restart(self, finished: np.ndarray) -> None:
