@@ -1,0 +1,44 @@
+"""What several tests share: one thread for the arithmetic, and a tiny dataset in D4RL's layout."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tiny tensors; threads of parallel test processes only get in each other's way
+)
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+EPISODE_LENGTHS = (9, 1, 14, 30, 6)
+TERMINATED = (True, True, False, False, True)
+
+
+def write_tiny_dataset(path: Path, *, seed: int = 0, reward_scale: float = 1.0) -> None:
+    """Write 60 steps with Hopper's dimensions: five episodes, one of one step, one constant observation."""
+    random = np.random.default_rng(seed)
+    steps = sum(EPISODE_LENGTHS)
+    observations = random.normal(size=(steps, 11)).astype(np.float32)
+    observations[:, 4] = 3.0
+    actions = random.uniform(-1, 1, size=(steps, 3)).astype(np.float32)
+    actions[::7] = 1.0
+    terminals, timeouts = np.zeros(steps, bool), np.zeros(steps, bool)
+    for end, terminated in zip(np.cumsum(EPISODE_LENGTHS) - 1, TERMINATED, strict=True):
+        (terminals if terminated else timeouts)[end] = True
+    with h5py.File(path, "w") as file:
+        file["observations"], file["actions"] = observations, actions
+        file["rewards"] = (reward_scale * random.uniform(0, 3, size=steps)).astype(np.float32)
+        file["terminals"], file["timeouts"] = terminals, timeouts
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The path of the file that :func:`write_tiny_dataset` makes; not to be changed."""
+    path = tmp_path_factory.mktemp("dataset") / "tiny.hdf5"
+    write_tiny_dataset(path)
+    return path

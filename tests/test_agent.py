@@ -1,0 +1,230 @@
+"""Acting, slot by slot and step by step, against forward passes over the recorded history."""
+
+import numpy as np
+import pytest
+import torch
+
+from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
+from flowrl.model.network import Window
+
+LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
+LAYOUTS = ("interleaved", "fused")
+KINDS = ("flow", "softmax")
+
+
+def make_agent(layout="interleaved", attention="flow", acting="recurrent", context_length=5, **options):
+    torch.manual_seed(0)
+    config = ModelConfig(3, 2, 1000, attention, layout, num_layers=2, embed_dim=16, num_heads=2, dropout=0.5)
+    model = SequenceModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough that the whole history has a say
+            parameter.add_(0.15 * torch.randn_like(parameter))
+        model.observation_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
+        model.observation_std.copy_(torch.tensor([2.0, 0.5, 1.0]))
+        model.return_scale.fill_(500.0)
+        model.action_low.copy_(torch.from_numpy(LOW))
+        model.action_high.copy_(torch.from_numpy(HIGH))
+    agent_config = AgentConfig(model.config, context_length, full_episodes=True, targets=(300.0,), **options)
+    return Agent(model, agent_config, acting=acting)
+
+
+def observation_of(seed, t):
+    """What a made-up environment shows to the episode ``seed`` at step ``t``."""
+    return np.random.default_rng([seed, t]).normal(size=3).astype(np.float32)
+
+
+def reward_of(seed, t):
+    return float(np.random.default_rng([seed, t, 1]).uniform(0, 2))
+
+
+def play(agent, seed, steps, target):
+    """One episode in a single slot; its actions (steps, 2)."""
+    agent.reset(1, target)
+    actions = []
+    for t in range(steps):
+        rewards = np.array([reward_of(seed, t - 1)]) if t else None
+        actions.append(agent.act(observation_of(seed, t)[None], rewards)[0])
+    return np.stack(actions)
+
+
+def predicted(agent, seed, actions, target, start, stop):
+    """The action of step ``stop - 1`` from a forward pass over the steps ``start`` to ``stop``."""
+    rewards = np.array([reward_of(seed, t) for t in range(stop)], np.float64)
+    returns_to_go = target - np.concatenate(([0.0], np.cumsum(rewards)[:-1]))
+    previous = np.concatenate((np.zeros((1, 2), np.float32), actions[:-1]))
+    observations = np.stack([observation_of(seed, t) for t in range(stop)])
+    part = slice(start, stop)
+    window = Window(
+        *(
+            torch.from_numpy(np.ascontiguousarray(array[part], dtype=kind))[None]
+            for array, kind in (
+                (observations, np.float32),
+                (actions[:stop], np.float32),
+                (previous[:stop], np.float32),
+                (returns_to_go, np.float32),
+                (np.arange(stop), np.int64),
+            )
+        )
+    )
+    with torch.no_grad():
+        output = agent.model.eval()(window)[0].numpy()
+    return LOW + (output + 1) / 2 * (HIGH - LOW)
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_recurrent_acting_equals_the_parallel_forward_after_1000_timesteps(layout, attention):
+    agent = make_agent(layout, attention)
+    actions = play(agent, 7, 1000, 300.0)
+    expected = predicted(agent, 7, actions, 300.0, 0, 1000)
+    assert np.abs(actions - expected).max() < 1e-4
+    assert actions[500:].std(axis=0).min() > 0.02
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("context_length", [1, 5])
+def test_window_acting_equals_a_forward_over_the_last_timesteps(layout, attention, context_length):
+    agent = make_agent(layout, attention, "window", context_length)
+    actions = play(agent, 3, 14, 300.0)
+    for stop in range(1, 15):
+        expected = predicted(agent, 3, actions, 300.0, max(0, stop - context_length), stop)[-1]
+        assert np.abs(actions[stop - 1] - expected).max() < 1e-5
+    whole = predicted(agent, 3, actions, 300.0, 0, 14)[-1]
+    assert np.abs(actions[-1] - whole).max() > 1e-4  # the window does forget
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_slots_restart_and_leave_without_touching_one_another(layout, acting, attention):
+    """Slots with their own targets, restarted and dropped at will, act like agents of their own."""
+    agent = make_agent(layout, attention, acting)
+    targets = {0: 300.0, 1: -50.0, 2: 700.0, 3: 40.0}
+    agent.reset(4, np.array(list(targets.values())))
+    slots = [0, 1, 2, 3]
+    episode, started = {slot: slot for slot in slots}, dict.fromkeys(slots, 0)
+    played = {}
+    for t in range(24):
+        if t in (4, 9, 10):
+            mask = {4: [1], 9: [0, 1], 10: [3]}[t]
+            agent.restart(np.array([slot in mask for slot in slots]))
+            for slot in mask:
+                episode[slot], started[slot] = 100 + 10 * t + slot, t
+        if t == 12:
+            agent.keep(np.array([2, 3, 0]))
+            slots = [2, 3, 0]
+        if t == 18:
+            agent.keep(np.array([1]))
+            slots = [3]
+        observations = np.stack([observation_of(episode[slot], t - started[slot]) for slot in slots])
+        # The reward of a step before a restart belongs to the episode that is over.
+        rewards = np.array(
+            [reward_of(episode[slot], t - started[slot] - 1) if t > started[slot] else 1e3 for slot in slots]
+        )
+        for slot, action in zip(slots, agent.act(observations, rewards if t else None), strict=True):
+            played.setdefault((slot, episode[slot]), []).append(action)
+    assert sorted(len(actions) for actions in played.values()) == [3, 4, 5, 9, 9, 10, 14, 18]
+    for (slot, seed), actions in played.items():
+        fresh = make_agent(layout, attention, acting)
+        assert np.abs(play(fresh, seed, len(actions), targets[slot]) - actions).max() < 1e-5
+
+
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+def test_target_and_rewards_steer_the_actions(acting):
+    low, high = (play(make_agent(acting=acting), 1, 3, target) for target in (0.0, 600.0))
+    assert np.abs(low - high).max() > 1e-3
+
+
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+def test_delayed_rewards_never_lower_the_return_to_go(acting):
+    agent = make_agent(acting=acting, reward_mode="delayed")
+    with_rewards = play(agent, 5, 10, 300.0)
+    agent.reset(1, 300.0)
+    without = np.stack([agent.act(observation_of(5, t)[None], np.zeros(1))[0] for t in range(10)])
+    assert np.array_equal(with_rewards, without)
+    assert not np.allclose(with_rewards, play(make_agent(acting=acting), 5, 10, 300.0), atol=1e-6)
+
+
+def test_actions_reach_the_bounds_and_never_pass_them():
+    agent = make_agent()
+    with torch.no_grad():
+        agent.model.predict_action.weight.mul_(1e3)
+    actions = np.concatenate([play(agent, seed, 30, 300.0) for seed in range(3)])
+    assert actions.dtype == np.float32
+    assert (actions >= LOW).all()
+    assert (actions <= HIGH).all()
+    assert {tuple(row) for row in (actions == LOW) + 2 * (actions == HIGH)} >= {(1, 1), (2, 2)}
+
+
+def test_dropout_is_off_even_if_the_model_was_left_in_training_mode():
+    agent = make_agent()
+    agent.model.train()
+    assert np.array_equal(play(agent, 2, 5, 300.0), play(agent, 2, 5, 300.0))
+
+
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_changing_a_returned_array_does_not_change_the_agent(acting, layout):
+    """What comes back belongs to the caller: environments and users may scale or clip it in place."""
+    expected = play(make_agent(layout, acting=acting), 4, 6, 300.0)
+    agent = make_agent(layout, acting=acting)
+    agent.reset(1, 300.0)
+    for t in range(6):
+        observation = observation_of(4, t)[None]
+        action = agent.act(observation, np.array([reward_of(4, t - 1)]) if t else None)
+        assert np.array_equal(action[0], expected[t])
+        action[:] = 0.1
+        observation[:] = 9.0
+
+
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_names_its_environment(acting, bad):
+    agent = make_agent(acting=acting)
+    agent.reset(3, 300.0)
+    observations = np.stack([observation_of(1, slot) for slot in range(3)]).astype(np.float64)
+    agent.act(observations)
+    broken = observations.copy()
+    broken[2, 1] = bad
+    with pytest.raises(ValueError, match="observations of environment 2 is not finite"):
+        agent.act(broken, np.zeros(3))
+    with pytest.raises(ValueError, match="rewards_since_last_act of environment 1 is not finite"):
+        agent.act(observations, np.array([0.0, bad, 0.0]))
+    refused = agent.act(observations, np.ones(3))  # a refused step left no trace
+    agent.reset(3, 300.0)
+    agent.act(observations)
+    assert np.array_equal(agent.act(observations, np.ones(3)), refused)
+
+
+def test_shapes_and_targets_that_do_not_fit_are_refused():
+    agent = make_agent()
+    agent.reset(2, 300.0)
+    with pytest.raises(ValueError, match=r"observations has shape \(2, 4\).*\(2, 3\)"):
+        agent.act(np.zeros((2, 4)))
+    with pytest.raises(ValueError, match=r"observations has shape \(3,\)"):
+        agent.act(np.zeros(3))
+    with pytest.raises(ValueError, match=r"rewards_since_last_act has shape \(1,\)"):
+        agent.act(np.zeros((2, 3)), np.zeros(1))
+    with pytest.raises(ValueError, match=r"broadcast|shape"):
+        agent.reset(2, np.array([1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match="target_return"):
+        agent.reset(2, np.array([1.0, np.nan]))
+
+
+def test_recurrent_state_is_constant_in_size_under_flow_attention():
+    agent = make_agent()
+    agent.reset(1, 300.0)
+    sizes = set()
+    for t in range(100):
+        agent.act(observation_of(0, t)[None], np.zeros(1))
+        sizes.add(sum(tensor.numel() for state in agent._states for tensor in state))
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(("full_episodes", "acting"), [(True, "recurrent"), (False, "window")])
+def test_an_agent_acts_by_default_as_it_was_trained(full_episodes, acting):
+    agent = make_agent()
+    config = AgentConfig(agent.config.model, 5, full_episodes, (1.0,))
+    assert Agent(agent.model, config).acting == acting
+    assert Agent(agent.model, config, acting="window").acting == "window"

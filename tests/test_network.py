@@ -1,0 +1,243 @@
+"""The sequence model against the same model written out plainly, without any of its shortcuts."""
+
+import math
+
+import pytest
+import torch
+
+from flowrl.attention import naive_flow_attention
+from flowrl.model.network import INIT_STD, ModelConfig, SequenceModel, Window
+
+LAYOUTS = ("interleaved", "fused")
+KINDS = ("flow", "softmax")
+
+
+def make_model(layout="interleaved", attention="flow", seed=0, dtype=torch.float64, **options):
+    """A model whose weights are large enough that every input matters, with uneven action bounds."""
+    torch.manual_seed(seed)
+    sizes = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "dropout": 0.1, "max_timesteps": 40, **options}
+    config = ModelConfig(3, 2, attention=attention, token_layout=layout, **sizes)
+    model = SequenceModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        model.observation_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
+        model.observation_std.copy_(torch.tensor([2.0, 0.5, 1.0]))
+        model.return_scale.fill_(50.0)
+        model.action_low.copy_(torch.tensor([-2.0, 0.0]))
+        model.action_high.copy_(torch.tensor([1.0, 0.5]))
+    return model.to(dtype).eval()
+
+
+def make_window(batch=3, length=7, first_timesteps=(0, 5, 31), seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    timesteps = torch.tensor(first_timesteps)[:, None] + torch.arange(length)
+    actions = torch.rand((batch, length, 2), generator=generator, dtype=dtype)
+    previous = torch.cat((torch.rand((batch, 1, 2), generator=generator, dtype=dtype), actions[:, :-1]), 1)
+    return Window(normal(batch, length, 3), actions, previous, 30 + 20 * normal(batch, length), timesteps)
+
+
+def plain_softmax(queries, keys, values):
+    length = queries.shape[-2]
+    scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
+    return scores.masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf).softmax(-1) @ values
+
+
+def layer_norm(x, norm):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def plain_forward(model, window):
+    """Every token through every layer, one row at a time, written from the description."""
+    low, high, config = model.action_low, model.action_high, model.config
+    heads = config.num_heads
+    rows = []
+    for row in range(len(window.observations)):
+        observations, actions, previous, returns, timesteps = (tensor[row] for tensor in window)
+        tokens = []
+        for t in range(len(returns)):
+            time = model.embed_timestep.weight[min(int(timesteps[t]), config.max_timesteps - 1)]
+            target = model.embed_return(returns[t : t + 1] / model.return_scale)
+            state = model.embed_observation(
+                (observations[t] - model.observation_mean) / model.observation_std
+            )
+            if config.token_layout == "interleaved":
+                action = model.embed_action(2 * (actions[t] - low) / (high - low) - 1)
+                tokens += [target + time, state + time, action + time]
+            else:
+                start = timesteps[t] == 0
+                before = model.embed_action(2 * (previous[t] - low) / (high - low) - 1)
+                tokens.append(target + state + time + (model.start_token if start else before))
+        x = layer_norm(torch.stack(tokens), model.embed_norm)
+        for block in model.blocks:
+            attention = block.attention
+            qkv = attention.qkv(layer_norm(x, block.attention_norm))
+            q, k, v = (part.reshape(len(x), heads, -1).transpose(0, 1)[None] for part in qkv.chunk(3, dim=-1))
+            mixed = (naive_flow_attention if config.attention == "flow" else plain_softmax)(q, k, v)
+            x = x + attention.project(mixed[0].transpose(0, 1).reshape(len(x), -1))
+            hidden = block.mlp[0](layer_norm(x, block.mlp_norm)).clamp(min=0)
+            x = x + block.mlp[2](hidden)
+        x = layer_norm(x, model.final_norm)
+        read = x[1::3] if config.token_layout == "interleaved" else x
+        rows.append(torch.tanh(read @ model.predict_action.weight.T + model.predict_action.bias))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_is_the_description_without_its_shortcuts(layout, attention):
+    model, window = make_model(layout, attention), make_window()
+    with torch.no_grad():
+        expected, actual = plain_forward(model, window), model(window)
+    assert actual.shape == (3, 7, 2)
+    assert (actual - expected).abs().max() < 1e-10
+    assert actual.std() > 0.1  # far from a constant: everything compared above had a say
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_last_block_works_only_on_tokens_that_are_read(layout):
+    model, window = make_model(layout), make_window()
+    seen = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    model(window)
+    assert seen == ([20, 7] if layout == "interleaved" else [7, 7])  # 3 x 7 less the final action
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_changes_no_valid_output_no_loss_and_no_gradient(layout, attention):
+    model, window = make_model(layout, attention), make_window()
+    lengths = torch.tensor([7, 3, 1])
+    valid = torch.arange(7) < lengths[:, None]
+    results = []
+    for seed, scale in ((2, 1.0), (3, 1e4), (4, 0.0)):
+        junk = make_window(seed=seed)
+        padded = Window(
+            *(
+                torch.where(valid.view(3, 7, *[1] * (a.ndim - 2)), a, (scale * b).to(a.dtype))
+                for a, b in zip(window, junk, strict=True)
+            )
+        )
+        model.zero_grad()
+        loss = model.loss(padded, valid)
+        loss.backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        results.append((model(padded)[valid].detach(), loss.detach(), gradients))
+    for outputs, loss, gradients in results[1:]:
+        assert (outputs - results[0][0]).abs().max() < 1e-12
+        assert abs(loss - results[0][1]) < 1e-12
+        assert (gradients - results[0][2]).abs().max() < 1e-10
+    for row, length in enumerate(lengths):  # and the row alone gives the same
+        alone = model(Window(*(tensor[row : row + 1, :length] for tensor in window)))[0]
+        assert (alone - model(window)[row, :length]).abs().max() < 1e-12
+
+
+def test_loss_is_the_mean_square_over_valid_actions():
+    model, window = make_model(), make_window()
+    valid = torch.arange(7) < torch.tensor([2, 7, 4])[:, None]
+    predicted, total, count = model(window).detach(), 0.0, 0
+    for row in range(3):
+        for t in range(7):
+            if valid[row, t]:
+                for component, (low, high) in enumerate(((-2.0, 1.0), (0.0, 0.5))):
+                    action = (float(window.actions[row, t, component]) - low) / (high - low) * 2 - 1
+                    total += (float(predicted[row, t, component]) - action) ** 2
+                    count += 1
+    assert count == 13 * 2
+    assert model.loss(window, valid).item() == pytest.approx(total / count, rel=1e-6)  # it is float32
+
+
+def changed_outputs(model, window, field, t):
+    """Which timesteps' actions move when ``field`` changes at timestep ``t``, as a list of bools."""
+    tensor = getattr(window, field).clone()
+    tensor[:, t] += 1
+    difference = (model(window._replace(**{field: tensor})) - model(window)).abs().amax((0, 2))
+    return (difference > 1e-9).tolist()
+
+
+@pytest.mark.parametrize("attention", KINDS)
+def test_what_an_action_depends_on(attention):
+    """Returns and observations reach their own action and later ones, actions the later ones only."""
+    window, t = make_window(), 3
+    from_t, after_t = [i >= t for i in range(7)], [i > t for i in range(7)]
+    interleaved, fused = make_model("interleaved", attention), make_model("fused", attention)
+    for model in (interleaved, fused):
+        assert changed_outputs(model, window, "returns_to_go", t) == from_t
+        assert changed_outputs(model, window, "observations", t) == from_t
+        assert changed_outputs(model, window, "timesteps", t) == from_t
+    assert changed_outputs(interleaved, window, "actions", t) == after_t
+    assert changed_outputs(interleaved, window, "previous_actions", t) == [False] * 7
+    assert changed_outputs(fused, window, "actions", t) == [False] * 7
+    assert changed_outputs(fused, window, "previous_actions", t) == from_t
+
+
+def test_fused_layout_starts_an_episode_with_the_start_token():
+    """In mid-episode the action just before the window counts; at the start there is none to look at."""
+    model, window = make_model("fused"), make_window()
+    previous = window.previous_actions.clone()
+    previous[:, 0] = 77.0
+    altered = model(window._replace(previous_actions=previous)) - model(window)
+    assert not altered[0].any()  # first_timesteps 0
+    assert altered[1:, 0].abs().min() > 0
+    before = model(window)
+    with torch.no_grad():
+        model.start_token += torch.randn(16)
+    moved = (model(window) - before).abs().amax((1, 2)) > 1e-9
+    assert moved.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_timesteps_past_the_embedding_use_its_last_row(layout):
+    model, window = make_model(layout), make_window()
+    at_the_end = window._replace(timesteps=torch.full((3, 7), 39))
+    far_past = window._replace(timesteps=torch.full((3, 7), 10**9))
+    assert torch.equal(model(far_past), model(at_the_end))
+    assert not torch.equal(model(far_past), model(window._replace(timesteps=torch.full((3, 7), 38))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_initial_weights(layout):
+    torch.manual_seed(0)
+    model = SequenceModel(ModelConfig(17, 6, 1000, token_layout=layout, embed_dim=128))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+        else:
+            tolerance = 5 / math.sqrt(2 * parameter.numel())  # five standard errors of a standard deviation
+            assert parameter.std().item() == pytest.approx(INIT_STD, rel=tolerance), name
+            assert abs(parameter.mean().item()) < 5 * INIT_STD / math.sqrt(parameter.numel()), name
+    assert ("start_token" in dict(model.named_parameters())) == (layout == "fused")
+
+
+def test_action_units():
+    model = make_model()
+    bounds = torch.stack((model.action_low, model.action_high))
+    assert torch.allclose(model.normalize_actions(bounds), torch.tensor([[-1.0, -1], [1, 1]]).double())
+    actions = torch.rand(50, 2).double()
+    assert torch.allclose(model.denormalize_actions(model.normalize_actions(actions)), actions)
+
+
+def test_dropout_is_for_training_only():
+    model, window = make_model(), make_window()
+    assert torch.equal(model(window), model(window))
+    model.train()
+    assert not torch.equal(model(window), model(window))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_autocast_gives_the_loss_of_float32(layout):
+    model, window = make_model(layout, dtype=torch.float32), make_window(dtype=torch.float32)
+    valid = torch.ones(3, 7, dtype=torch.bool)
+    exact = model.loss(window, valid)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.loss(window, valid)
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.03)
