@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-import gymnasium
 import numpy as np
 
 from flowrl.behavior.policy import BehaviorPolicy
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import make_env
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def measure_returns(
     Episode i starts from environment seed ``seed + i`` and samples its actions from a generator of the same
     seed, so a measurement repeats exactly and does not depend on how many episodes came before.
     """
-    environment = gymnasium.make(policy.env_id)
+    environment = make_env(EnvironmentSpec(policy.env_id))
     returns, lengths = [], []
     for episode in range(episodes):
         generator = np.random.default_rng(seed + episode)

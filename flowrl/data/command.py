@@ -69,8 +69,8 @@ def _recipe(command: CollectCommand) -> Recipe:
     else:
         hint = did_you_mean(command.name, (*EMBEDDED, *behavior_names()))
         raise UserError(f"no dataset or environment '{command.name}'{hint}")
-    changes = {"steps": command.steps, "seed": command.seed}
-    return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
+    steps = recipe.steps if command.steps is None else command.steps
+    return replace(recipe, steps=steps, seed=recipe.seed if command.seed is None else command.seed)
 
 
 def _part(policy: str, noise: float) -> Part:

@@ -22,43 +22,51 @@ class DataSummary:
 
 
 def summarize_data(summary: DataSummary) -> str:
-    """Write ``data.md`` and ``data_returns.png`` into the results folder and return the table.
+    """Write ``data.md`` and, where matplotlib is installed, ``data_returns.png``; return the table.
 
     Datasets that are not here yet are collected.
 
     Raises:
-        UserError: matplotlib is not installed, an unknown name, or see
-            :func:`flowrl.data.embedded.load_embedded`.
+        UserError: an unknown name, and see :func:`flowrl.data.embedded.load_embedded`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"drawing histograms needs matplotlib ({error}): pip install -e '.[plots]'") from None
-    columns = min(3, len(summary.names))
-    rows = -(-len(summary.names) // columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
     lines = [
         "| dataset | episodes | steps | mean return | mean | std | best | SHA-256 |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for axis, name in zip(axes.flat, summary.names, strict=False):
+    scores = {}
+    for name in summary.names:
         dataset = load_embedded(name)
-        scores = normalized_scores(dataset)
-        lines.append(table_row(dataset, scores))
-        axis.hist(scores, bins=BINS, color="#4477aa")
-        axis.set_title(dataset.dataset_id.removeprefix("flowrl/"), fontsize=9)
+        scores[dataset.dataset_id] = normalized_scores(dataset)
+        lines.append(table_row(dataset, scores[dataset.dataset_id]))
+    table = "\n".join(lines)
+    text = (
+        "# The embedded datasets, as collected\n\nMean, std and best are normalised scores of whole "
+        f"episodes (100 is D4RL's expert).\n\n{table}\n"
+    )
+    if draw_histograms(summary.results_dir / "data_returns.png", scores):
+        text += "\n![Returns](data_returns.png)\n"
+    write_text(summary.results_dir / "data.md", text)
+    return table
+
+
+def draw_histograms(path: Path, scores: dict[str, np.ndarray]) -> bool:
+    """Draw each dataset's normalised scores into ``path``; return False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # an extra: only drawing needs it
+    except ImportError:
+        return False
+    columns = min(3, len(scores))
+    rows = -(-len(scores) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, (dataset_id, values) in zip(axes.flat, scores.items(), strict=False):
+        axis.hist(values, bins=BINS, color="#4477aa")
+        axis.set_title(dataset_id.removeprefix("flowrl/"), fontsize=9)
         axis.set_xlabel("normalised score", fontsize=8)
         axis.set_ylabel("episodes", fontsize=8)
-    table = "\n".join(lines)
-    with atomic_path(summary.results_dir / "data_returns.png") as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    write_text(
-        summary.results_dir / "data.md",
-        "# The embedded datasets, as collected\n\nMean, std and best are normalised scores of whole "
-        f"episodes (100 is D4RL's expert).\n\n{table}\n\n![Returns](data_returns.png)\n",
-    )
-    return table
+    return True
 
 
 def normalized_scores(dataset: EpisodeDataset) -> np.ndarray:

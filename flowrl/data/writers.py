@@ -22,7 +22,7 @@ from flowrl.data.collect import Collection, Episode, Recipe, collect, plain_reci
 from flowrl.data.episodes import EpisodeDataset
 from flowrl.data.minari_data import check_minari_id, datasets_folder, minari_folder
 from flowrl.envs.reference_scores import reference_scores
-from flowrl.envs.vector import make_env
+from flowrl.envs.vector import make_env, no_deprecations
 from flowrl.errors import UserError
 
 METADATA_KEY = "flowrl"  # of what flowrl adds to a Minari dataset's metadata
@@ -181,7 +181,7 @@ def _write_minari(collection: Collection, dataset_id: str) -> None:
 
     reference = reference_scores(collection.environment.env_id)
     environment = make_env(collection.environment)
-    with warnings.catch_warnings():
+    with no_deprecations(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # minari asks for an author, a permalink and so on
         dataset = minari.create_dataset_from_buffers(
             dataset_id,
