@@ -4,9 +4,7 @@ Timings decide nothing here.
 """
 
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 from flowrl.attention import naive_flow_attention
+from flowrl.benchmarks import gpu
 from flowrl.benchmarks.attention import authors_flow_attention, make_inputs
 from flowrl.benchmarks.products import ProductRunner, needed_products
 from flowrl.benchmarks.report import Goal, Row, format_row
@@ -36,7 +35,7 @@ from flowrl.model.network import ModelConfig, SequenceModel, Window
 
 TINY = Sizes(
     windows=(2, 4, 12, 8),
-    lengths=(16, 40),
+    lengths=(16,),
     num_layers=1,
     embed_dim=16,
     batch_size=2,
@@ -46,6 +45,7 @@ TINY = Sizes(
     transitions=800,
     episodes=2,
     baseline_episodes=1,
+    behavior="random",
     late_step=14,
 )
 
@@ -94,7 +94,7 @@ def test_the_loop_samples_the_same_windows(sums_returns):
 
 
 def test_every_contender_steps_through_the_recorded_episodes():
-    episodes = record_episodes(5)
+    episodes = record_episodes(5, "random")
     agent = make_agent(TINY, paper_config(TINY))
     assert evaluate_batch(agent, episodes).tolist() == episodes.lengths.tolist()
     assert evaluate_batch(None, episodes).tolist() == episodes.lengths.tolist()
@@ -195,15 +195,19 @@ def test_a_tiny_run_writes_json_and_table(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_unusable_options_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--repetitions 0"):
-        run_benchmarks(BenchmarkConfig(repetitions=0))
+def test_the_gpu_section_runs_on_whatever_device(monkeypatch):
+    monkeypatch.setattr(gpu, "BATCH", 1)
+    monkeypatch.setattr(gpu, "LENGTH_GOALS", {16: 1.0})
+    section = gpu.measure_gpu(TINY, 1, device="cpu")
+    assert [row.unit for row in section.rows] == ["ms", "ms", "x", "%"]
+    assert all(row.measured is not None and row.measured.median > 0 for row in section.rows)
+
+
+def test_unusable_options_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="--output"):
         run_benchmarks(BenchmarkConfig(output=tmp_path))
     script = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
-    command = [sys.executable, script, "--only", "gpu", "--repetitions", "0"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ, cwd=tmp_path, check=False
-    )
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
+    monkeypatch.setattr("sys.argv", [str(script), "--only", "gpu", "--repetitions", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().err == "error: --repetitions 0: must be at least 1\n"

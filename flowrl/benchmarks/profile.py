@@ -49,7 +49,7 @@ def profile_update(sizes: Sizes, *, full_episodes: bool) -> str:
 
 def profile_evaluation(sizes: Sizes) -> str:
     """Functions of an evaluation by their own time; waiting for threads is the physics."""
-    episodes = record_episodes(sizes.episodes)
+    episodes = record_episodes(sizes.episodes, sizes.behavior)
     agent = make_agent(sizes, paper_config(sizes))
     agent.acting = "recurrent"
     recorded = cProfile.Profile()

@@ -84,9 +84,9 @@ class ScriptedAgent:
             self._agent.keep(indices)
 
 
-def record_episodes(num_episodes: int) -> RecordedEpisodes:
-    """Run the shipped medium policy and keep its actions."""
-    policy = RecordingPolicy(load_behavior("hopper", "medium"))
+def record_episodes(num_episodes: int, behavior: str) -> RecordedEpisodes:
+    """Run a shipped policy and keep its actions."""
+    policy = RecordingPolicy(load_behavior("hopper", behavior))
     rollouts = rollout(policy, HOPPER, np.zeros(num_episodes), np.arange(num_episodes))
     actions = np.zeros((num_episodes, int(rollouts.lengths.max()), 3), dtype=np.float32)
     for slot, taken in enumerate(policy.actions):
@@ -160,7 +160,7 @@ class RawPhysics:
 def measure_rollouts(sizes: Sizes, repetitions: int) -> Section:
     """Evaluation against both baselines, then the cost of acting late in an episode."""
     section = Section("rollouts")
-    episodes = record_episodes(sizes.episodes)
+    episodes = record_episodes(sizes.episodes, sizes.behavior)
     alone = min(sizes.baseline_episodes, sizes.episodes)
     config = paper_config(sizes)
     recurrent, window = make_agent(sizes, config), make_agent(sizes, config)

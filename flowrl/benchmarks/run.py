@@ -1,5 +1,6 @@
 """The benchmark program: every section in one run, results written as each section ends."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ def run_benchmarks(config: BenchmarkConfig) -> list[Section]:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written there: {error.strerror}") from error
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {output}: cannot be written there; give a name in a writable folder")
     machine, sections = describe_machine(), []
     for name in names:
         started = time.perf_counter()

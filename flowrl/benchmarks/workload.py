@@ -52,6 +52,8 @@ class Sizes:
     """Episodes of the evaluation."""
     baseline_episodes: int = 3
     """Episodes of the evaluation one at a time, whose rate is compared."""
+    behavior: str = "medium"
+    """Shipped policy whose episodes they are; random's are 20 steps long."""
     late_step: int = 1_000
     """Episode step at which acting is compared with step 10."""
 
