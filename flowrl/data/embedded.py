@@ -28,7 +28,10 @@ class Embedded:
 # A replay set holds what the training run saw on its way to its medium policy: each snapshot stands for the
 # training steps around it, which are the shares (in thousands of steps).
 EMBEDDED = {
-    "hopper-medium": Embedded(Recipe("hopper", (Part("medium"),), seed=1)),
+    "hopper-medium": Embedded(
+        Recipe("hopper", (Part("medium"),), seed=1),
+        "f401a3462b2fb1f3caa2f59f0bd4741ac81e153fc4aced41382fe35c4b6ad502",
+    ),
     "hopper-medium-replay": Embedded(
         Recipe(
             "hopper",
@@ -44,19 +47,33 @@ EMBEDDED = {
                 Part("medium", 50),
             ),
             seed=2,
-        )
+        ),
+        "025fe06c4e849674d32aba608980bf2714426ac4f1a791cfe0611c23ef683c74",
     ),
-    "hopper-medium-expert": Embedded(Recipe("hopper", (Part("medium"), Part("expert")), seed=3)),
-    "halfcheetah-medium": Embedded(Recipe("halfcheetah", (Part("medium"),), seed=1)),
+    "hopper-medium-expert": Embedded(
+        Recipe("hopper", (Part("medium"), Part("expert")), seed=3),
+        "26a1e718bdf4011a3a4c8c10f654607d5ea387386148207f17ab9c695bdb4750",
+    ),
+    "halfcheetah-medium": Embedded(
+        Recipe("halfcheetah", (Part("medium"),), seed=1),
+        "95d8309f7048a5fee6a2a0756378b00b32c50c6e4ab7e5e53f19b5fc0c03b47b",
+    ),
     "halfcheetah-medium-replay": Embedded(
         Recipe(
             "halfcheetah",
             (Part("random", 12), Part("25k", 25), Part("50k", 25), Part("75k", 25), Part("medium", 13)),
             seed=2,
-        )
+        ),
+        "2e55a86ff6ec7990457f2262b800b7a09f2c83628da24a2c4947ca0550b4477a",
     ),
-    "halfcheetah-medium-expert": Embedded(Recipe("halfcheetah", (Part("medium"), Part("expert")), seed=3)),
-    "walker2d-medium": Embedded(Recipe("walker2d", (Part("medium"),), seed=1)),
+    "halfcheetah-medium-expert": Embedded(
+        Recipe("halfcheetah", (Part("medium"), Part("expert")), seed=3),
+        "94bd39b7ef744f7061d9e80a63917b6cc485fde23bc6c245e2c433682f6de47f",
+    ),
+    "walker2d-medium": Embedded(
+        Recipe("walker2d", (Part("medium"),), seed=1),
+        "aa7a82d947ffbe4638d07f94e9a4ff5f449ec17772684039fb0593c97da077c4",
+    ),
     "walker2d-medium-replay": Embedded(
         Recipe(
             "walker2d",
@@ -72,9 +89,13 @@ EMBEDDED = {
                 Part("medium", 50),
             ),
             seed=2,
-        )
+        ),
+        "b3710861353674cf1e1e710403a5a1a413dbec6f2c49fce38c43b6512ebed806",
     ),
-    "walker2d-medium-expert": Embedded(Recipe("walker2d", (Part("medium"), Part("expert")), seed=3)),
+    "walker2d-medium-expert": Embedded(
+        Recipe("walker2d", (Part("medium"), Part("expert")), seed=3),
+        "a9b887c03cb15232df2442120141f4e3ab179ca063618199f8dc14a70d4a1ad0",
+    ),
 }
 
 
