@@ -8,6 +8,7 @@ size and SHA-256 of each. The folder is written under a temporary name, synced, 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ AGENT_JSON, MODEL_TENSORS = "agent.json", "model.safetensors"
 TRAINING_JSON, TRAINING_TENSORS = "training.json", "training.safetensors"
 MANIFEST = "manifest.json"
 _FILES = frozenset((AGENT_JSON, MODEL_TENSORS, TRAINING_JSON, TRAINING_TENSORS))
+_REPLACED_SUFFIX = (
+    ".replaced"  # of a checkpoint whose step is being saved anew; still good until that is done
+)
+_FOLDER_NAME = re.compile(rf"step-([0-9]+)({re.escape(_REPLACED_SUFFIX)})?")
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,20 @@ class Checkpoint:
 
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write the checkpoint, then delete all but the newest ``keep`` ones; return its folder.
+    """Write the checkpoint, then delete older ones so that ``keep`` are left; return its folder.
+
+    At every moment the newest whole checkpoint is found by :func:`load_checkpoint`. Later steps than this
+    one, which a run set back to here has found damaged, are neither counted nor touched.
 
     Raises:
         UserError: the folder cannot be written (full disk, no permission); earlier checkpoints are untouched.
     """
     final = run_dir / CHECKPOINTS / f"step-{checkpoint.step:08d}"
     temporary = final.with_name(f".{final.name}{TEMPORARY_SUFFIX}")
+    replaced = final.with_name(f"{final.name}{_REPLACED_SUFFIX}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in final.parent.glob(f".step-*{TEMPORARY_SUFFIX}"):  # of a process that was killed
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
         (temporary / AGENT_JSON).write_text(json.dumps(checkpoint.agent, indent=2) + "\n")
         (temporary / TRAINING_JSON).write_text(json.dumps(checkpoint.training, indent=2) + "\n")
@@ -61,8 +71,9 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(temporary)
-        if final.exists():  # a step saved before: by a run that was then set back, or a damaged one
-            shutil.rmtree(final)
+        if final.exists():  # saved before: at the same moment, or damaged and now reached again
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         temporary.rename(final)
         sync_folder(final.parent)
     except (OSError, SafetensorError) as error:
@@ -71,7 +82,9 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for folder in list(_folders(run_dir))[keep:]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    older = [folder for folder in _folders(run_dir) if _step_of(folder) < checkpoint.step]
+    for folder in older[keep - 1 :]:
         shutil.rmtree(folder)
     return final
 
@@ -113,19 +126,21 @@ def load_checkpoint(run_dir: Path, step: int | None = None, *, for_training: boo
 
 def _folders(run_dir: Path) -> Iterator[Path]:
     """Checkpoint folders, newest first; unfinished ones have other names."""
-    found = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal()]
-    yield from sorted(found, key=_step_of, reverse=True)
+    found = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if _FOLDER_NAME.fullmatch(path.name)]
+    yield from sorted(found, key=lambda path: (_step_of(path), path.suffix != _REPLACED_SUFFIX), reverse=True)
 
 
 def _step_of(folder: Path) -> int:
-    return int(folder.name[5:])
+    return int(folder.name.removeprefix("step-").removesuffix(_REPLACED_SUFFIX))
 
 
 def _load(folder: Path, for_training: bool) -> Checkpoint:
     manifest = _read_json(folder / MANIFEST)
     files, step = manifest.get("files"), manifest.get("step")
-    if not isinstance(files, dict) or not isinstance(step, int) or set(files) != _FILES:
+    if not isinstance(files, dict) or type(step) is not int or step < 0 or set(files) != _FILES:
         raise UserError(f"{folder / MANIFEST}: not a manifest of {', '.join(sorted(_FILES))}")
+    if _FOLDER_NAME.fullmatch(folder.name) and _step_of(folder) != step:  # copies may be called anything
+        raise UserError(f"{folder / MANIFEST}: states step {step}, which is not its folder's")
     for name in sorted(_FILES):
         _verify(folder / name, files[name])
     return Checkpoint(
@@ -148,7 +163,11 @@ def _verify(path: Path, expected: object) -> None:
         raise UserError(f"{path}: missing from the checkpoint")
     if not isinstance(expected, dict) or path.stat().st_size != expected.get("size"):
         raise UserError(f"{path}: its size differs from the manifest's; the file is damaged")
-    if _describe(path) != expected:
+    try:
+        described = _describe(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if described != expected:
         raise UserError(f"{path}: its SHA-256 differs from the manifest's; the file is damaged")
 
 
@@ -157,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # bad JSON, bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested without end
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")
