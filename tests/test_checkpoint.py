@@ -1,0 +1,359 @@
+"""Checkpoints are whole or absent: what is damaged, foreign or hostile is refused by name."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowrl.errors import UserError
+from flowrl.model import checkpoint
+from flowrl.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+
+FILES = ("agent.json", "manifest.json", "model.safetensors", "training.json", "training.safetensors")
+
+
+def make_checkpoint(step, size=50):
+    generator = torch.Generator().manual_seed(step)
+    return Checkpoint(
+        step=step,
+        agent={"name": "agent", "step": step},
+        model={"weight": torch.randn(size, generator=generator), "scale": torch.tensor(2.0)},
+        training={"evaluated_step": step - 1},
+        training_tensors={
+            "random": torch.arange(30, dtype=torch.uint8),
+            "optimizer.0.step": torch.tensor(1.0),
+        },
+    )
+
+
+def assert_equal(actual, expected):
+    assert (actual.step, actual.agent, actual.training) == (expected.step, expected.agent, expected.training)
+    for ours, theirs in (
+        (actual.model, expected.model),
+        (actual.training_tensors, expected.training_tensors),
+    ):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name].dtype == theirs[name].dtype
+            assert torch.equal(ours[name], theirs[name])
+
+
+def folder_of(run, step):
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def steps_on_disk(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def reseal(folder):
+    """Make the manifest agree with whatever the files now hold, as an attacker would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    for step in (5, 300):
+        folder = save_checkpoint(tmp_path, make_checkpoint(step), keep=2)
+        assert folder == folder_of(tmp_path, step)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert_equal(load_checkpoint(tmp_path, for_training=True), make_checkpoint(300))
+    assert_equal(load_checkpoint(tmp_path, 5, for_training=True), make_checkpoint(5))
+    assert_equal(load_checkpoint(folder_of(tmp_path, 5), for_training=True), make_checkpoint(5))
+    for_acting = load_checkpoint(tmp_path)
+    assert (for_acting.training, for_acting.training_tensors) == ({}, {})
+    shutil.copytree(folder, tmp_path / "best")  # a checkpoint may be carried anywhere
+    assert load_checkpoint(tmp_path / "best").step == 300
+
+
+def test_only_the_newest_are_kept_and_the_step_orders_them(tmp_path):
+    for step in (5, 100_000_000, 20, 999):
+        save_checkpoint(tmp_path, make_checkpoint(step), keep=10)
+    assert load_checkpoint(tmp_path).step == 100_000_000
+    save_checkpoint(tmp_path, make_checkpoint(100_000_001), keep=2)
+    assert steps_on_disk(tmp_path) == ["step-100000000", "step-100000001"]
+
+
+def test_nothing_is_pruned_before_the_new_one_is_on_disk(tmp_path, monkeypatch):
+    """Every deletion of an old checkpoint must find the new one already there and loadable."""
+    deleted = []
+    real = shutil.rmtree
+
+    def rmtree(path, *arguments, **options):
+        if Path(path).name.startswith("step-") and Path(path).exists():
+            assert load_checkpoint(tmp_path).step == 3
+            deleted.append(Path(path).name)
+        real(path, *arguments, **options)
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, make_checkpoint(step), keep=2)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save_checkpoint(tmp_path, make_checkpoint(3), keep=1)
+    assert deleted == ["step-00000002", "step-00000001"]
+
+
+def test_every_file_is_synced_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if not path.is_dir():
+            assert not folder_of(tmp_path, 1).exists()
+            assert path.stat().st_size > 0
+        synced.append(path.name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_checkpoint(tmp_path, make_checkpoint(1), keep=1)
+    assert {*FILES, "checkpoints"} <= set(synced)
+    assert synced[-1] == "checkpoints"  # the rename itself
+
+
+def test_every_100th_byte_flipped_or_cut_is_refused_by_name(tmp_path):
+    save_checkpoint(tmp_path, make_checkpoint(12), keep=1)
+    folder = folder_of(tmp_path, 12)
+    tried = 0
+    for name in FILES:
+        whole = (folder / name).read_bytes()
+        for position in range(0, len(whole), 100):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << (position // 100 % 8)
+            for damaged in (bytes(flipped), whole[:position]):
+                (folder / name).write_bytes(damaged)
+                with pytest.raises(UserError, match=f"{name}|{folder.name}") as caught:
+                    load_checkpoint(tmp_path, for_training=True)
+                assert "\n" not in str(caught.value)
+                tried += 1
+        (folder / name).write_bytes(whole)
+    assert tried >= 28
+    assert_equal(load_checkpoint(tmp_path, for_training=True), make_checkpoint(12))
+
+
+def test_no_flipped_bit_of_the_manifest_goes_unnoticed(tmp_path):
+    """Nothing vouches for the manifest but its own sense: all of its bits are tried."""
+    save_checkpoint(tmp_path, make_checkpoint(12), keep=1)
+    path = folder_of(tmp_path, 12) / "manifest.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            with pytest.raises(UserError):
+                load_checkpoint(tmp_path, for_training=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_refused_by_name(tmp_path, name):
+    save_checkpoint(tmp_path, make_checkpoint(12), keep=1)
+    (folder_of(tmp_path, 12) / name).unlink()
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(tmp_path)
+    (folder_of(tmp_path, 12) / name).mkdir()
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(tmp_path)
+
+
+def test_fall_back_to_the_newest_whole_one_and_say_so(tmp_path, capsys):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, make_checkpoint(step), keep=4)
+    content = (folder_of(tmp_path, 4) / "model.safetensors").read_bytes()
+    (folder_of(tmp_path, 4) / "model.safetensors").write_bytes(content[:-1])
+    (folder_of(tmp_path, 3) / "training.safetensors").write_bytes(b"")
+    assert_equal(load_checkpoint(tmp_path, for_training=True), make_checkpoint(2))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "step-00000004/model.safetensors" in lines[0]
+    assert "step-00000003/training.safetensors" in lines[1]
+    assert all("falling back to the checkpoint at step 2" in line for line in lines)
+    with pytest.raises(UserError, match=r"step-00000004/model\.safetensors"):  # asked for by number: no other
+        load_checkpoint(tmp_path, 4)
+    for step in (1, 2):
+        (folder_of(tmp_path, step) / "agent.json").write_text("{}")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_what_is_saved_after_falling_back_is_kept(tmp_path):
+    """A damaged newer checkpoint neither hides the new one nor takes its place among those kept."""
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, make_checkpoint(step), keep=3)
+    for step in (20, 30):
+        (folder_of(tmp_path, step) / "agent.json").write_text("{}")
+    save_checkpoint(tmp_path, make_checkpoint(15), keep=1)
+    assert load_checkpoint(tmp_path).step == 15
+    save_checkpoint(tmp_path, make_checkpoint(20), keep=1)  # takes the damaged one's place
+    assert load_checkpoint(tmp_path).step == 20
+
+
+def test_unfinished_and_foreign_folders_are_not_checkpoints(tmp_path):
+    save_checkpoint(tmp_path, make_checkpoint(3), keep=1)
+    for name in (".step-00000009.tmp", "step-", "step-9x", "other"):
+        shutil.copytree(folder_of(tmp_path, 3), tmp_path / "checkpoints" / name)
+    assert load_checkpoint(tmp_path).step == 3
+    save_checkpoint(tmp_path, make_checkpoint(4), keep=1)
+    assert steps_on_disk(tmp_path) == ["other", "step-", "step-00000004", "step-9x"]  # no leftovers
+
+
+@pytest.mark.parametrize("kill_at", range(1, 30))
+def test_a_kill_at_any_change_of_the_disk_leaves_a_whole_checkpoint(tmp_path, kill_at):
+    """Stop for good at the k-th change of the disk, while a step is saved anew with keep=1."""
+    save_checkpoint(tmp_path, make_checkpoint(7), keep=1)
+    changes = 0
+
+    class Killed(BaseException):
+        pass
+
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal changes
+            changes += 1
+            if changes >= kill_at:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(checkpoint, "save_file", counted(checkpoint.save_file))
+        try:
+            save_checkpoint(tmp_path, make_checkpoint(7), keep=1)
+        except Killed:
+            pass
+        else:
+            assert changes < kill_at
+    assert_equal(load_checkpoint(tmp_path, for_training=True), make_checkpoint(7))
+    save_checkpoint(tmp_path, make_checkpoint(8), keep=1)
+    assert steps_on_disk(tmp_path) == ["step-00000008"]
+
+
+def test_missing_runs_and_steps_are_named(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        load_checkpoint(tmp_path / "absent")
+    with pytest.raises(UserError, match="no checkpoint in it"):
+        load_checkpoint(tmp_path)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, make_checkpoint(step), keep=2)
+    with pytest.raises(UserError, match=r"--checkpoint 3: .* has checkpoints at steps 1, 2"):
+        load_checkpoint(tmp_path, 3)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "manifest.json"])
+@pytest.mark.parametrize("write", [pickle.dumps, None])
+def test_a_pickle_under_any_accepted_name_is_refused(tmp_path, monkeypatch, name, write):
+    """Even with a manifest that vouches for it; torch.save's format is a pickle too."""
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path, make_checkpoint(3), keep=1)
+    path = folder_of(tmp_path, 3) / name
+    if write is None:
+        torch.save({"weight": Bomb()}, path)
+    else:
+        path.write_bytes(write(Bomb()))
+    reseal(path.parent)
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(tmp_path, for_training=True)
+    (folder_of(tmp_path, 3) / "manifest.json").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def hostile_manifests(files):
+    inside = files["model.safetensors"]
+    renamed = {name: entry for name, entry in files.items() if name != "model.safetensors"}
+    return {
+        "parent": {"step": 3, "files": {**renamed, "../../x": inside}},
+        "absolute": {"step": 3, "files": {**renamed, "/etc/passwd": inside}},
+        "extra": {"step": 3, "files": {**files, "../model.safetensors": inside}},
+        "missing": {"step": 3, "files": renamed},
+        "list": [3],
+        "files a list": {"step": 3, "files": sorted(files)},
+        "no step": {"files": files},
+        "step a string": {"step": "3", "files": files},
+        "step true": {"step": True, "files": files},
+        "step negative": {"step": -3, "files": files},
+        "step of another folder": {"step": 4, "files": files},
+        "size a string": {"step": 3, "files": {**files, "model.safetensors": {**inside, "size": "5"}}},
+        "entry a string": {"step": 3, "files": {**files, "model.safetensors": "x"}},
+        "entry with a path": {"step": 3, "files": {**files, "model.safetensors": {**inside, "path": "/x"}}},
+    }
+
+
+HOSTILE = list(hostile_manifests({"model.safetensors": {}}))
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_manifest_is_refused(tmp_path, case):
+    save_checkpoint(tmp_path, make_checkpoint(3), keep=1)
+    path = folder_of(tmp_path, 3) / "manifest.json"
+    files = json.loads(path.read_text())["files"]
+    path.write_text(json.dumps(hostile_manifests(files)[case]))
+    with pytest.raises(UserError, match=r"manifest\.json|model\.safetensors"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"step": ' + "9" * 10_000 + "}", "\ud800", "", "null", "NaN"]
+)
+@pytest.mark.parametrize("name", ["manifest.json", "agent.json", "training.json"])
+def test_json_of_any_kind_is_refused_without_a_traceback(tmp_path, name, text):
+    save_checkpoint(tmp_path, make_checkpoint(3), keep=1)
+    path = folder_of(tmp_path, 3) / name
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    if name != "manifest.json":
+        reseal(path.parent)
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(tmp_path, for_training=True)
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_checkpoint import *
+limit = int(sys.argv[2])
+try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    save_checkpoint(Path(sys.argv[1]), make_checkpoint(2, size=50_000), keep=1)
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 20, 10_000, 150_000])
+def test_a_full_disk_costs_nothing_already_saved(tmp_path, limit):
+    """No file may grow beyond ``limit`` bytes: the save fails at its first, a middle, and a late file."""
+    save_checkpoint(tmp_path, make_checkpoint(1, size=50_000), keep=1)
+    program = FULL_DISK.format(tests=str(Path(__file__).parent))
+    result = subprocess.run(
+        [sys.executable, "-c", program, tmp_path, str(limit)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stdout.splitlines()
+    assert "step-00000002: cannot save the checkpoint: " in line
+    assert steps_on_disk(tmp_path) == ["step-00000001"]
+    assert_equal(load_checkpoint(tmp_path, for_training=True), make_checkpoint(1, size=50_000))
+
+
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match="cannot save the checkpoint"):
+        save_checkpoint(tmp_path, make_checkpoint(1), keep=1)
