@@ -1,5 +1,6 @@
 """Agents to and from the plain data of a checkpoint; ``flowrl.load_agent`` is here."""
 
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -84,6 +85,8 @@ def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
     for name, value in [(name, model[name]) for name in sizes] + [("context_length", data["context_length"])]:
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_DIMENSION:
             raise UserError(f"{where}: '{name}' is {value!r}, expected a whole number from 1")
+    if data["context_length"] > model["max_timesteps"]:  # no window is longer than the longest episode
+        raise UserError(f"{where}: 'context_length' {data['context_length']} is beyond 'max_timesteps'")
     if model["num_layers"] > 1000 or model["embed_dim"] % model["num_heads"]:
         raise UserError(f"{where}: 'num_layers' is beyond 1000 or 'embed_dim' no multiple of 'num_heads'")
     _check_choice(where, "attention", model["attention"], tuple(ATTENTION_KINDS))
@@ -97,19 +100,23 @@ def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
         if not isinstance(data[name], str):
             raise UserError(f"{where}: '{name}' must be a string")
     targets = data["targets"]
-    if not isinstance(targets, list) or not all(isinstance(t, int | float) for t in targets):
-        raise UserError(f"{where}: 'targets' must be a list of numbers")
-    environment, reference = data["environment"], data["reference"]
+    if not isinstance(targets, list) or not all(map(_is_finite_number, targets)):
+        raise UserError(f"{where}: 'targets' must be a list of finite numbers")
+    reference = data["reference"]
     if reference is not None:
-        bounds = reference.values() if isinstance(reference, dict) else ()
-        if set(reference) != {"minimum", "maximum"} or not all(isinstance(b, int | float) for b in bounds):
-            raise UserError(f"{where}: 'reference' must hold the numbers 'minimum' and 'maximum'")
+        bounds = reference if isinstance(reference, dict) else {}
+        if bounds.keys() != {"minimum", "maximum"} or not all(map(_is_finite_number, bounds.values())):
+            raise UserError(f"{where}: 'reference' must hold the finite numbers 'minimum' and 'maximum'")
+    try:
+        environment = None if data["environment"] is None else EnvironmentSpec.from_dict(data["environment"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     return AgentConfig(
         **{
             **data,
             "model": ModelConfig(**model),
             "targets": tuple(float(target) for target in targets),
-            "environment": environment and EnvironmentSpec.from_dict(environment),
+            "environment": environment,
             "reference": reference and ReferenceScores(**reference),
         }
     )
@@ -139,3 +146,7 @@ def _check_keys(data: dict[str, Any], kind: type, where: str) -> None:
 def _check_choice(where: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{where}: '{name}' is {value!r}, expected one of {', '.join(choices)}")
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
