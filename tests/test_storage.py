@@ -1,0 +1,221 @@
+"""Agents to files and back; what does not fit is refused by name, whatever it claims to be."""
+
+import copy
+import json
+from dataclasses import replace
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import flowrl
+from flowrl.envs.reference_scores import ReferenceScores
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.errors import UserError
+from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
+from flowrl.model.checkpoint import Checkpoint, save_checkpoint
+from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, pick_device
+
+LAYOUTS = ("interleaved", "fused")
+
+
+def make_agent(layout="interleaved", attention="flow", full_episodes=True):
+    torch.manual_seed(0)
+    model = SequenceModel(
+        ModelConfig(4, 2, 30, attention, layout, num_layers=2, embed_dim=8, num_heads=2, dropout=0.3)
+    )
+    with torch.no_grad():
+        for tensor in model.state_dict().values():  # the buffers too
+            tensor.add_(0.1 * torch.rand_like(tensor))
+    config = AgentConfig(
+        model.config,
+        context_length=6,
+        full_episodes=full_episodes,
+        targets=(30.0, -1.5),
+        reward_mode="delayed",
+        dataset_id="file:x.hdf5",
+        dataset_sha256="ab",
+        environment=EnvironmentSpec("Hopper-v4", {"frame_skip": 4}, 30),
+        reference=ReferenceScores(-2.0, 50.0),
+    )
+    return Agent(model, config)
+
+
+def save(run, agent, step=40):
+    tensors = dict(agent.model.state_dict())
+    checkpoint = Checkpoint(step, agent_config_to_dict(agent.config), tensors, {}, {"x": torch.zeros(1)})
+    return save_checkpoint(run, checkpoint, keep=2)
+
+
+def reseal(folder):
+    """Make the manifest vouch for whatever the files now hold."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def play(agent, steps=9):
+    """The actions of two episodes side by side."""
+    random = np.random.default_rng(0)
+    agent.reset(2, np.array([30.0, 5.0]))
+    return np.stack([agent.act(random.normal(size=(2, 4)), random.normal(size=2)) for _ in range(steps)])
+
+
+@pytest.mark.parametrize("attention", ["flow", "softmax"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_loaded_agent_acts_as_the_saved_one(tmp_path, layout, attention):
+    for full_episodes, acting in ((True, "recurrent"), (False, "window")):
+        agent = make_agent(layout, attention, full_episodes)
+        save(tmp_path, agent)
+        loaded = flowrl.load_agent(str(tmp_path))
+        assert loaded.acting == acting
+        assert np.array_equal(play(loaded), play(agent))
+        assert loaded.config == agent.config
+        assert loaded.checkpoint_step == 40
+        assert loaded.environment == EnvironmentSpec("Hopper-v4", {"frame_skip": 4}, 30)
+        assert loaded.reference == ReferenceScores(-2.0, 50.0)
+        assert (loaded.dataset_id, loaded.default_targets) == ("file:x.hdf5", (30.0, -1.5))
+        assert flowrl.load_agent(tmp_path, acting="window").acting == "window"
+
+
+def test_checkpoints_are_chosen_by_step(tmp_path):
+    agent = make_agent()
+    save(tmp_path, agent, 40)
+    first = play(agent)
+    with torch.no_grad():
+        agent.model.predict_action.bias += 0.5
+    save(tmp_path, agent, 50)
+    assert np.array_equal(play(flowrl.load_agent(tmp_path, checkpoint=40)), first)
+    newest = flowrl.load_agent(tmp_path)
+    assert newest.checkpoint_step == 50
+    assert not np.array_equal(play(newest), first)
+    with pytest.raises(UserError, match="--checkpoint 45"):
+        flowrl.load_agent(tmp_path, checkpoint=45)
+
+
+def test_training_on_loaded_weights_leaves_the_file_alone(tmp_path):
+    folder = save(tmp_path, make_agent())
+    before = (folder / "model.safetensors").read_bytes()
+    model = flowrl.load_agent(tmp_path).model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.predict_action(torch.ones(8)).sum().backward()
+    optimizer.step()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_configuration_without_an_environment_survives():
+    config = replace(make_agent().config, environment=None, reference=None)
+    assert agent_config_from_dict(json.loads(json.dumps(agent_config_to_dict(config))), "x") == config
+
+
+NOT_A_SIZE = (0, -1, 1 << 40, 10**400, 2.0, True, "8", None, [8])
+HOSTILE = [
+    *((("model", name), value) for name in ("observation_dim", "num_layers") for value in NOT_A_SIZE),
+    *((("model", name), 1 << 21) for name in ("action_dim", "max_timesteps", "embed_dim", "num_heads")),
+    *((("context_length",), value) for value in (*NOT_A_SIZE, 31)),
+    (("model", "num_layers"), 1001),
+    (("model", "num_heads"), 3),
+    *((("model", "attention"), value) for value in ("linear", None, ["flow"], {"flow": 1}, 5)),
+    *((("model", "token_layout"), value) for value in ("x", None, [], 0)),
+    *((("model", "dropout"), value) for value in (-0.1, 1, float("nan"), float("inf"), "0.1", None, True)),
+    *((("model",), value) for value in (None, [], "x", 5)),
+    *((("full_episodes",), value) for value in (0, 1, "true", None)),
+    *((("reward_mode",), value) for value in ("sparse", None, [])),
+    *((("targets",), value) for value in (5, "5", None, {"a": 1}, ["5"], [None], [True], [[1.0]])),
+    *((("targets",), [value]) for value in (float("nan"), float("inf"), 10**400)),
+    *((("dataset_id",), value) for value in (None, 5, ["x"])),
+    (("dataset_sha256",), None),
+    *((("environment",), value) for value in (0, False, "", [], "Hopper-v4", {}, {"env_id": 5})),
+    (("environment", "env_id"), "os:system"),
+    (("environment", "env_id"), "Hopper-v999"),
+    *((("environment", "kwargs"), value) for value in (["x"], 5, {"render_mode": "human"})),
+    *((("environment", "max_episode_steps"), value) for value in (0, -1, "10", 1.5, True)),
+    *((("reference",), value) for value in (0, False, "x", [], ["minimum", "maximum"], {}, {"minimum": 1.0})),
+    *((("reference", "maximum"), value) for value in ("50", None, float("nan"), 10**400, True)),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), HOSTILE, ids=str)
+def test_a_hostile_configuration_is_refused_by_name(place, value):
+    data = agent_config_to_dict(make_agent().config)
+    changed = copy.deepcopy(data)
+    holder = changed
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    with pytest.raises(UserError, match="RUN: .*(" + "|".join((*place, "environment")) + ")") as caught:
+        agent_config_from_dict(changed, "RUN")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_missing_and_unknown_entries_are_named():
+    data = agent_config_to_dict(make_agent().config)
+    for holder, name in [(data, name) for name in data] + [(data["model"], name) for name in data["model"]]:
+        value = holder.pop(name)
+        with pytest.raises(UserError, match=f"missing entry '{name}'"):
+            agent_config_from_dict(data, "RUN")
+        holder[name] = value
+    for holder in (data, data["model"]):
+        holder["extra"] = 1
+        with pytest.raises(UserError, match="unknown entry 'extra'"):
+            agent_config_from_dict(data, "RUN")
+        del holder["extra"]
+
+
+def tensor_damage(tensors):
+    weight = tensors["blocks.1.mlp.0.weight"]
+    nan, infinite = weight.clone(), tensors["observation_std"].clone()
+    nan[3, 2], infinite[1] = float("nan"), float("inf")
+    without = {name: tensor for name, tensor in tensors.items() if name != "predict_action.bias"}
+    return {
+        "missing 'predict_action.bias'": without,
+        "unknown 'predict_action.scale'": {**tensors, "predict_action.scale": torch.ones(2)},
+        "transposed 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": weight.T.contiguous()},
+        "wider 'embed_observation.weight'": {**tensors, "embed_observation.weight": torch.zeros(8, 5)},
+        "float64 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": weight.double()},
+        "integers 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": weight.to(torch.int32)},
+        "a scalar 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": torch.tensor(1.0)},
+        "NaN 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": nan},
+        "infinity 'observation_std'": {**tensors, "observation_std": infinite},
+        "nothing 'action_high'": {},
+    }
+
+
+@pytest.mark.parametrize("case", list(tensor_damage(make_agent().model.state_dict())))
+def test_tensors_that_do_not_fit_are_named(tmp_path, case):
+    folder = save(tmp_path, make_agent())
+    path = folder / "model.safetensors"
+    save_file(tensor_damage(load_file(path))[case], path)
+    reseal(folder)
+    with pytest.raises(UserError, match=f"model.safetensors: .*tensor {case[case.index(chr(39)) :]}"):
+        flowrl.load_agent(tmp_path)
+
+
+def test_sizes_claimed_by_a_configuration_take_no_memory(tmp_path):
+    """A model of a terabyte on paper is refused for the tensors it lacks, without being made."""
+    folder = save(tmp_path, make_agent())
+    data = json.loads((folder / "agent.json").read_text())
+    data["model"].update(embed_dim=1 << 20, num_heads=1, max_timesteps=1 << 20)
+    (folder / "agent.json").write_text(json.dumps(data))
+    reseal(folder)
+    with pytest.raises(UserError, match=r"tensor 'blocks.0.attention.project.bias'"):
+        flowrl.load_agent(tmp_path)
+
+
+def test_requests_that_make_no_sense_are_refused(tmp_path):
+    save(tmp_path, make_agent())
+    with pytest.raises(UserError, match="acting 'forward': expected one of recurrent, window"):
+        flowrl.load_agent(tmp_path, acting="forward")
+    for device in ("gpu", "cuda:99", "meta", "", "cpu:x"):
+        with pytest.raises(UserError, match="--device"):
+            flowrl.load_agent(tmp_path, device=device)
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(UserError, match="no such run folder"):
+        flowrl.load_agent(tmp_path / "absent")
