@@ -38,6 +38,7 @@ class ConstantAgent:
     environment: EnvironmentSpec | None = HOPPER
     reference: ReferenceScores | None = REFERENCE_SCORES["hopper"]
     dataset_id: str = "hopper-medium"
+    dataset_sha256: str = "c0ffee"
     default_targets: tuple[float, ...] = (600.0, 0.0)
     checkpoint_step: int = 50
     acting: str = "recurrent"
@@ -104,9 +105,18 @@ def test_figures_are_those_of_the_textbook():
 
 def test_json_is_strict_and_complete():
     result = TargetResult(3600.0, np.array([5.5]), np.array([7]), np.array([50.0]))
-    text = to_json([result], environment=HOPPER, dataset_id="d", acting="window", checkpoint_step=9, seed=3)
+    text = to_json(
+        [result],
+        environment=HOPPER,
+        dataset_id="d",
+        dataset_sha256="ab12",
+        acting="window",
+        checkpoint_step=9,
+        seed=3,
+    )
     document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert document["environment"] == HOPPER.to_dict()
+    assert document["dataset_sha256"] == "ab12"
     assert (document["dataset_id"], document["acting"], document["checkpoint_step"], document["seed"]) == (
         "d",
         "window",

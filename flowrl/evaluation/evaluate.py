@@ -138,6 +138,7 @@ def to_json(
     *,
     environment: EnvironmentSpec,
     dataset_id: str,
+    dataset_sha256: str,
     acting: str,
     checkpoint_step: int | None,
     seed: int,
@@ -146,6 +147,7 @@ def to_json(
     document = {
         "environment": environment.to_dict(),
         "dataset_id": dataset_id,
+        "dataset_sha256": dataset_sha256,
         "acting": acting,
         "checkpoint_step": checkpoint_step,
         "seed": seed,
@@ -185,7 +187,8 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     if environment is None:
         raise UserError(f"{config.run}: its dataset names no environment, so it cannot be evaluated")
     print(
-        f"environment {environment.env_id}, dataset {agent.dataset_id}, acting {agent.acting}, "
+        f"environment {environment.env_id}, dataset {agent.dataset_id} "
+        f"sha256 {agent.dataset_sha256[:12]}, acting {agent.acting}, "
         f"checkpoint {agent.checkpoint_step}, seed {config.seed}"
     )
     results = evaluate(agent, environment, targets, config.episodes, config.seed, agent.reference)
@@ -195,6 +198,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
             results,
             environment=environment,
             dataset_id=agent.dataset_id,
+            dataset_sha256=agent.dataset_sha256,
             acting=agent.acting,
             checkpoint_step=agent.checkpoint_step,
             seed=config.seed,

@@ -98,6 +98,10 @@ class Agent:
         return self.config.dataset_id
 
     @property
+    def dataset_sha256(self) -> str:
+        return self.config.dataset_sha256
+
+    @property
     def default_targets(self) -> tuple[float, ...]:
         return self.config.targets
 
