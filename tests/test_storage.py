@@ -140,7 +140,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize(("place", "value"), HOSTILE, ids=str)
+@pytest.mark.parametrize(("place", "value"), HOSTILE, ids=lambda value: str(value)[:40])
 def test_a_hostile_configuration_is_refused_by_name(place, value):
     data = agent_config_to_dict(make_agent().config)
     changed = copy.deepcopy(data)

@@ -16,7 +16,8 @@ from flowrl.model.agent import Acting, Agent, AgentConfig
 from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, load_checkpoint
 from flowrl.model.network import ModelConfig, SequenceModel, TokenLayout
 
-_LARGEST_DIMENSION = 1 << 20  # a stored size beyond this is damage or malice, not a model
+LARGEST_DIMENSION = 1 << 20  # a stored size beyond this is damage or malice, not a model
+LARGEST_NUM_LAYERS = 1000
 
 
 def load_agent(
@@ -83,12 +84,14 @@ def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
     _check_keys(model, ModelConfig, where)
     sizes = ("observation_dim", "action_dim", "max_timesteps", "num_layers", "embed_dim", "num_heads")
     for name, value in [(name, model[name]) for name in sizes] + [("context_length", data["context_length"])]:
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_DIMENSION:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_DIMENSION:
             raise UserError(f"{where}: '{name}' is {value!r}, expected a whole number from 1")
     if data["context_length"] > model["max_timesteps"]:  # no window is longer than the longest episode
         raise UserError(f"{where}: 'context_length' {data['context_length']} is beyond 'max_timesteps'")
-    if model["num_layers"] > 1000 or model["embed_dim"] % model["num_heads"]:
-        raise UserError(f"{where}: 'num_layers' is beyond 1000 or 'embed_dim' no multiple of 'num_heads'")
+    if model["num_layers"] > LARGEST_NUM_LAYERS or model["embed_dim"] % model["num_heads"]:
+        raise UserError(
+            f"{where}: 'num_layers' is beyond {LARGEST_NUM_LAYERS} or 'embed_dim' no multiple of 'num_heads'"
+        )
     _check_choice(where, "attention", model["attention"], tuple(ATTENTION_KINDS))
     _check_choice(where, "token_layout", model["token_layout"], get_args(TokenLayout))
     _check_choice(where, "reward_mode", data["reward_mode"], ("dense", "delayed"))

@@ -5,8 +5,11 @@ tyro checks its types and its keys, and flags win over it.
 """
 
 import sys
-from dataclasses import asdict, dataclass, fields
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, fields, replace
+from io import StringIO
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, Literal
 
 import tyro
@@ -16,6 +19,7 @@ from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError, did_you_mean
 from flowrl.model.agent import Acting
 from flowrl.model.network import TokenLayout
+from flowrl.model.storage import LARGEST_DIMENSION, LARGEST_NUM_LAYERS
 
 PRESET_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
@@ -158,17 +162,14 @@ def read_yaml_arguments(path: Path) -> list[str]:
         raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping from option names to values")
-    known = {field.name for field in fields(TrainConfig)}
+    known = {field.name for field in fields(TrainConfig)} - {"resume"}
     arguments: list[str] = []
     for key, value in data.items():
         if key not in known:
-            raise UserError(f"{path}: unknown option '{key}'{did_you_mean(str(key), known)}")
-        argument = _to_arguments(key, value)
-        try:
-            tyro.cli(TrainConfig, args=argument, console_outputs=False)
-        except SystemExit as error:
-            raise UserError(f"{path}: '{key}' cannot be {value!r}; see --help for what it takes") from error
-        arguments += argument
+            raise UserError(f"{path}: unknown option {short_repr(key)}{did_you_mean(str(key), known)}")
+        if not _is_valid(key, value):
+            raise UserError(f"{path}: '{key}' cannot be {short_repr(value)}; see --help for what it takes")
+        arguments += _to_arguments(key, value)
     return arguments
 
 
@@ -186,10 +187,18 @@ def check_values(config: TrainConfig) -> None:
         "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 0, "eval_episodes": 0,
         "warmup_steps": 0, "weight_decay": 0, "dropout": 0, "seed": 0,
     }  # fmt: skip
+    highest = {
+        "context_length": LARGEST_DIMENSION, "embed_dim": LARGEST_DIMENSION, "num_heads": LARGEST_DIMENSION,
+        "batch_size": LARGEST_DIMENSION, "num_layers": LARGEST_NUM_LAYERS, "seed": (1 << 32) - 1,
+    }  # fmt: skip
     for name, bound in lowest.items():
         value = getattr(config, name)
         if isinstance(value, int | float) and not value >= bound:
             raise UserError(f"{_flag(name)} {value}: must be at least {bound}")
+    for name, bound in highest.items():
+        value = getattr(config, name)
+        if isinstance(value, int) and value > bound:
+            raise UserError(f"{_flag(name)} {value}: must be at most {bound}")
     for name in ("learning_rate", "gradient_clip", "return_scale"):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
@@ -219,6 +228,19 @@ def _check_resumable(saved: TrainConfig, asked: TrainConfig, run: Path) -> None:
             )
 
 
+def _is_valid(key: str, value: Any) -> bool:
+    """Whether tyro takes the value for this option, and for no other (a string may look like a flag)."""
+    values = value if isinstance(value, list) else [value]
+    if not all(element is None or isinstance(element, bool | int | float | str) for element in values):
+        return False
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            parsed = tyro.cli(TrainConfig, args=_to_arguments(key, value))
+    except SystemExit:
+        return False
+    return replace(parsed, **{key: getattr(TrainConfig, key)}) == TrainConfig()
+
+
 def _to_arguments(key: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [_flag(key) if value else _flag(f"no_{key}")]
@@ -238,12 +260,22 @@ def _flag(name: str) -> str:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error instead of the last one winning."""
+    """PyYAML's safe loader, but keys are names, each given once, and nothing is repeated by reference.
+
+    PyYAML lets the last of two equal keys win, and a few lines of references can stand for gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("references (*name) are not allowed")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError("a key must be a name")
             if key_node.value in seen:
-                raise yaml.YAMLError(f"key '{key_node.value}' is given twice")
-            seen.add(key_node.value if isinstance(key_node.value, str) else id(key_node))
+                raise yaml.YAMLError(f"key {short_repr(key_node.value)} is given twice")
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
