@@ -1,0 +1,325 @@
+"""Presets, flags and resumed runs: what wins, what is refused, and how it is said."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowrl.data.d4rl import D4RL_ENVIRONMENTS
+from flowrl.errors import UserError
+from flowrl.training.config import (
+    PRESET_FOLDER,
+    RESUMABLE,
+    TrainConfig,
+    check_values,
+    parse_train_config,
+    read_yaml_arguments,
+    to_yaml,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = REPOSITORY / "scripts" / "train.py"
+
+
+def write_run(folder, **options):
+    """A folder that looks like a run trained with these options."""
+    folder.mkdir()
+    config = TrainConfig(**{"env": "hopper-medium", "run_dir": folder, **options})
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return config
+
+
+def test_without_a_preset_the_defaults_hold():
+    assert parse_train_config(["--env", "hopper-random"]) == TrainConfig(env="hopper-random")
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(
+        "env: hopper-medium\ntargets: [10, 20]\nlearning_rate: 2e-4\nembed_dim: 64\ncompile: true\n"
+    )
+    config = parse_train_config(["--config", str(preset)])
+    assert config == TrainConfig(
+        env="hopper-medium",
+        targets=(10.0, 20.0),
+        learning_rate=2e-4,
+        embed_dim=64,
+        compile=True,
+        config=str(preset),
+    )
+    flags = ["--targets", "-5", "--learning-rate", "3e-4", "--no-compile", "--env", "walker2d-medium"]
+    for arguments in (["--config", str(preset), *flags], [*flags, "--config", str(preset)]):
+        assert parse_train_config(arguments) == replace(
+            config, targets=(-5.0,), learning_rate=3e-4, compile=False, env="walker2d-medium"
+        )
+
+
+def test_env_picks_the_preset_of_its_name_and_config_another():
+    assert parse_train_config(["--env", "walker2d-medium"]).targets == (5000.0, 2500.0)
+    long = parse_train_config(["--env", "walker2d-medium", "--config", "walker2d-medium-long"])
+    assert long.context_length == "episode"
+    with pytest.raises(UserError, match=r"--config hoper-medium: .*did you mean 'hopper-medium'"):
+        parse_train_config(["--env", "hopper-medium", "--config", "hoper-medium"])
+
+
+@pytest.mark.parametrize("path", sorted(PRESET_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_valid(path):
+    config = parse_train_config(["--config", path.stem])
+    assert config.env == path.stem.removesuffix("-long")
+    assert config.env in D4RL_ENVIRONMENTS
+    assert config.context_length == ("episode" if path.stem.endswith("-long") else 20)
+    best = {"hopper": 3600.0, "walker2d": 5000.0, "halfcheetah": 12000.0}[path.stem.split("-")[0]]
+    assert config.targets == (best, best / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.0e-4", 1e-4), ("0.0001", 1e-4), ("1", 1.0), ("5e+2", 500.0)],
+)
+def test_numbers_in_yaml_are_numbers(tmp_path, text, expected):
+    """YAML 1.1 takes 1e-4 for a string; a learning rate must not."""
+    path = tmp_path / "x.yaml"
+    path.write_text(f"env: hopper-random\nlearning_rate: {text}\ntargets: [{text}, -{text}]\n")
+    config = parse_train_config(["--config", str(path)])
+    assert config.learning_rate == expected
+    assert isinstance(config.learning_rate, float)
+    assert config.targets == (expected, -expected)
+
+
+REFUSED = {
+    "stepz: 5": "unknown option 'stepz'; did you mean 'steps'",
+    "batch-size: 5": "unknown option 'batch-size'; did you mean 'batch_size'",
+    "5: 5": "unknown option 5",
+    "~: 5": "unknown option None",
+    "resume: runs/x": "unknown option 'resume'",
+    "steps: 1\nseed: 2\nsteps: 3": "key 'steps' is given twice",
+    "steps: 1.5": "'steps' cannot be 1.5",
+    "steps: 1e3": "'steps' cannot be '1e3'",
+    "steps: true": "'steps' cannot be True",
+    "steps: [1, 2]": "'steps' cannot be [1, 2]",
+    "steps: ~": "'steps' cannot be None",
+    "steps: many": "'steps' cannot be 'many'",
+    "learning_rate: fast": "'learning_rate' cannot be 'fast'",
+    "learning_rate: {a: 1}": "'learning_rate' cannot be {'a': 1}",
+    "compile: 'yes'": "'compile' cannot be 'yes'",
+    "compile: 1": "'compile' cannot be 1",
+    "attention: linear": "'attention' cannot be 'linear'",
+    "context_length: all": "'context_length' cannot be 'all'",
+    "acting: 5": "'acting' cannot be 5",
+    "targets: [1, x]": "'targets' cannot be [1, 'x']",
+    "targets: [[1, 2]]": "'targets' cannot be [[1, 2]]",
+    "targets: ['5', '--steps', '7']": "'targets' cannot be ['5', '--steps', '7']",
+    "env: --compile": "'env' cannot be '--compile'",
+    "env: --help": "'env' cannot be '--help'",
+    "env: [a, b]": "'env' cannot be ['a', 'b']",
+    "env: {a: b}": "'env' cannot be {'a': 'b'}",
+    "env: 2024-01-01": "'env' cannot be datetime.date",
+    f"env: [{'a' * 100_000}, b]": "'env' cannot be ['aaa",
+    "? [steps]\n: 5": "a key must be a name",
+    "? {steps: 5}\n: 5": "a key must be a name",
+    "targets: &x [1]\nenv: *x": "references",
+    "a: &a [x]\nb: &b [*a, *a]\ntargets: [*b, *b]": "references",
+    "- steps": "expected a mapping",
+    "steps": "expected a mapping",
+    "": "expected a mapping",
+    "steps: [": "not plain YAML",
+    "steps: 5\n---\nsteps: 6": "not plain YAML",
+    "\0": "not plain YAML",
+    "[" * 50_000: "not plain YAML",
+    "!!python/object/apply:os.mkdir [exploded]": "not plain YAML",
+    "steps: !!python/object/apply:os.mkdir [exploded]": "not plain YAML",
+    "steps: !!python/name:os.mkdir": "not plain YAML",
+}
+
+
+@pytest.mark.parametrize("text", list(REFUSED), ids=lambda text: text[:30].encode("unicode_escape").decode())
+def test_yaml_that_is_wrong_is_refused_by_file_and_key(tmp_path, monkeypatch, capfd, text):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*{re.escape(REFUSED[text])}") as caught:
+        read_yaml_arguments(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert capfd.readouterr() == ("", "")  # the message is all there is
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x80\x04\x95\x00", None])
+def test_yaml_that_is_not_text_is_refused(tmp_path, content):
+    path = tmp_path / "x.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read as text|not plain YAML)"):
+        read_yaml_arguments(path)
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+FROM_1 = ("context_length", "num_layers", "embed_dim", "num_heads", "steps", "batch_size")
+FROM_1 += ("log_every", "checkpoint_every", "keep_checkpoints")
+FROM_0 = ("eval_every", "eval_episodes", "warmup_steps", "weight_decay", "dropout", "seed")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({name: 0}, f"{flag(name)} 0: must be at least 1") for name in FROM_1),
+        *(({name: -1}, f"{flag(name)} -1: must be at least 0") for name in FROM_0),
+        *(
+            ({name: value}, f"{flag(name)} {value}: must be a finite number above 0")
+            for name in ("learning_rate", "gradient_clip", "return_scale")
+            for value in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+        ({"dropout": 1.0}, "--dropout 1.0: must be below 1"),
+        ({"dropout": float("nan")}, "--dropout nan: must be at least 0"),
+        ({"weight_decay": float("inf")}, "--weight-decay inf: must be finite"),
+        ({"embed_dim": 65}, "--embed-dim 65: must be a multiple of --num-heads 4"),
+        ({"num_layers": 1001}, "--num-layers 1001: must be at most 1000"),
+        ({"embed_dim": 10**30}, "--embed-dim 10{30}: must be at most"),
+        ({"batch_size": 10**15}, "--batch-size 10{15}: must be at most"),
+        ({"seed": 1 << 64}, "--seed 18446744073709551616: must be at most"),
+        ({"targets": (1.0, float("nan"))}, "--targets 1.0 nan: must be finite"),
+        ({"targets": (float("-inf"),)}, "--targets -inf: must be finite"),
+        ({"env": None}, "give --env .* or --dataset"),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense_name_their_flag(options, message):
+    with pytest.raises(UserError, match=message):
+        check_values(TrainConfig(**{"env": "hopper-medium", **options}))
+
+
+def test_values_at_their_limits_pass():
+    check_values(
+        TrainConfig(
+            env="x", context_length=1, num_layers=1, embed_dim=4, steps=1, batch_size=1, eval_every=0,
+            eval_episodes=0, warmup_steps=0, weight_decay=0.0, dropout=0.0, seed=0, targets=(0.0, -1e5),
+        )
+    )  # fmt: skip
+
+
+def test_written_configuration_reads_back_the_same(tmp_path):
+    """Every field away from its default, then every field at it."""
+    other = TrainConfig(
+        env="hopper-medium", dataset="minari:a/b-v0", config="x.yaml", run_dir=Path("runs/a b"),
+        attention="softmax", token_layout="fused", context_length="episode", num_layers=2, embed_dim=64,
+        num_heads=2, dropout=0.0, steps=7, batch_size=3, learning_rate=1e-05, weight_decay=1e-22,
+        warmup_steps=3, schedule="constant", gradient_clip=1e16, return_scale=123.456, reward_mode="delayed",
+        seed=9, device="cpu", compile=True, targets=(-1.5, 1e-07), eval_every=0, eval_episodes=1,
+        acting="window", log_every=2, checkpoint_every=3, keep_checkpoints=4,
+    )  # fmt: skip
+    default = TrainConfig(env="hopper-random")
+    for field in fields(TrainConfig):
+        assert field.name == "resume" or getattr(other, field.name) != getattr(default, field.name)
+    for config in (other, default):
+        path = tmp_path / "config.yaml"
+        path.write_text(to_yaml(config))
+        assert parse_train_config(["--config", str(path)]) == replace(config, config=str(path))
+        assert yaml.safe_load(path.read_text())["learning_rate"] == config.learning_rate
+
+
+def test_resume_takes_the_run_s_configuration(tmp_path):
+    run = tmp_path / "run"
+    saved = write_run(run, learning_rate=5e-4, context_length=7, targets=(5.0,), steps=100)
+    assert parse_train_config(["--resume", str(run)]) == replace(saved, resume=run)
+    changed = parse_train_config(["--resume", str(run), "--steps", "900", "--targets", "1", "2"])
+    assert changed == replace(saved, resume=run, steps=900, targets=(1.0, 2.0))
+    moved = run.rename(tmp_path / "moved")
+    assert parse_train_config(["--resume", str(moved)]).resume == moved
+
+
+def another(value):
+    """A valid value other than this one, for any field."""
+    choices = {
+        None: "1", "flow": "softmax", "interleaved": "fused", "cosine": "constant", "dense": "delayed",
+        "hopper-medium": "walker2d-medium", "auto": "cpu",
+    }  # fmt: skip
+    if isinstance(value, float):
+        return str(value / 2)
+    return str(value * 2 + 1) if isinstance(value, int) else choices[value]
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in fields(TrainConfig)} - RESUMABLE))
+def test_resume_cannot_change_what_was_computed(tmp_path, name):
+    run = tmp_path / "run"
+    saved = write_run(run)
+    value = "3.5" if name == "return_scale" else another(getattr(saved, name))
+    with pytest.raises(
+        UserError, match=f"{flag(name)} {value}: .* was trained with .*--resume cannot change it"
+    ):
+        parse_train_config(["--resume", str(run), flag(name), value])
+    same = getattr(saved, name)
+    if same is not None:  # saying again what holds anyway is no change
+        assert parse_train_config(["--resume", str(run), flag(name), str(same)]) == replace(saved, resume=run)
+
+
+def test_resume_of_something_else_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=r"not a run folder, it has no config\.yaml"):
+            parse_train_config(["--resume", str(folder)])
+    (tmp_path / "config.yaml").write_text("steps: x")
+    with pytest.raises(UserError, match=r"config\.yaml: 'steps' cannot be 'x'"):
+        parse_train_config(["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env", "hoper-medium", "--device", "cpu"], "did you mean 'hopper-medium'?"),
+        (["--dataset", "absent.hdf5"], "absent.hdf5: no such file"),
+        (["--env", "hopper-medium", "--device", "tpu"], "--device tpu: expected auto, cpu, cuda or cuda:N"),
+        (["--env", "hopper-medium", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["--resume", "absent"], "--resume absent: not a run folder"),
+        ([], "nothing to train on: give --env"),
+    ],
+    ids=str,
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_code_2(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    assert run_main(tmp_path, monkeypatch, arguments) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flags_and_wrong_types_are_tyro_s_to_explain(tmp_path, monkeypatch, capsys):
+    for arguments, named in ((["--stepz", "5"], "--stepz"), (["--steps", "five"], "five")):
+        assert run_main(tmp_path, monkeypatch, arguments) == 2
+        assert named in capsys.readouterr().err
+    assert run_main(tmp_path, monkeypatch, ["--help"]) == 0
+    helped = capsys.readouterr().out
+    for field in fields(TrainConfig):
+        assert flag(field.name) in helped
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--env", "hoper-medium"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert re.fullmatch("error: .*did you mean 'hopper-medium'.*\n", result.stderr)
+
+
+def run_main(folder, monkeypatch, arguments):
+    """The exit code of ``scripts/train.py`` in an empty folder, without any dataset in reach."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(folder))
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return caught.value.code
