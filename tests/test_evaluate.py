@@ -155,7 +155,7 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
     evaluate_run(config)
     assert calls == [(tmp_path, {"checkpoint": 50, "acting": "recurrent", "device": "cpu"})]
     printed = capsys.readouterr().out
-    assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, checkpoint 50, seed 0" in printed
+    assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, checkpoint 50" in printed
     document = json.loads(results.read_text())
     assert [target["target_return"] for target in document["targets"]] == [600.0, 0.0]
     expected = [return_of_one_episode(600.0, seed)[0] for seed in (0, 1)]
