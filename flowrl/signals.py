@@ -37,10 +37,10 @@ class StopSignals:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Let a signal that has come or comes now raise :class:`Stopped`."""
-        if self.received is not None:
-            self.stop()
-        self._interruptible = True
+        self._interruptible = True  # before the question: a signal in between must not be missed
         try:
+            if self.received is not None:
+                self.stop()
             yield
         finally:
             self._interruptible = False

@@ -89,6 +89,11 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run folder holds any checkpoint, whole or damaged."""
+    return any(_folders(run_dir))
+
+
 def load_checkpoint(run_dir: Path, step: int | None = None, *, for_training: bool = False) -> Checkpoint:
     """Read the checkpoint of ``step``, or the newest whole one, verifying sizes and checksums first.
 

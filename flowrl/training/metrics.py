@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ class MetricsLog:
     def __init__(self, run_dir: Path, purge_step: int | None = None) -> None:
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir), purge_step=purge_step)
+        self._report_thread = threading.excepthook
+        threading.excepthook = self._thread_failed
 
     def write(self, kind: str, step: int, figures: Mapping[str, Any], group: str | None = None) -> None:
         """Append one line; numbers also go to TensorBoard as ``<group or kind>/<name>``."""
@@ -44,8 +47,16 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close both files."""
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+            self._events.close()
+        finally:
+            threading.excepthook = self._report_thread
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """No traceback of TensorBoard's writing thread: what failed there, our next write raises again."""
+        if not isinstance(failure.exc_value, OSError):
+            self._report_thread(failure)
 
 
 def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -68,6 +79,11 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     return entries
 
 
+def has_figures(run_dir: Path) -> bool:
+    """Whether any update or evaluation was logged: anything after the first line, which says what runs."""
+    return len(_lines(run_dir)) > 1
+
+
 def rewind(run_dir: Path, step: int, evaluated_step: int) -> None:
     """Drop the lines that were written after a checkpoint: they will be written again.
 
@@ -77,8 +93,7 @@ def rewind(run_dir: Path, step: int, evaluated_step: int) -> None:
     Raises:
         UserError: a line before the last that is not JSON.
     """
-    path = run_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    path, lines = run_dir / METRICS_FILE, _lines(run_dir)
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -92,3 +107,8 @@ def rewind(run_dir: Path, step: int, evaluated_step: int) -> None:
         if keep:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
+
+
+def _lines(run_dir: Path) -> list[str]:
+    path = run_dir / METRICS_FILE
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []

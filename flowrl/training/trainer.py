@@ -14,16 +14,22 @@ from tqdm import tqdm
 
 from flowrl.atomic import write_text
 from flowrl.data import EpisodeDataset
-from flowrl.data.sampler import Batch, WindowSampler
+from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
 from flowrl.model.agent import Agent
-from flowrl.model.checkpoint import TRAINING_TENSORS, Checkpoint, load_checkpoint, save_checkpoint
+from flowrl.model.checkpoint import (
+    TRAINING_TENSORS,
+    Checkpoint,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from flowrl.model.network import SequenceModel, Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model, pick_device
 from flowrl.signals import StopSignals
 from flowrl.training.config import TrainConfig, to_yaml
-from flowrl.training.metrics import MetricsLog, rewind
+from flowrl.training.metrics import MetricsLog, has_figures, rewind
 from flowrl.training.setup import build_agent, load_dataset
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
@@ -42,16 +48,14 @@ def train(config: TrainConfig) -> list[TargetResult]:
         Stopped: after SIGINT or SIGTERM, once a checkpoint is saved.
     """
     run_dir = config.resume or config.run_dir or default_run_dir(config)
-    if config.resume is None and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(
-            f"--run-dir {run_dir}: already there and not empty; continue it with --resume {run_dir}"
-        )
+    _check_run_dir(config, run_dir)
     device = pick_device(config.device)
     dataset = load_dataset(config)
     describe(dataset)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(run_dir / ".lock", timeout=0), StopSignals() as signals:
+            _check_run_dir(config, run_dir)  # again: loading took a while
             trainer = Trainer(config, run_dir, dataset, device, signals)
             try:
                 return trainer.run()
@@ -61,6 +65,16 @@ def train(config: TrainConfig) -> list[TargetResult]:
         raise UserError(f"{run_dir}: another process is training in this folder") from error
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written: {error}") from error
+
+
+def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
+    """Refuse to start a new run where there is something; a hidden file is what a killed start leaves."""
+    if config.resume is not None or not run_dir.exists():
+        return
+    if not run_dir.is_dir() or any(not path.name.startswith(".") for path in run_dir.iterdir()):
+        raise UserError(
+            f"--run-dir {run_dir}: already there and not empty; continue it with --resume {run_dir}"
+        )
 
 
 def default_run_dir(config: TrainConfig) -> Path:
@@ -117,8 +131,10 @@ class Trainer:
             Tensor
         ] = []  # (loss, gradient norm) of each update since the last line of metrics
         self._pending_tokens = 0
-        self._recent: list[Batch] = []  # batches not yet known to have given a finite loss
-        resumed = load_checkpoint(run_dir, for_training=True) if config.resume else None
+        self._recent: list[Tensor] = []  # window starts of batches not yet known to give a finite loss
+        resumed = None
+        if config.resume and (has_checkpoint(run_dir) or has_figures(run_dir)):
+            resumed = load_checkpoint(run_dir, for_training=True)
         if resumed is not None:
             self._check_same_data(resumed, dataset)
             self.agent.model = build_model(self.agent.config.model, resumed.model, where=f"{run_dir}: model")
@@ -133,8 +149,11 @@ class Trainer:
             self._restore(resumed)
             rewind(run_dir, self.step, self.evaluated_step)
             print(f"resuming {run_dir} at step {self.step}")
-        self.metrics = MetricsLog(run_dir, purge_step=self.step + 1 if resumed else None)
+        elif config.resume:
+            rewind(run_dir, -1, -1)
+            print(f"resuming {run_dir} at its beginning: it was stopped before its first checkpoint")
         write_text(run_dir / "config.yaml", to_yaml(replace(config, run_dir=run_dir)))
+        self.metrics = MetricsLog(run_dir, purge_step=self.step + 1 if config.resume else None)
         if resumed is None:
             identity = {"dataset_id": dataset.dataset_id, "dataset_sha256": dataset.sha256}
             environment = {"environment": dataset.environment and dataset.environment.to_dict()}
@@ -153,7 +172,7 @@ class Trainer:
                 if self._evaluation_due():
                     self._evaluate(progress)
                 at_end = self.step >= config.steps
-                if at_end or (self.step > 0 and self.step % config.checkpoint_every == 0):
+                if at_end or self.step % config.checkpoint_every == 0:
                     self.save()
                 if self.signals.received is not None:
                     self.save()
@@ -163,7 +182,7 @@ class Trainer:
                     return self.results
                 self.update()
                 progress.update()
-                if self.step % config.log_every == 0:
+                if self.step % config.log_every == 0 or self.step >= config.steps:
                     progress.set_postfix(loss=f"{self.log():.4f}", refresh=False)
 
     def update(self) -> None:
@@ -183,7 +202,7 @@ class Trainer:
         self._pending_tokens += batch.num_timesteps * (
             1 if self.agent.config.model.token_layout == "fused" else 3
         )
-        self._recent.append(batch)
+        self._recent.append(batch.starts)
         self.step += 1
 
     def log(self) -> float:
@@ -237,7 +256,7 @@ class Trainer:
                 results = evaluate(
                     self.agent, environment, targets, self.config.eval_episodes, self.config.seed, reference
                 )
-        except SystemExit:
+        except BaseException:  # stopped, or an environment that fails: neither may cost any update
             self.save()
             raise
         seconds = time.perf_counter() - started
@@ -258,12 +277,12 @@ class Trainer:
         finite = torch.stack(unchecked).isfinite().all(dim=1).tolist() if unchecked else []
         if not all(finite):
             index = finite.index(False)
-            step, batch = self.step - len(finite) + index + 1, self._recent[index]
+            step, starts = self.step - len(finite) + index + 1, self._recent[index]
             path = self.run_dir / "nonfinite.json"
             record = {
                 "step": step,
                 "loss": str(unchecked[index][0].item()),
-                "window_starts": batch.starts.tolist(),
+                "window_starts": starts.tolist(),
             }
             write_text(path, json.dumps(record) + "\n")
             raise NonFiniteLossError(
@@ -293,11 +312,7 @@ class Trainer:
             if "random.cuda" in tensors and self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
             self._pending = list(tensors.pop("pending", torch.empty(0, 2)).to(self.device))
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in tensors.items():
-                if name.startswith("optimizer."):
-                    _, index, key = name.split(".")
-                    state.setdefault(int(index), {})[key] = value
+            state = _optimizer_state(tensors, self.model, started=resumed.step > 0)
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.step = resumed.step
@@ -305,3 +320,26 @@ class Trainer:
             self._pending_tokens = int(resumed.training["pending_tokens"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{where}: not the state of this training: {error}") from error
+
+
+def _optimizer_state(
+    tensors: dict[str, Tensor], model: SequenceModel, started: bool
+) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state from the ``optimizer.<parameter>.<name>`` tensors of a checkpoint.
+
+    Raises:
+        ValueError: it is not that of this model's parameters; torch itself would not look.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        if full_name.startswith("optimizer."):
+            _, index, name = full_name.split(".")
+            state.setdefault(int(index), {})[name] = value
+    shapes = {index: {name: x.shape for name, x in entry.items()} for index, entry in state.items()}
+    fitting = {
+        index: {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        for index, parameter in enumerate(model.parameters())
+    }
+    if shapes != (fitting if started else {}):
+        raise ValueError("the optimiser's tensors do not fit the model")
+    return state
