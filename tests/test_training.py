@@ -1,0 +1,387 @@
+"""The training loop in one process: what an update is, what is written, and what stops it."""
+
+import gc
+import json
+import math
+import os
+import weakref
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from conftest import write_tiny_dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_training import figures, resume_here, steps_on_disk, train_here
+
+import flowrl
+from flowrl.data import load_episodes
+from flowrl.data.episodes import build_episodes
+from flowrl.data.sampler import WindowSampler
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import evaluate
+from flowrl.evaluation.rollout import NonFiniteError
+from flowrl.model.network import SequenceModel, Window
+from flowrl.training import trainer
+from flowrl.training.config import TrainConfig
+from flowrl.training.setup import build_agent, default_targets, load_dataset, observation_statistics
+from flowrl.training.trainer import NonFiniteLossError, Trainer, learning_rate_at
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dataset, tmp_path_factory):
+    """A run of 60 updates; not to be changed."""
+    run = tmp_path_factory.mktemp("training") / "run"
+    train_here(tiny_dataset, run)
+    return run
+
+
+def test_learning_rate_follows_the_table():
+    """Warm-up over 4 updates, then half a cosine from 1 to 0.1 over 8; worked out by hand."""
+    config = TrainConfig(steps=12, warmup_steps=4, learning_rate=2.0)
+    eighths = [1, 0.9657457, 0.8681981, 0.7222075, 0.55, 0.3777925, 0.2318019, 0.1342543, 0.1]
+    expected = [0.25, 0.5, 0.75, 1.0, *eighths, 0.1, 0.1]
+    actual = [learning_rate_at(step, config) / 2 for step in range(15)]
+    assert actual == pytest.approx(expected, abs=1e-7)
+    constant = TrainConfig(steps=12, warmup_steps=2, learning_rate=2.0, schedule="constant")
+    assert [learning_rate_at(step, constant) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
+    immediate = TrainConfig(steps=1, warmup_steps=0, learning_rate=2.0)
+    assert learning_rate_at(0, immediate) == 2.0
+
+
+def test_warm_up_is_a_tenth_of_the_updates_at_most_10_000():
+    assert TrainConfig(steps=500).warmup == 50
+    assert TrainConfig(steps=1_000_000).warmup == 10_000
+    assert TrainConfig(steps=500, warmup_steps=3).warmup == 3
+
+
+def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
+    """Weights after 12 updates, with dropout, against AdamW, clipping and schedule written out here."""
+    run = tmp_path / "run"
+    train_here(tiny_dataset, run, steps=12, eval_episodes=0, seed=5, learning_rate=0.01, warmup_steps=3)
+    config = TrainConfig(
+        dataset=str(tiny_dataset), env="Hopper-v4", embed_dim=8, num_heads=2, num_layers=2, context_length=6
+    )
+    dataset = load_dataset(config)
+    torch.manual_seed(5)
+    model = build_agent(config, dataset).model.train()
+    sampler = WindowSampler(dataset, 6, 4, seed=5)
+    parameters = list(model.parameters())
+    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    for step in range(12):
+        batch = sampler.sample()
+        gradients = torch.autograd.grad(model.loss(Window(*batch[:5]), batch.valid), parameters)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        rate = (
+            0.01 * (step + 1) / 3 if step < 3 else 0.01 * (0.55 + 0.45 * math.cos(math.pi * (step - 3) / 9))
+        )
+        with torch.no_grad():
+            for p, g, m, v in zip(parameters, gradients, first, second, strict=True):
+                g = g * min(1.0, 0.25 / (norm + 1e-6))
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
+                p.mul_(1 - rate * 1e-4)
+                p.sub_(rate * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
+    trained = flowrl.load_agent(run).model
+    assert norm > 0.25  # the clip was at work
+    for (name, parameter), expected in zip(trained.named_parameters(), parameters, strict=True):
+        assert (parameter - expected).abs().max() < 2e-5, name
+
+
+def test_training_learns(tiny_dataset, tmp_path):
+    run = tmp_path / "run"
+    train_here(tiny_dataset, run, steps=300, log_every=20, eval_episodes=0, learning_rate=0.01, dropout=0)
+    losses = [line["loss"] for line in figures(run, "train")]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_metrics_hold_every_figure(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines[:2]] == [("run", 0), ("train", 7)]
+    assert lines[0]["environment"]["env_id"] == "Hopper-v4"
+    assert len(lines[0]["dataset_sha256"]) == 64
+    training = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in training] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+    for line in training:
+        assert line.keys() == {
+            *("kind", "step", "loss", "gradient_norm", "learning_rate"),
+            *("tokens_per_second", "updates_per_second"),
+        }
+        assert min(line[name] for name in line if name not in ("kind", "step")) > 0
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    assert [(line["step"], line["target_return"]) for line in evaluations] == [
+        (step, target) for step in (25, 50, 60) for target in (30.0, 5.0)
+    ]
+    for line in evaluations:
+        score = 100 * (line["return_mean"] + 20.272305) / (3234.3 + 20.272305)
+        assert line["normalized_score_mean"] == pytest.approx(score)
+        assert line["length_mean"] >= 1
+
+
+def test_tensorboard_shows_the_same_figures(finished):
+    events = EventAccumulator(str(finished))
+    events.Reload()
+    tags = events.Tags()
+    training = {f"train/{name}" for name in figures(finished, "train")[0] if name not in ("kind", "step")}
+    training |= {"train/tokens_per_second", "train/updates_per_second"}
+    names = ("target_return", "return_mean", "return_std", "return_standard_error", "length_mean", "seconds")
+    names += tuple(f"normalized_score_{name}" for name in ("mean", "std", "standard_error"))
+    evaluation = {f"evaluation/target-{target}/{name}" for target in (30, 5) for name in names}
+    assert set(tags["scalars"]) == training | evaluation
+    assert set(tags["tensors"]) == {"config/text_summary", "dataset/text_summary"}
+    for line in figures(finished, "train"):
+        (event,) = (event for event in events.Scalars("train/loss") if event.step == line["step"])
+        assert event.value == pytest.approx(line["loss"], rel=1e-6)
+    scores = [event.value for event in events.Scalars("evaluation/target-5/normalized_score_mean")]
+    lines = [line for line in figures(finished, "evaluation") if line["target_return"] == 5.0]
+    assert scores == pytest.approx([line["normalized_score_mean"] for line in lines], rel=1e-6)
+
+
+def test_run_folder_holds_what_it_should(finished):
+    assert steps_on_disk(finished) == ["step-00000050", "step-00000060"]
+    names = sorted(path.name for path in finished.iterdir() if path.name != ".lock")
+    assert [name for name in names if not name.startswith("events.out.tfevents.")] == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+    ]
+
+
+def test_the_logged_loss_is_the_mean_over_its_updates(tiny_dataset, tmp_path, monkeypatch):
+    seen, real = [], SequenceModel.loss
+
+    def loss(self, window, valid):
+        seen.append(real(self, window, valid))
+        return seen[-1]
+
+    monkeypatch.setattr(SequenceModel, "loss", loss)
+    train_here(tiny_dataset, tmp_path / "run", steps=9, eval_episodes=0, log_every=4)
+    expected = [float(torch.stack(part).mean()) for part in (seen[:4], seen[4:8], seen[8:])]
+    assert [line["loss"] for line in figures(tmp_path / "run", "train")] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_seed_is_a_seed(finished, tiny_dataset, tmp_path):
+    train_here(tiny_dataset, tmp_path / "same")
+    assert figures(tmp_path / "same") == figures(finished)
+    train_here(tiny_dataset, tmp_path / "other", seed=1)
+    other = figures(tmp_path / "other")
+    assert other[1:] != figures(finished)[1:]
+    assert [line["step"] for line in other] == [line["step"] for line in figures(finished)]
+
+
+def test_the_last_evaluation_is_that_of_the_saved_agent(tiny_dataset, tmp_path):
+    results = train_here(tiny_dataset, tmp_path / "run", steps=20)
+    agent = flowrl.load_agent(tmp_path / "run")
+    assert agent.acting == "window"
+    again = evaluate(agent, EnvironmentSpec("Hopper-v4"), [30.0, 5.0], 2, 0, agent.reference)
+    for ours, theirs in zip(results, again, strict=True):
+        np.testing.assert_array_equal(ours.returns, theirs.returns)
+        np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_non_finite_loss_stops_the_run_with_its_batch(tiny_dataset, tmp_path, monkeypatch, bad):
+    """Update 23, between two logs and two checkpoints."""
+    run, batches, real = tmp_path / "run", [], SequenceModel.loss
+    sample = WindowSampler.sample
+
+    def recorded(self):
+        batches.append(sample(self))
+        return batches[-1]
+
+    def loss(self, window, valid):
+        value = real(self, window, valid)
+        if len(batches) == 23:  # a square root at 0: the loss is finite, its gradient is not
+            return value * math.nan if bad == "loss" else (value - value).sqrt()
+        return value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowSampler, "sample", recorded)
+        patch.setattr(SequenceModel, "loss", loss)
+        with pytest.raises(NonFiniteLossError, match=r"step 23: .*nonfinite\.json") as caught:
+            train_here(tiny_dataset, run, eval_episodes=0)
+    assert "\n" not in str(caught.value)
+    record = json.loads((run / "nonfinite.json").read_text())
+    assert record["step"] == 23
+    assert record["window_starts"] == batches[22].starts.tolist()
+    assert steps_on_disk(run)[-1] == "step-00000020"
+    assert flowrl.load_agent(run).checkpoint_step == 20  # which refuses tensors that are not finite
+    resume_here(run)
+    train_here(tiny_dataset, tmp_path / "other", eval_episodes=0)
+    assert figures(run) == figures(tmp_path / "other")
+
+
+def test_a_failing_environment_costs_no_update(tiny_dataset, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise NonFiniteError("environment 1, step 5: observation nan is not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", broken)
+        with pytest.raises(NonFiniteError, match="environment 1"):
+            train_here(tiny_dataset, tmp_path / "run")
+    assert steps_on_disk(tmp_path / "run")[-1] == "step-00000025"
+
+
+def test_batches_are_not_kept(tiny_dataset, tmp_path, monkeypatch):
+    """Windows of whole episodes are large: only the one at work may live."""
+    alive, most, sample = [], [], WindowSampler.sample
+
+    def recorded(self):
+        gc.collect()
+        most.append(sum(reference() is not None for reference in alive))
+        batch = sample(self)
+        alive.append(weakref.ref(batch.observations))
+        return batch
+
+    monkeypatch.setattr(WindowSampler, "sample", recorded)
+    train_here(tiny_dataset, tmp_path / "run", steps=20, eval_episodes=0, log_every=100)
+    assert len(most) == 20
+    assert max(most) <= 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["interleaved", "fused"])
+def test_numbers_stay_finite(tmp_path, monkeypatch, precision, layout):
+    """Whole episodes, returns of 1e5, a constant observation, actions at their bounds; 300 updates."""
+    write_tiny_dataset(tmp_path / "large.hdf5", reward_scale=2000.0)
+    dataset = load_episodes(str(tmp_path / "large.hdf5"))
+    assert dataset.returns_to_go.max() > 5e4
+    assert np.ptp(dataset.observations[:, 4]) == 0
+    assert (dataset.actions == 1).any()
+    if precision == "bfloat16":  # what CUDA's autocast does
+        real = SequenceModel.loss
+
+        def loss(self, window, valid):
+            with torch.autocast("cpu", torch.bfloat16):
+                return real(self, window, valid)
+
+        monkeypatch.setattr(SequenceModel, "loss", loss)
+    options = {"context_length": "episode", "return_scale": 1.0, "token_layout": layout, "log_every": 10}
+    train_here(
+        tmp_path / "large.hdf5",
+        tmp_path / "run",
+        steps=300,
+        eval_every=0,
+        eval_episodes=1,
+        targets=1e5,
+        **options,
+    )
+    assert all(math.isfinite(line["loss"]) for line in figures(tmp_path / "run", "train"))
+    assert flowrl.load_agent(tmp_path / "run").acting == "recurrent"
+
+
+def test_statistics_are_those_of_float64():
+    random = np.random.default_rng(0)
+    observations = (1e4 + random.normal(size=(70_000, 3))).astype(np.float32)  # over two parts
+    observations[:, 1] = -7.25
+    mean, std = observation_statistics(observations)
+    np.testing.assert_allclose(mean, observations.mean(axis=0, dtype=np.float64), rtol=1e-7)
+    np.testing.assert_allclose(std[[0, 2]], observations.std(axis=0, dtype=np.float64)[[0, 2]], rtol=1e-5)
+    assert (mean[1], std[1]) == (-7.25, 1.0)
+
+
+def dataset_of(actions, environment=None, lengths=(3, 2)):
+    rewards = np.array([1.0, 2.0, 3.0, -50.0, 10.0])
+    return build_episodes(
+        observations=np.zeros((5, 11)),
+        actions=np.asarray(actions, float).reshape(5, -1),
+        rewards=rewards,
+        episode_lengths=np.array(lengths),
+        terminated=np.ones(len(lengths), bool),
+        dataset_id="x",
+        where="x",
+        environment=environment,
+    )
+
+
+def test_an_agent_learns_its_units_from_the_data():
+    dataset = dataset_of([[0, 5], [1, 5], [-2, 5], [0.5, 5], [0, 5]])
+    agent = build_agent(TrainConfig(embed_dim=8, num_heads=2), dataset)
+    assert agent.model.action_low.tolist() == [-2.0, 4.0]  # nothing to scale a constant by
+    assert agent.model.action_high.tolist() == [1.0, 6.0]
+    assert float(agent.model.return_scale) == 40.0
+    assert agent.default_targets == default_targets(dataset) == (6.0, 3.0)
+    assert agent.config.context_length == 3  # the data has no longer episode
+    assert agent.config.model.max_timesteps == 3
+    assert agent.acting == "window"
+    whole = build_agent(
+        TrainConfig(embed_dim=8, num_heads=2, context_length="episode", return_scale=7.0, targets=(1.0,)),
+        dataset,
+    )
+    assert (whole.acting, float(whole.model.return_scale), whole.default_targets) == (
+        "recurrent",
+        7.0,
+        (1.0,),
+    )
+    hopper = build_agent(
+        TrainConfig(embed_dim=8, num_heads=2), dataset_of(np.zeros((5, 3)), EnvironmentSpec("Hopper-v4"))
+    )
+    assert hopper.model.action_low.tolist() == [-1.0] * 3
+    assert hopper.config.model.max_timesteps == gymnasium.spec("Hopper-v4").max_episode_steps
+
+
+def test_delayed_rewards_give_every_step_the_whole_return(tiny_dataset):
+    dataset = load_dataset(TrainConfig(dataset=str(tiny_dataset), env="Hopper-v4", reward_mode="delayed"))
+    np.testing.assert_array_equal(
+        dataset.returns_to_go, np.repeat(dataset.episode_returns.astype(np.float32), dataset.episode_lengths)
+    )
+
+
+def test_data_and_environment_must_fit(tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match=r"environment Walker2d-v4 has observations of 17 .* data 11 and 3"):
+        train_here(tiny_dataset, tmp_path / "run", env="Walker2d-v4")
+    with pytest.raises(UserError, match="--eval-episodes 0"):
+        load_dataset(TrainConfig(dataset=str(tiny_dataset)))
+    assert not (tmp_path / "run").exists()
+    assert load_dataset(TrainConfig(dataset=str(tiny_dataset), eval_episodes=0)).environment is None
+
+
+def test_a_run_folder_is_never_overwritten(tiny_dataset, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("")
+    with pytest.raises(UserError, match="already there and not empty; continue it with --resume"):
+        train_here(tiny_dataset, tmp_path / "run")
+    with pytest.raises(UserError, match="already there and not empty"):
+        train_here(tiny_dataset, tmp_path / "run" / "precious")
+    (tmp_path / "run" / "precious").rename(tmp_path / "run" / ".lock")  # left by a start that was killed
+    train_here(tiny_dataset, tmp_path / "run", steps=1, eval_episodes=0)
+    with pytest.raises(UserError, match="cannot be written"):
+        train_here(tiny_dataset, "/proc/absent/run")
+
+
+def test_the_default_folder_names_the_run(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for config, folder in (
+        (TrainConfig(env="hopper-medium", seed=3), "hopper-medium/flow-seed3-"),
+        (TrainConfig(dataset="minari:mujoco/hopper/medium-v0"), "mujoco-hopper-medium-v0/flow-seed0-"),
+        (TrainConfig(dataset="/data/../my.hdf5", attention="softmax"), "data-my/softmax-seed0-"),
+    ):
+        assert str(trainer.default_run_dir(config)).startswith(os.path.join("runs", folder))
+
+
+def test_nothing_waits_for_the_device_in_an_update(tiny_dataset, tmp_path, monkeypatch):
+    """Reading a tensor's value makes a GPU wait: an update must not."""
+    inside, reads = [], []
+    update = Trainer.update
+
+    def marked(self):
+        inside.append(True)
+        update(self)
+        inside.pop()
+
+    def counted(function):
+        def read(*arguments, **options):
+            if inside:
+                reads.append(function.__name__)
+            return function(*arguments, **options)
+
+        return read
+
+    monkeypatch.setattr(Trainer, "update", marked)
+    train_here(tiny_dataset, tmp_path / "run", steps=5, eval_episodes=0)
+    real = {name: getattr(torch.Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "__bool__")}
+    for name, function in real.items():
+        monkeypatch.setattr(torch.Tensor, name, counted(function))
+    train_here(tiny_dataset, tmp_path / "again", steps=5, eval_episodes=0)
+    assert reads == []
