@@ -241,3 +241,21 @@ def test_bfloat16_autocast_gives_the_loss_of_float32(layout):
         rounded = model.loss(window, valid)
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=0.03)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_acting_takes_a_timestep_in_one_go_and_reads_one_token(layout):
+    model, window = make_model(layout), make_window()
+    seen, states = [], [None, None]
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[:2])))
+    expected = model(window)
+    with torch.inference_mode():
+        for t in range(2):
+            seen.clear()
+            previous = None if layout == "interleaved" and t == 0 else window.actions[:, t - 1]
+            inputs = (window.returns_to_go[:, t], window.observations[:, t], previous, window.timesteps[:, t])
+            predicted, states = model.step(*inputs, states)
+            if layout == "interleaved":  # the fused layout looks at an action before the window, too
+                assert (predicted - expected[:, t]).abs().max() < 1e-10
+    assert seen == ([(3, 3), (1, 3)] if layout == "interleaved" else [(1, 3), (1, 3)])

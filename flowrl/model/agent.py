@@ -118,6 +118,7 @@ class Agent:
         self._timesteps = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self._previous_actions = torch.zeros(num_envs, config.action_dim, device=device)
         self._states: list = [None] * config.num_layers
+        self._all_told = True  # the states know the previous actions of all slots
         self._history = self._empty_history(num_envs) if self.acting == "window" else None
 
     @torch.inference_mode()
@@ -148,6 +149,9 @@ class Agent:
     def restart(self, finished: np.ndarray) -> None:
         """Forget the episodes of the slots where the (num_envs,) bool mask holds; they start anew."""
         rows = torch.as_tensor(np.asarray(finished, dtype=bool), device=self.device)
+        if not self._all_told:  # those of other slots; no next timestep of these will bring theirs
+            self._states = self.model.step_action(self._previous_actions, self._timesteps - 1, self._states)
+            self._all_told = True
         self._returns_to_go = torch.where(rows, self._target_return, self._returns_to_go)
         self._timesteps.masked_fill_(rows, 0)
         self._states = [state and clear_rows(state, rows) for state in self._states]
@@ -168,14 +172,13 @@ class Agent:
             self._history = _History(window, self._history.count[rows])
 
     def _act_recurrent(self, observations: Tensor) -> Tensor:
-        predicted, states = self.model.step(
-            self._returns_to_go, observations, self._previous_actions, self._timesteps, self._states
+        interleaved = self.config.model.token_layout == "interleaved"
+        previous = None if interleaved and self._all_told else self._previous_actions
+        predicted, self._states = self.model.step(
+            self._returns_to_go, observations, previous, self._timesteps, self._states
         )
-        actions = self._bounded(predicted)
-        if self.config.model.token_layout == "interleaved":
-            states = self.model.step_action(actions, self._timesteps, states)
-        self._states = states
-        return actions
+        self._all_told = not interleaved  # told in one go with the next timestep
+        return self._bounded(predicted)
 
     def _act_window(self, observations: Tensor, history: _History) -> Tensor:
         place = history.append(observations, self._previous_actions, self._returns_to_go, self._timesteps)

@@ -64,11 +64,12 @@ class SelfAttention(nn.Module):
         outputs = self.kind.parallel(queries, keys, values)
         return self.project(outputs[:, :, read].transpose(1, 2).flatten(2))
 
-    def step(self, x: Tensor, state: State | None, read: bool) -> tuple[Tensor, State]:
-        """One token (batch, embed_dim); without ``read`` only the state is wanted and x comes back."""
-        queries, keys, values = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        outputs, state = self.kind.step(queries, keys, values, state)
-        return (self.project(outputs.flatten(1)) if read else x), state
+    def steps(self, x: Tensor, state: State | None, read: slice) -> tuple[Tensor, State]:
+        """(tokens, batch, embed_dim) -> the outputs of the tokens in ``read``, and the state after all."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (tokens, batch, 3, heads, head_dim)
+        queries, keys, values = qkv.permute(2, 1, 3, 0, 4)  # each (batch, heads, tokens, head_dim)
+        outputs, state = self.kind.steps(queries, keys, values, state)
+        return self.project(outputs[:, :, read].permute(2, 0, 1, 3).flatten(2)), state
 
 
 class Block(nn.Module):
@@ -91,12 +92,10 @@ class Block(nn.Module):
         x = x[:, read] + self.dropout(self.attention(self.attention_norm(x), read))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
-    def step(self, x: Tensor, state: State | None, read: bool = True) -> tuple[Tensor, State]:
-        """One token (batch, embed_dim) -> (its output, new state); without ``read`` no output is made."""
-        attended, state = self.attention.step(self.attention_norm(x), state, read)
-        if not read:
-            return x, state
-        x = x + attended
+    def steps(self, x: Tensor, state: State | None, read: slice) -> tuple[Tensor, State]:
+        """(tokens, batch, embed_dim) -> the same, of the tokens in ``read``, and the state after all."""
+        attended, state = self.attention.steps(self.attention_norm(x), state, read)
+        x = x[read] + attended
         return x + self.mlp(self.mlp_norm(x)), state
 
 
@@ -162,7 +161,7 @@ class SequenceModel(nn.Module):
         if self.config.token_layout == "fused":
             started = (window.timesteps > 0)[..., None]
             return returns + observations + self._embed_previous(window.previous_actions, started)
-        actions = self.embed_action(self.normalize_actions(window.actions)) + time
+        actions = self._embed_action(window.actions, time)
         tokens = torch.stack((returns, observations + time, actions), dim=2)  # (batch, length, 3, embed_dim)
         return tokens.flatten(1, 2)[:, :-1]  # nobody reads the final action
 
@@ -172,38 +171,41 @@ class SequenceModel(nn.Module):
         self,
         returns_to_go: Tensor,
         observations: Tensor,
-        previous_actions: Tensor,
+        previous_actions: Tensor | None,
         timesteps: Tensor,
         states: list,
     ) -> tuple[Tensor, list]:
         """The recurrent form of :meth:`forward`: read a timestep's (batch, ...) inputs, return its actions.
 
-        ``states`` holds one attention state a layer, None before the first token. The interleaved layout
-        expects the action taken to be told to it by :meth:`step_action`.
+        ``states`` holds one attention state a layer, None before the first token; it must not be used again.
+        The interleaved layout reads the actions taken at ``timesteps - 1`` here, in one go with the rest;
+        None where there are none or :meth:`step_action` has told them. The fused layout always takes them.
         """
         time = self._embed_time(timesteps)
         returns = self.embed_return(self._scale_returns(returns_to_go)) + time
         observed = self.embed_observation(self._normalize_observations(observations))
         if self.config.token_layout == "fused":
-            token = returns + observed + self._embed_previous(previous_actions, (timesteps > 0)[:, None])
+            assert previous_actions is not None
+            tokens = [returns + observed + self._embed_previous(previous_actions, (timesteps > 0)[:, None])]
         else:
-            _, states = self._step_token(returns, states, read=False)
-            token = observed + time
-        x, states = self._step_token(token, states, read=True)
+            tokens = [returns, observed + time]
+            if previous_actions is not None:
+                tokens.insert(0, self._embed_action(previous_actions, self._embed_time(timesteps - 1)))
+        x, states = self._steps(torch.stack(tokens), states)
         return torch.tanh(self.predict_action(self.final_norm(x))), states
 
     def step_action(self, actions: Tensor, timesteps: Tensor, states: list) -> list:
-        """Tell an interleaved model the (batch, action_dim) actions that were taken at ``timesteps``."""
-        token = self.embed_action(self.normalize_actions(actions)) + self._embed_time(timesteps)
-        return self._step_token(token, states, read=False)[1]
+        """Tell an interleaved model the (batch, action_dim) actions taken at ``timesteps`` by themselves."""
+        return self._steps(self._embed_action(actions, self._embed_time(timesteps))[None], states)[1]
 
-    def _step_token(self, token: Tensor, states: list, read: bool) -> tuple[Tensor, list]:
-        x, new_states = self.embed_norm(token), []
+    def _steps(self, tokens: Tensor, states: list) -> tuple[Tensor, list]:
+        """(tokens, batch, embed_dim) -> the last token's (batch, embed_dim), and the states after all."""
+        x, new_states = self.embed_norm(tokens), []
         blocks = cast(list[Block], list(self.blocks))
         for block, state in zip(blocks, states, strict=True):
-            x, state = block.step(x, state, read or block is not blocks[-1])
+            x, state = block.steps(x, state, slice(None) if block is not blocks[-1] else slice(-1, None))
             new_states.append(state)
-        return x, new_states
+        return x[-1], new_states
 
     # The data's units -------------------------------------------------------------------------------------
 
@@ -223,6 +225,9 @@ class SequenceModel(nn.Module):
 
     def _embed_time(self, timesteps: Tensor) -> Tensor:
         return self.embed_timestep(timesteps.clamp(max=self.config.max_timesteps - 1))
+
+    def _embed_action(self, actions: Tensor, time: Tensor) -> Tensor:
+        return self.embed_action(self.normalize_actions(actions)) + time
 
     def _embed_previous(self, previous_actions: Tensor, started: Tensor) -> Tensor:
         embedded = self.embed_action(self.normalize_actions(previous_actions))
