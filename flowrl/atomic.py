@@ -34,6 +34,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Delete what :func:`atomic_path` of a killed process left; nobody else may be writing there."""
+    for temporary in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        temporary.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

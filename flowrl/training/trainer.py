@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from flowrl.atomic import write_text
+from flowrl.atomic import remove_temporaries, write_text
 from flowrl.data import EpisodeDataset
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
@@ -56,6 +56,7 @@ def train(config: TrainConfig) -> list[TargetResult]:
         run_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(run_dir / ".lock", timeout=0), StopSignals() as signals:
             _check_run_dir(config, run_dir)  # again: loading took a while
+            remove_temporaries(run_dir)
             trainer = Trainer(config, run_dir, dataset, device, signals)
             try:
                 return trainer.run()
