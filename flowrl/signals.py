@@ -42,6 +42,10 @@ class StopSignals:
             if self.received is not None:
                 self.stop()
             yield
+        except Exception:  # some libraries turn an interruption into an error of their own
+            if self.received is not None:
+                self.stop()
+            raise
         finally:
             self._interruptible = False
 

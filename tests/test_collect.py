@@ -192,11 +192,16 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_signal_leaves_nothing_and_exits_with_its_code(storage: Path) -> None:
-    process = start(
-        "scripts/collect.py", "hopper", "--policies", "25k", "--steps", "9000000", "--id", "mine/x-v0"
-    )
-    while not (storage / ".mine--x-v0.lock").exists():  # it is collecting, or about to
+@pytest.mark.parametrize(
+    ("words", "lock"),
+    [
+        ("scripts/collect.py hopper --policies 25k --steps 9000000 --id mine/x-v0", ".mine--x-v0.lock"),
+        ("scripts/train.py --env hopper-medium --dataset flowrl", ".flowrl--hopper--medium-v0.lock"),
+    ],
+)
+def test_a_signal_leaves_nothing_and_exits_with_its_code(storage: Path, words: str, lock: str) -> None:
+    process = start(*words.split())
+    while not (storage / lock).exists():  # it is collecting, or about to
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     time.sleep(0.5)

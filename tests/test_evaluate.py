@@ -218,6 +218,9 @@ def test_video_without_moviepy_is_a_user_error(tmp_path, monkeypatch):
         check_video(tmp_path / "film.mp4")
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # moviepy leaves its pipes open
 def test_a_failed_video_leaves_no_file(tmp_path):
     class Failing(ConstantAgent):
         def act(self, observations, rewards_since_last_act=None):

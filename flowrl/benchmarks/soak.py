@@ -20,10 +20,11 @@ from flowrl.training.metrics import METRICS_FILE
 TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 ENDLESS = 1_000_000_000  # updates; the run is stopped by a signal
 # Tiny, so that hours hold many evaluations, checkpoints and lines of metrics.
-OPTIONS = (
-    "--embed-dim 32 --num-layers 2 --context-length 10 --batch-size 16 --schedule constant --warmup-steps 100 "
-    "--log-every 20 --checkpoint-every 200 --eval-every 200 --eval-episodes 4"
-).split()
+OPTIONS = [
+    *("--embed-dim", "32", "--num-layers", "2", "--context-length", "10", "--batch-size", "16"),
+    *("--schedule", "constant", "--warmup-steps", "100", "--log-every", "20", "--checkpoint-every", "200"),
+    *("--eval-every", "200", "--eval-episodes", "4"),
+]
 
 
 @dataclass(frozen=True)

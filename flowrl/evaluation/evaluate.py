@@ -164,14 +164,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
         UserError: the run, a flag or the environment is unusable.
         Stopped: SIGINT or SIGTERM came; no file is left half-written.
     """
-    with StopSignals() as signals:
-        try:
-            with signals.interruptible():
-                _evaluate_run(config)
-        except UserError:
-            if signals.received is not None:  # interrupted imports of libraries end up as other errors
-                signals.stop()
-            raise
+    with StopSignals() as signals, signals.interruptible():
+        _evaluate_run(config)
 
 
 def _evaluate_run(config: EvaluateConfig) -> None:

@@ -50,22 +50,24 @@ def train(config: TrainConfig) -> list[TargetResult]:
     run_dir = config.resume or config.run_dir or default_run_dir(config)
     _check_run_dir(config, run_dir)
     device = pick_device(config.device)
-    dataset = load_dataset(config)
-    describe(dataset)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(run_dir / ".lock", timeout=0), StopSignals() as signals:
-            _check_run_dir(config, run_dir)  # again: loading took a while
-            remove_temporaries(run_dir)
-            trainer = Trainer(config, run_dir, dataset, device, signals)
-            try:
-                return trainer.run()
-            finally:
-                trainer.metrics.close()
-    except Timeout as error:
-        raise UserError(f"{run_dir}: another process is training in this folder") from error
-    except OSError as error:
-        raise UserError(f"{run_dir}: cannot be written: {error}") from error
+    with StopSignals() as signals:
+        with signals.interruptible():  # the first use of a dataset may collect or download it
+            dataset = load_dataset(config)
+            describe(dataset)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(run_dir / ".lock", timeout=0):
+                _check_run_dir(config, run_dir)  # again: loading took a while
+                remove_temporaries(run_dir)
+                trainer = Trainer(config, run_dir, dataset, device, signals)
+                try:
+                    return trainer.run()
+                finally:
+                    trainer.metrics.close()
+        except Timeout as error:
+            raise UserError(f"{run_dir}: another process is training in this folder") from error
+        except OSError as error:
+            raise UserError(f"{run_dir}: cannot be written: {error}") from error
 
 
 def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
