@@ -4,6 +4,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 
@@ -21,9 +22,21 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a :class:`UserError` into one line on stderr and exit code 2; other exceptions pass."""
+    """Turn a :class:`UserError` into one line on stderr and exit code 2; other exceptions pass.
+
+    So does an error of the operating system that names a file: a name too long, a folder without permission,
+    a disk that fails. It says all there is to know.
+    """
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        _exit_with(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _exit_with(f"{error.filename}: {error.strerror}")
+
+
+def _exit_with(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)

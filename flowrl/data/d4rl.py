@@ -1,6 +1,5 @@
 """D4RL's Gym-MuJoCo datasets: their names, where their files are found, and the files' HDF5 layout."""
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ import h5py
 import numpy as np
 
 from flowrl.data.download import DownloadError, download, file_sha256
-from flowrl.data.episodes import EpisodeDataset, build_episodes, check_claimed_size
+from flowrl.data.episodes import EpisodeDataset, build_episodes
+from flowrl.data.hdf5 import check_hdf5_dataset
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
@@ -149,7 +149,7 @@ def read_d4rl_file(
     """
     with open_d4rl_file(path) as datasets:
         for key in ("observations", "actions", "rewards"):
-            _check_size(path, key, datasets[key])
+            check_hdf5_dataset(str(path), key, datasets[key])
         # Columns are converted to float32 by HDF5 as they are read, so no float64 copy ever exists.
         observations, actions, rewards = (
             _read_float32(datasets[key]) for key in ("observations", "actions", "rewards")
@@ -220,7 +220,7 @@ def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
         raise UserError(f"{path}: key '{key}' is missing; D4RL files have {', '.join(REQUIRED_KEYS)}")
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{path}: '{key}' must be an array, not a {type(dataset).__name__.lower()}")
-    if dataset.file.filename != file.filename or dataset.is_virtual or dataset.external:
+    if dataset.file.filename != file.filename:
         raise UserError(
             f"{path}: '{key}' keeps its values in another file; only self-contained files are read"
         )
@@ -246,13 +246,6 @@ def _check_shapes(path: Path, datasets: dict[str, h5py.Dataset]) -> None:
         raise UserError(f"{path}: no episodes: the arrays are empty")
 
 
-def _check_size(path: Path, key: str, dataset: h5py.Dataset) -> None:
-    size = int(dataset.size) * max(dataset.dtype.itemsize, 4)
-    chunk = math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize  # held whole while decompressed
-    what = f"'{key}' of shape {dataset.shape}"
-    check_claimed_size(str(path), what, max(size, chunk), dataset.id.get_storage_size())
-
-
 def _read_float32(dataset: h5py.Dataset) -> np.ndarray:
     values = np.empty(dataset.shape, dtype=np.float32)
     dataset.read_direct(values)
@@ -260,7 +253,7 @@ def _read_float32(dataset: h5py.Dataset) -> np.ndarray:
 
 
 def _read_flags(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
-    _check_size(path, key, dataset)
+    check_hdf5_dataset(str(path), key, dataset)
     values = dataset[()]
     wrong = np.flatnonzero((values != 0) & (values != 1))
     if len(wrong):

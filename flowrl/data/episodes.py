@@ -1,7 +1,6 @@
 """The one in-memory form of offline data: flat arrays of transitions with episode offsets."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,10 +11,6 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
 _ROWS_PER_CHECK = 1 << 16  # bounds the temporary mask of the finiteness check
-# A header may claim any size. Up to the first limit it is believed; above it, the bytes stored must
-# justify it, and nothing may exceed the machine's memory.
-_BELIEVED_BYTES = 1 << 28
-_MAX_COMPRESSION = 100
 
 
 @dataclass(frozen=True)
@@ -181,20 +176,6 @@ def content_sha256(
         digest.update(f"{name}{list(array.shape)}".encode())
         digest.update(np.ascontiguousarray(array, dtype=dtype).data)
     return digest.hexdigest()
-
-
-def check_claimed_size(where: str, what: str, claimed: int, stored: int) -> None:
-    """Refuse to allocate ``claimed`` bytes for data of which only ``stored`` bytes are on disk.
-
-    Raises:
-        UserError: the claim is beyond any sensible compression, or beyond this machine's memory.
-    """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if claimed > min(memory, max(_BELIEVED_BYTES, _MAX_COMPRESSION * stored)):
-        raise UserError(
-            f"{where}: {what} would take {claimed} bytes of memory but {stored} are stored: "
-            "the data is damaged or too large for this machine"
-        )
 
 
 def _returns_to_go(rewards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

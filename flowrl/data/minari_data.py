@@ -15,7 +15,8 @@ import numpy as np
 from gymnasium import spaces
 
 from flowrl.data.download import require_answer
-from flowrl.data.episodes import EpisodeDataset, build_episodes, check_claimed_size
+from flowrl.data.episodes import EpisodeDataset, build_episodes
+from flowrl.data.hdf5 import check_claimed_size, check_hdf5_file
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.specs import EnvironmentSpec, wrappers_in_gymnasium_json
 from flowrl.errors import UserError, did_you_mean
@@ -42,6 +43,7 @@ def read_minari(dataset_id: str) -> EpisodeDataset:
     folder = datasets_folder() / dataset_id
     with _named_errors(name, folder):
         metadata = _read_metadata(folder)
+        _check_storage(name, folder, metadata)
         dataset = minari.load_dataset(dataset_id)
         space = dataset.action_space
         if not isinstance(space, spaces.Box):
@@ -173,6 +175,16 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         if not isinstance(metadata, dict) or not isinstance(metadata.get(key), str):
             raise UserError(f"{folder / 'data' / 'metadata.json'}: key '{key}' is missing or not a string")
     return metadata
+
+
+def _check_storage(name: str, folder: Path, metadata: dict[str, Any]) -> None:
+    """Check what minari allocates or reads on the word of the files."""
+    episodes = metadata.get("total_episodes")
+    # Every episode has a group of its own, so there are fewer episodes than bytes.
+    if type(episodes) is not int or not 0 <= episodes <= _folder_size(folder):
+        raise UserError(f"{name}: {folder} cannot be read: it states {episodes!r} episodes")
+    if metadata["data_format"] == "hdf5":
+        check_hdf5_file(name, folder / "data" / "main_data.hdf5")
 
 
 def _leaves(name: str, space: spaces.Space[Any], recorded: Any) -> list[tuple[tuple[str, ...], spaces.Box]]:

@@ -1,5 +1,6 @@
 """What ``--dataset`` and ``--env`` name: a file in D4RL's layout, a Minari dataset, or a D4RL dataset."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,15 +37,16 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
     if source == SOURCE:
         return load_embedded(env or "")
     environment = None if env is None else environment_named(env)
-    suffix = Path(source).suffix.lower()
+    path = Path(os.path.expanduser(source))  # unlike pathlib's, keeps the tilde of an unknown user
+    suffix = path.suffix.lower()
     if source.startswith(MINARI_PREFIX):
         return _evaluated_in(read_minari(source.removeprefix(MINARI_PREFIX)), environment)
     if source in D4RL_ENVIRONMENTS:
         return _evaluated_in(_d4rl_or_embedded(source), environment)
     if suffix in FILE_SUFFIXES:
         reference = None if environment is None else reference_scores(environment.env_id)
-        return read_d4rl_file(Path(source).expanduser(), environment=environment, reference=reference)
-    if Path(source).expanduser().is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
+        return read_d4rl_file(path, environment=environment, reference=reference)
+    if path.is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
         raise UserError(
             f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
             f"{' or '.join(FILE_SUFFIXES)}; other formats are not read, pickles never"

@@ -21,6 +21,7 @@ from flowrl.model.agent import Acting
 from flowrl.model.network import TokenLayout
 from flowrl.model.storage import LARGEST_DIMENSION, LARGEST_NUM_LAYERS
 
+LARGEST_COUNT = 1 << 53  # beyond this, floating point skips whole numbers
 PRESET_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -190,6 +191,8 @@ def check_values(config: TrainConfig) -> None:
     highest = {
         "context_length": LARGEST_DIMENSION, "embed_dim": LARGEST_DIMENSION, "num_heads": LARGEST_DIMENSION,
         "batch_size": LARGEST_DIMENSION, "num_layers": LARGEST_NUM_LAYERS, "seed": (1 << 32) - 1,
+        **dict.fromkeys(("steps", "warmup_steps", "eval_every", "eval_episodes"), LARGEST_COUNT),
+        **dict.fromkeys(("log_every", "checkpoint_every", "keep_checkpoints"), LARGEST_COUNT),
     }  # fmt: skip
     for name, bound in lowest.items():
         value = getattr(config, name)
@@ -273,7 +276,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
                 raise yaml.YAMLError("a key must be a name")
             if key_node.value in seen:
                 raise yaml.YAMLError(f"key {short_repr(key_node.value)} is given twice")

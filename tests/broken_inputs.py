@@ -1,0 +1,62 @@
+"""How every broken input must end: in one line and exit code 2, or a result; soon, and in little memory."""
+
+import io
+import pickle
+import resource
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from flowrl.errors import EXIT_BAD_INPUT, exit_on_user_error
+
+MOST_MEMORY = 2 << 20  # KiB, of the whole process at any moment
+LONGEST_LINE = 1500
+MARKER = "exploded"
+
+
+class Bomb:
+    """Makes a folder in the current one when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path(MARKER).mkdir, ()
+
+
+PICKLES = (pickle.dumps(Bomb()), pickle.dumps(Bomb(), protocol=0))
+
+
+def ending(call: Callable[[], Any], seconds: float = 20.0) -> str | None:
+    """Do ``call`` as scripts do; return the error's line, or None where there was a result.
+
+    Any exception that the scripts would let through passes here too, and fails the test.
+    """
+    peak, started = _peak(), time.monotonic()
+    errors = io.StringIO()
+    code = 0
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(errors), exit_on_user_error():
+            call()
+    except SystemExit as stop:
+        code = stop.code
+    assert time.monotonic() - started < seconds
+    # The peak never falls: what earlier tests of this process took is not held against this one.
+    assert _peak() < MOST_MEMORY or _peak() == peak
+    if code == 0:
+        return None
+    assert code == EXIT_BAD_INPUT
+    (line,) = errors.getvalue().splitlines()
+    assert line.startswith("error: ")
+    assert len(line) < LONGEST_LINE
+    return line
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The line of an input that must be refused."""
+    line = ending(call)
+    assert line is not None, "it was taken"
+    return line
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
