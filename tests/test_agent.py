@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from flowrl.attention import ATTENTION_KINDS
 from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
 from flowrl.model.network import Window
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 LAYOUTS = ("interleaved", "fused")
-KINDS = ("flow", "softmax")
+KINDS = tuple(ATTENTION_KINDS)
 
 
 def make_agent(layout="interleaved", attention="flow", acting="recurrent", context_length=5, **options):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from attention_forms import assert_all_close, saved_by, stepped, tokens, with_gradients
 
 from flowrl.attention import (
     ATTENTION_KINDS,
@@ -20,36 +20,6 @@ from flowrl.attention.kinds import clear_rows, select_rows
 
 LENGTHS = (1, 2, 60, 127, 128, 129, 1000, 3000)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-def tokens(length, *, batch=1, heads=2, head_dim=8, value_dim=5, seed=0, dtype=torch.float64):
-    """Queries, keys, values and a weight on the outputs, (batch, heads, length, width) each."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = (head_dim, head_dim, value_dim, value_dim)
-    shapes = [(batch, heads, length, width) for width in widths]
-    return [2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def with_gradients(attention, queries, keys, values, weight, **options):
-    inputs = [tensor.clone().requires_grad_() for tensor in (queries, keys, values)]
-    output = attention(*inputs, **options)
-    (output * weight).sum().backward()
-    return output.detach(), *(tensor.grad for tensor in inputs)
-
-
-def stepped(queries, keys, values, step=flow_attention_step, **options):
-    outputs, state = [], None
-    for token in range(queries.shape[2]):
-        output, state = step(queries[:, :, token], keys[:, :, token], values[:, :, token], state, **options)
-        outputs.append(output)
-    return torch.stack(outputs, dim=2)
-
-
-def assert_all_close(actual, expected, tolerance):
-    for name, a, b in zip(("output", "query", "key", "value"), actual, expected, strict=True):
-        difference = (a.double() - b.double()).abs().max().item()
-        scale = max(1.0, b.abs().max().item())
-        assert difference <= tolerance * scale, f"{name}: {difference}"  # a NaN fails too
 
 
 def sigmoid(x):
@@ -278,39 +248,9 @@ def test_autocast_does_not_lower_the_precision(causal, dtype):
         assert ((value.double() - reference).abs() <= rounding * reference.abs() + 1e-5).all()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
-def saved_bytes(length, head_dim):
-    """Bytes that the forward pass keeps for the backward pass, and the largest tensor of both (elements)."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    inputs = tokens(length, heads=1, head_dim=head_dim, value_dim=head_dim, dtype=torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), LargestTensor() as largest:
-        with_gradients(flow_attention, *inputs)
-    return sum(storages.values()), largest.elements
-
-
 def test_memory_is_linear_in_length():
     head_dim = 64
-    (short, _), (long, largest) = saved_bytes(2048, head_dim), saved_bytes(4096, head_dim)
+    (short, _), (long, largest) = (saved_by(flow_attention, length, head_dim) for length in (2048, 4096))
     assert 1.9 * short < long < 2.1 * short
     assert long < 4096 * head_dim * head_dim * 4 / 4  # no (length, head_dim, head_dim) tensor is kept
     assert largest <= 3 * 4096 * head_dim  # nor made on the way; nor one of (length, length)

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from flowrl.attention import naive_flow_attention
+from flowrl.attention import ATTENTION_KINDS, naive_flow_attention
 from flowrl.model.network import INIT_STD, ModelConfig, SequenceModel, Window
 
 LAYOUTS = ("interleaved", "fused")
-KINDS = ("flow", "softmax")
+KINDS = tuple(ATTENTION_KINDS)
 
 
 def make_model(layout="interleaved", attention="flow", seed=0, dtype=torch.float64, **options):

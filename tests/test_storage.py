@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flowrl
+from flowrl.attention import ATTENTION_KINDS
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
@@ -65,7 +66,7 @@ def play(agent, steps=9):
     return np.stack([agent.act(random.normal(size=(2, 4)), random.normal(size=2)) for _ in range(steps)])
 
 
-@pytest.mark.parametrize("attention", ["flow", "softmax"])
+@pytest.mark.parametrize("attention", ATTENTION_KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_loaded_agent_acts_as_the_saved_one(tmp_path, layout, attention):
     for full_episodes, acting in ((True, "recurrent"), (False, "window")):
@@ -120,7 +121,7 @@ HOSTILE = [
     *((("context_length",), value) for value in (*NOT_A_SIZE, 31)),
     (("model", "num_layers"), 1001),
     (("model", "num_heads"), 3),
-    *((("model", "attention"), value) for value in ("linear", None, ["flow"], {"flow": 1}, 5)),
+    *((("model", "attention"), value) for value in ("lineal", None, ["flow"], {"flow": 1}, 5)),
     *((("model", "token_layout"), value) for value in ("x", None, [], 0)),
     *((("model", "dropout"), value) for value in (-0.1, 1, float("nan"), float("inf"), "0.1", None, True)),
     *((("model",), value) for value in (None, [], "x", 5)),

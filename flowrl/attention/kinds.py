@@ -10,11 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flowrl.attention.cosformer import cosformer_attention, cosformer_attention_step
 from flowrl.attention.flow import flow_attention, flow_attention_step
 from flowrl.attention.flow_steps import flow_attention_steps
+from flowrl.attention.linear import linear_attention, linear_attention_step
+from flowrl.attention.performer import performer_attention, performer_attention_step
 from flowrl.attention.softmax import softmax_attention, softmax_attention_step
 
-AttentionName = Literal["flow", "softmax"]
+AttentionName = Literal["flow", "softmax", "linear", "performer", "cosformer"]
 State = Any  # a NamedTuple of tensors, each with the batch as its first dimension
 
 
@@ -51,6 +54,9 @@ class AttentionKind:
 ATTENTION_KINDS: dict[AttentionName, AttentionKind] = {
     "flow": AttentionKind(flow_attention, flow_attention_step, flow_attention_steps),
     "softmax": AttentionKind(softmax_attention, softmax_attention_step),
+    "linear": AttentionKind(linear_attention, linear_attention_step),
+    "performer": AttentionKind(performer_attention, performer_attention_step),
+    "cosformer": AttentionKind(cosformer_attention, cosformer_attention_step),
 }
 
 

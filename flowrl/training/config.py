@@ -44,7 +44,8 @@ class TrainConfig:
     """Folder of this run; by default runs/<env>/<attention>-seed<k>-<time>."""
 
     attention: AttentionName = "flow"
-    """flow: causal Flow-Attention; softmax: the Decision Transformer's."""
+    """flow: causal Flow-Attention; softmax: the Decision Transformer's; linear: with elu + 1; performer: with
+    positive random features; cosformer: with ReLU, re-weighted by distance."""
     token_layout: TokenLayout = "interleaved"
     """interleaved: return-to-go, observation and action tokens; fused: one token per timestep."""
     context_length: int | Literal["episode"] = 20

@@ -1,0 +1,69 @@
+"""What the tests of all attention kinds share: inputs, gradients, steps in a row, and memory."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowrl.attention import flow_attention_step
+
+
+def tokens(length, *, batch=1, heads=2, head_dim=8, value_dim=5, seed=0, dtype=torch.float64):
+    """Queries, keys, values and a weight on the outputs, (batch, heads, length, width) each."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = (head_dim, head_dim, value_dim, value_dim)
+    shapes = [(batch, heads, length, width) for width in widths]
+    return [2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def with_gradients(attention, queries, keys, values, weight, **options):
+    """The outputs, and the gradients of their weighted sum by queries, keys and values."""
+    inputs = [tensor.clone().requires_grad_() for tensor in (queries, keys, values)]
+    output = attention(*inputs, **options)
+    (output * weight).sum().backward()
+    return output.detach(), *(tensor.grad for tensor in inputs)
+
+
+def stepped(queries, keys, values, step=flow_attention_step, **options):
+    """The outputs of a step function over all tokens, (batch, heads, length, value_dim)."""
+    outputs, state = [], None
+    for token in range(queries.shape[2]):
+        output, state = step(queries[:, :, token], keys[:, :, token], values[:, :, token], state, **options)
+        outputs.append(output)
+    return torch.stack(outputs, dim=2)
+
+
+def assert_all_close(actual, expected, tolerance):
+    """Compare what :func:`with_gradients` returns, relative to the largest value where that is above 1."""
+    for name, a, b in zip(("output", "query", "key", "value"), actual, expected, strict=True):
+        difference = (a.double() - b.double()).abs().max().item()
+        scale = max(1.0, b.abs().max().item())
+        assert difference <= tolerance * scale, f"{name}: {difference}"  # a NaN fails too
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def saved_by(attention, length, head_dim):
+    """Bytes that the forward pass keeps for the backward pass, and the largest tensor of both (elements)."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = tokens(length, heads=1, head_dim=head_dim, value_dim=head_dim, dtype=torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), LargestTensor() as largest:
+        with_gradients(attention, *inputs)
+    return sum(storages.values()), largest.elements

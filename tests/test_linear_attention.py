@@ -1,0 +1,284 @@
+"""The linear kinds of attention: each form against the naive one, and what makes each kind itself."""
+
+import math
+
+import pytest
+import torch
+from attention_forms import assert_all_close, saved_by, stepped, tokens, with_gradients
+
+from flowrl.attention import causal_linear, cosformer, naive_linear, performer
+from flowrl.attention.kinds import ATTENTION_KINDS
+from flowrl.attention.naive_linear import (
+    naive_cosformer_attention,
+    naive_linear_attention,
+    naive_performer_attention,
+)
+from flowrl.attention.performer import random_directions
+
+NAIVE = {
+    "linear": naive_linear_attention,
+    "performer": naive_performer_attention,
+    "cosformer": naive_cosformer_attention,
+}
+NAMES = list(NAIVE)
+FIRST_DIRECTIONS = [[0.007634183479121073, 1.0986133188034695], [2.032999461575345, -0.014127164341612443]]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@pytest.fixture(params=[300, 4096])
+def max_tokens(request, monkeypatch):
+    """cosFormer's M: its own, and one that sequences of these tests fill."""
+    monkeypatch.setattr(cosformer, "MAX_TOKENS", request.param)
+    monkeypatch.setattr(naive_linear, "MAX_TOKENS", request.param)
+    return request.param
+
+
+def parallel(name):
+    return ATTENTION_KINDS[name].parallel
+
+
+def by_steps(name):
+    return lambda *inputs: stepped(*inputs, step=ATTENTION_KINDS[name].step)
+
+
+def weight_by_hand(name, query, key, distance):
+    """The weight of a token that far back, in Python floats; query and key are lists."""
+    if name == "linear":
+        left, right = ([x + 1 if x > 0 else math.exp(x) for x in row] for row in (query, key))
+    elif name == "cosformer":
+        left = [max(x, 0) * math.cos(math.pi / 2 * distance / 4096) for x in query]
+        right = [max(x, 0) for x in key]
+    else:
+        scale = len(query) ** -0.25
+        directions = random_directions(len(query), 4 * len(query)).tolist()
+        left, right = (
+            [scale * sum(a * b for a, b in zip(w, row, strict=True)) for w in directions]
+            for row in (query, key)
+        )
+        total, half_norm = sum(map(math.exp, left)), scale**2 * sum(x * x for x in key) / 2
+        left = [math.exp(x) / total + 1e-6 for x in left]
+        right = [math.exp(x - half_norm) + 1e-6 for x in right]
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_naive_form_is_the_formula(name):
+    inputs = tokens(9, heads=1, head_dim=3, value_dim=2)[:3]
+    q, k, v = (tensor[0, 0].tolist() for tensor in inputs)
+    for i, row in enumerate(NAIVE[name](*inputs)[0, 0]):
+        weights = [weight_by_hand(name, q[i], k[j], i - j) for j in range(i + 1)]
+        normaliser = max(sum(weights), 1e-8)
+        for c in range(2):
+            expected = sum(w * v[j][c] for j, w in enumerate(weights)) / normaliser
+            assert row[c].item() == pytest.approx(expected, rel=1e-11, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("length", [1, 2, 60, 127, 128, 129, 192, 300, 3000])
+def test_parallel_recurrent_and_naive_forms_agree(name, length, dtype):
+    q, k, v, weight = tokens(length, heads=1 if length > 1000 else 2, batch=1 if length > 1000 else 2)
+    expected = with_gradients(NAIVE[name], q, k, v, weight)
+    cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
+    actual = with_gradients(parallel(name), *cast)
+    assert actual[0].dtype == dtype
+    assert_all_close(actual, expected, TOLERANCE[dtype])
+    assert (by_steps(name)(*cast[:3]).double() - expected[0]).abs().max() <= TOLERANCE[dtype] * max(
+        1.0, expected[0].abs().max()
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("group", [1, 2 * 16])
+def test_blocks_and_groups_of_sequences_join_at_every_length(monkeypatch, name, group):
+    """Blocks of a few tokens put every boundary into a few: all lengths from 1 to 40, five sequences."""
+    monkeypatch.setattr(causal_linear, "ONE_BLOCK", 4)
+    monkeypatch.setattr(causal_linear, "SHORTEST_BLOCK", 4)
+    monkeypatch.setattr(causal_linear, "GROUP_TOKENS", group)
+    for length in range(1, 41):
+        inputs = tokens(length, batch=5, heads=1, head_dim=2, value_dim=3, seed=length)
+        expected = with_gradients(NAIVE[name], *inputs)
+        assert_all_close(with_gradients(parallel(name), *inputs), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recurrent_form_has_the_gradients_of_the_naive_one(name):
+    inputs = tokens(40)
+    assert_all_close(with_gradients(by_steps(name), *inputs), with_gradients(NAIVE[name], *inputs), 1e-10)
+
+
+def test_gradients_agree_with_finite_differences(monkeypatch):
+    monkeypatch.setattr(causal_linear, "ONE_BLOCK", 2)
+    monkeypatch.setattr(causal_linear, "SHORTEST_BLOCK", 2)
+    inputs = [tensor.requires_grad_() for tensor in tokens(5, heads=1, head_dim=2, value_dim=1)[:3]]
+    for name in NAMES:
+        assert torch.autograd.gradcheck(parallel(name), inputs), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("changed", [0, 1, 127, 128, 200, 299])
+def test_a_change_alters_nothing_before_it(name, changed):
+    inputs = tokens(300)[:3]
+    before = parallel(name)(*inputs)
+    effect = 0.0
+    for index in range(3):
+        altered = [tensor.clone() for tensor in inputs]
+        altered[index][:, :, changed] += 100  # were a maximum taken over all keys, this would move it
+        after = parallel(name)(*altered)
+        assert torch.equal(after[:, :, :changed], before[:, :, :changed])
+        effect += float((after[:, :, changed:] - before[:, :, changed:]).abs().max())
+    assert effect > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head_dim", [2, 64, 256])
+@pytest.mark.parametrize("size", [1e-4, 1e2, 1e4, 1e8])
+def test_extreme_inputs_stay_finite(name, head_dim, size):
+    generator = torch.Generator().manual_seed(3)
+    sign = torch.randn(3, 1, 200, head_dim, generator=generator)
+    for queries, keys in [
+        (sign[0], sign[1]),
+        (sign[0].abs(), -sign[1].abs()),
+        (-sign[0].abs(), sign[1].abs()),
+    ]:
+        inputs = [size * queries[None], size * keys[None], 1e4 * sign[2][None]]
+        results = with_gradients(parallel(name), *inputs, 1.0)
+        assert all(result.isfinite().all() for result in results)
+        steps = by_steps(name)(*inputs)
+        assert steps.isfinite().all()
+        assert (results[0].abs() <= 1.01e4 * sign[2].abs().max()).all()  # a mean stays among its values
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_sum_of_large_features_stays_finite(name):
+    """Keys at the worst place for a Performer, on top of one of its directions, 16,384 times over."""
+    directions = random_directions(64, 256).float()
+    key = directions[directions.norm(dim=-1).argmax()] * 64**0.25
+    keys = key.expand(1, 1, 16_384, 64)
+    results = with_gradients(parallel(name), keys, keys, torch.full((1, 1, 16_384, 1), 1e4), 1.0)
+    assert all(result.isfinite().all() for result in results)
+    assert (results[0] - 1e4).abs().max() < 10  # the mean of equal values
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_without_any_feature_are_finite(name):
+    """Queries, keys or both all negative: a ReLU leaves nothing, and cosFormer's output is then 0."""
+    q, k, v, weight = tokens(200, dtype=torch.float32)
+    for queries, keys in ((-q.abs(), k), (q, -k.abs()), (-q.abs(), -k.abs()), (0 * q, 0 * k)):
+        results = with_gradients(parallel(name), queries, keys, v, weight)
+        assert all(result.isfinite().all() for result in results)
+        assert (by_steps(name)(queries, keys, v) - results[0]).abs().max() < 1e-5
+        if name == "cosformer":
+            assert not results[0].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_inputs_are_summed_in_float32(name):
+    rounded = [tensor.bfloat16() for tensor in tokens(1000)]
+    exact = with_gradients(NAIVE[name], *(tensor.double() for tensor in rounded))
+    queries, keys, values = (tensor.clone().requires_grad_() for tensor in rounded[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = parallel(name)(queries, keys, values)
+        steps = by_steps(name)(*rounded[:3])
+    (output * rounded[3]).sum().backward()
+    actual = (output, queries.grad, keys.grad, values.grad, steps)
+    for value, reference in zip(actual, (*exact, exact[0]), strict=True):
+        assert value.dtype == torch.bfloat16
+        assert ((value.double() - reference).abs() <= 2**-8 * reference.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_linear_in_length_and_the_state_constant(name):
+    (short, _), (long, largest) = (saved_by(parallel(name), length, 32) for length in (2048, 4096))
+    assert 1.9 * short < long < 2.1 * short
+    assert largest <= 4096 * 4 * 32 * 2  # no (length, length) tensor, none of (length, features, value_dim)
+    sizes, state = set(), None
+    for token in zip(*(tensor.unbind(2) for tensor in tokens(100)[:3]), strict=True):
+        _, state = ATTENTION_KINDS[name].step(*token, state)
+        sizes.add(sum(tensor.numel() for tensor in state))
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_that_do_not_fit_are_refused(name):
+    kind = ATTENTION_KINDS[name]
+    good = (2, 2, 3, 8)
+    for queries, keys, values in [
+        ((2, 3, 8), (2, 3, 8), (2, 3, 8)),
+        (good, (2, 2, 3, 4), good),
+        (good, (2, 1, 3, 8), good),
+        (good, (2, 2, 4, 8), (2, 2, 4, 8)),
+        (good, good, (2, 2, 4, 8)),
+        (good, good, (2, 1, 3, 8)),
+        ((2, 2, 0, 8), (2, 2, 0, 8), (2, 2, 0, 8)),
+    ]:
+        with pytest.raises(ValueError, match="linear attention takes 4-dimensional"):
+            kind.parallel(torch.zeros(queries), torch.zeros(keys), torch.zeros(values))
+    for query, key, value in [
+        (good, good, good),
+        ((2, 2, 8), (2, 2, 4), (2, 2, 8)),
+        ((2, 8), (2, 8), (2, 8)),
+    ]:
+        with pytest.raises(ValueError, match="linear attention takes 3-dimensional"):
+            kind.step(torch.zeros(query), torch.zeros(key), torch.zeros(value))
+
+
+# Performer ------------------------------------------------------------------------------------------------
+
+
+def test_directions_are_orthogonal_gaussian_and_always_the_same():
+    directions = random_directions(16, 40)
+    assert directions.shape == (40, 16)
+    for block in directions.split(16):
+        gram = block @ block.mT
+        assert (gram - gram.diagonal().diag()).abs().max() < 1e-12
+    many = random_directions(16, 1600)
+    assert torch.equal(many[:40], directions)
+    assert many.mean(0).abs().max() < 0.1
+    assert (many.mT @ many / 1600 - torch.eye(16)).abs().max() < 0.1
+    assert many.square().sum(-1).std() > 4  # lengths vary as a Gaussian's do: sqrt(2 * 16) = 5.7
+    # The very numbers: a change would silently change what every trained Performer computes.
+    torch.testing.assert_close(random_directions(2, 2), torch.tensor(FIRST_DIRECTIONS).double())
+
+
+def test_performer_estimates_softmax_attention(monkeypatch):
+    """The error falls as with the square root of the number of features."""
+    q, k, v, _ = tokens(150)
+    exact = ATTENTION_KINDS["softmax"].parallel(0.2 * q, 0.2 * k, v)
+    errors = []
+    for features in (4, 64):
+        monkeypatch.setattr(performer, "FEATURES_PER_DIMENSION", features)
+        performer._directions_on.cache_clear()
+        errors.append((performer.performer_attention(0.2 * q, 0.2 * k, v) - exact).std().item())
+    performer._directions_on.cache_clear()
+    mean_of_values = v.cumsum(2) / torch.arange(1, 151)[:, None]  # what uniform weights would give
+    assert errors[1] < errors[0] / 2.5
+    assert errors[1] < 0.5 * (mean_of_values - exact).std()
+
+
+def test_directions_first_asked_for_while_acting_serve_training():
+    performer._directions_on.cache_clear()
+    inputs = tokens(3)
+    with torch.inference_mode():
+        ATTENTION_KINDS["performer"].step(*(tensor[:, :, 0] for tensor in inputs[:3]), None)
+    with_gradients(
+        performer.performer_attention, *inputs
+    )  # an inference tensor could not be kept for the gradient
+
+
+# cosFormer ------------------------------------------------------------------------------------------------
+
+
+def test_cosformer_reweights_by_distance(max_tokens):
+    """Forms agree within M, at it and beyond it, where no weight is negative."""
+    inputs = tokens(700)
+    expected = with_gradients(naive_cosformer_attention, *inputs)
+    assert_all_close(with_gradients(parallel("cosformer"), *inputs), expected, 1e-10)
+    assert (by_steps("cosformer")(*inputs[:3]) - expected[0]).abs().max() < 1e-10
+    ones, values = torch.ones(1, 1, 700, 4).double(), torch.eye(700).double()[None, None]
+    weights = parallel("cosformer")(ones, ones, values)[0, 0]  # row i: the weights of the past, summing to 1
+    relative = weights / weights.diagonal()[:, None]
+    for i, j in ((5, 0), (250, 10), (299, 0), (300, 0), (301, 1), (699, 0), (699, 298), (699, 500)):
+        distance = min(i, max_tokens) - min(j, max_tokens)
+        assert abs(relative[i, j] - math.cos(math.pi / 2 * distance / max_tokens)) < 1e-10
+    assert weights.min() > -1e-12
