@@ -109,7 +109,7 @@ REFUSED = {
     "learning_rate: {a: 1}": "'learning_rate' cannot be {'a': 1}",
     "compile: 'yes'": "'compile' cannot be 'yes'",
     "compile: 1": "'compile' cannot be 1",
-    "attention: linear": "'attention' cannot be 'linear'",
+    "attention: lineal": "'attention' cannot be 'lineal'",
     "context_length: all": "'context_length' cannot be 'all'",
     "acting: 5": "'acting' cannot be 5",
     "targets: [1, x]": "'targets' cannot be [1, 'x']",

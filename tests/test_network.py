@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from flowrl.attention import ATTENTION_KINDS, naive_flow_attention
+from flowrl.attention.naive_linear import (
+    naive_cosformer_attention,
+    naive_linear_attention,
+    naive_performer_attention,
+)
 from flowrl.model.network import INIT_STD, ModelConfig, SequenceModel, Window
 
 LAYOUTS = ("interleaved", "fused")
@@ -47,6 +52,15 @@ def plain_softmax(queries, keys, values):
     return scores.masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf).softmax(-1) @ values
 
 
+PLAIN = {
+    "flow": naive_flow_attention,
+    "softmax": plain_softmax,
+    "linear": naive_linear_attention,
+    "performer": naive_performer_attention,
+    "cosformer": naive_cosformer_attention,
+}
+
+
 def layer_norm(x, norm):
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
@@ -78,7 +92,7 @@ def plain_forward(model, window):
             attention = block.attention
             qkv = attention.qkv(layer_norm(x, block.attention_norm))
             q, k, v = (part.reshape(len(x), heads, -1).transpose(0, 1)[None] for part in qkv.chunk(3, dim=-1))
-            mixed = (naive_flow_attention if config.attention == "flow" else plain_softmax)(q, k, v)
+            mixed = PLAIN[config.attention](q, k, v)
             x = x + attention.project(mixed[0].transpose(0, 1).reshape(len(x), -1))
             hidden = block.mlp[0](layer_norm(x, block.mlp_norm)).clamp(min=0)
             x = x + block.mlp[2](hidden)
