@@ -67,21 +67,16 @@ def check_hdf5_file(where: str, path: Path) -> None:
         UserError: see there; the sizes of all datasets together are bounded too.
         OSError: not an HDF5 file, or a damaged one.
     """
-    claimed = 0
+    names: list[str] = []  # of everything, each once; no exception may leave the visiting functions
     with h5py.File(path, "r") as file:
-
-        def check_link(name: str, link: object) -> None:
-            if not isinstance(link, h5py.HardLink):
-                raise UserError(f"{where}: '{name}' is a link; only self-contained files are read")
-
-        def check_object(name: str, item: object) -> None:
-            nonlocal claimed
-            if isinstance(item, h5py.Dataset):
-                check_hdf5_dataset(where, name, item)
-                claimed += int(item.size or 0) * item.dtype.itemsize
-
-        file.visititems_links(check_link)
-        file.visititems(check_object)
+        linked = file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else name)
+        if linked is not None:
+            raise UserError(f"{where}: '{linked}' is a link; only self-contained files are read")
+        file.visit(names.append)
+        datasets = [(name, file[name]) for name in names if file.get(name, getclass=True) is h5py.Dataset]
+        for name, dataset in datasets:
+            check_hdf5_dataset(where, name, dataset)
+        claimed = sum(int(dataset.size or 0) * dataset.dtype.itemsize for _, dataset in datasets)
     check_claimed_size(where, f"all of {path.name}", claimed, path.stat().st_size)
 
 

@@ -179,10 +179,12 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
 
 def _check_storage(name: str, folder: Path, metadata: dict[str, Any]) -> None:
     """Check what minari allocates or reads on the word of the files."""
-    episodes = metadata.get("total_episodes")
+    for key in ("total_episodes", "total_steps"):
+        if type(metadata.get(key)) is not int:
+            raise UserError(f"{name}: {folder} cannot be read: its '{key}' is {metadata.get(key)!r}")
     # Every episode has a group of its own, so there are fewer episodes than bytes.
-    if type(episodes) is not int or not 0 <= episodes <= _folder_size(folder):
-        raise UserError(f"{name}: {folder} cannot be read: it states {episodes!r} episodes")
+    if not 0 <= metadata["total_episodes"] <= _folder_size(folder):
+        raise UserError(f"{name}: {folder} cannot be read: it has no {metadata['total_episodes']} episodes")
     if metadata["data_format"] == "hdf5":
         check_hdf5_file(name, folder / "data" / "main_data.hdf5")
 
@@ -227,6 +229,10 @@ def _check_shapes(
         key = "/".join(("observations", *keys))
         arrays.append((key, _at(episode.observations, keys), (length + 1, *leaf.shape)))
     for key, array, expected in arrays:
+        if np.asarray(array).dtype.kind not in "fiub":
+            raise UserError(
+                f"{name}: episode {episode.id}: '{key}' must hold numbers, not {np.asarray(array).dtype}"
+            )
         if np.shape(array) != expected:
             raise UserError(
                 f"{name}: episode {episode.id}: '{key}' has shape {np.shape(array)}, expected {expected}"
