@@ -115,6 +115,10 @@ RESUMABLE = frozenset(
 )
 
 
+# Where a run's options come from and go to; not what the run is.
+_WHERE = frozenset(("config", "resume", "run_dir"))
+
+
 def parse_train_config(arguments: list[str] | None = None) -> TrainConfig:
     """Parse the command line (``sys.argv`` by default), with the preset or the resumed run underneath.
 
@@ -156,6 +160,15 @@ def read_yaml_arguments(path: Path) -> list[str]:
     Raises:
         UserError: not YAML, a duplicate or unknown key, or a value of the wrong type (all named).
     """
+    return options_to_arguments(read_yaml_mapping(path), where=str(path))
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that is one mapping; keys are unique and nothing is repeated by reference.
+
+    Raises:
+        UserError: unreadable, not YAML, a duplicate key, or no mapping.
+    """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -164,15 +177,30 @@ def read_yaml_arguments(path: Path) -> list[str]:
         raise UserError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping from option names to values")
+    return data
+
+
+def options_to_arguments(options: dict[str, Any], where: str) -> list[str]:
+    """Return TrainConfig's fields given by name as command-line arguments; ``where`` begins messages.
+
+    Raises:
+        UserError: an unknown name, or a value of the wrong type.
+    """
     known = {field.name for field in fields(TrainConfig)} - {"resume"}
     arguments: list[str] = []
-    for key, value in data.items():
+    for key, value in options.items():
         if key not in known:
-            raise UserError(f"{path}: unknown option {short_repr(key)}{did_you_mean(str(key), known)}")
+            raise UserError(f"{where}: unknown option {short_repr(key)}{did_you_mean(str(key), known)}")
         if not _is_valid(key, value):
-            raise UserError(f"{path}: '{key}' cannot be {short_repr(value)}; see --help for what it takes")
+            raise UserError(f"{where}: '{key}' cannot be {short_repr(value)}; see --help for what it takes")
         arguments += _to_arguments(key, value)
     return arguments
+
+
+def to_arguments(config: TrainConfig) -> list[str]:
+    """Return the command-line arguments that say all of the configuration, but for where the run is."""
+    options = {name: value for name, value in asdict(config).items() if name not in _WHERE}
+    return [argument for name, value in options.items() for argument in _to_arguments(name, value)]
 
 
 def to_yaml(config: TrainConfig) -> str:

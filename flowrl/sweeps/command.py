@@ -1,0 +1,144 @@
+"""The command line of a sweep: what to train, where, and what happens at the end."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from filelock import FileLock, Timeout
+
+from flowrl.attention.kinds import AttentionName
+from flowrl.errors import UserError, did_you_mean
+from flowrl.model.network import TokenLayout
+from flowrl.signals import StopSignals
+from flowrl.sweeps.estimate import format_plan, measure_costs
+from flowrl.sweeps.local import local_slots, run_local
+from flowrl.sweeps.plan import (
+    TIMESTEPS_PER_UPDATE,
+    PlannedRun,
+    Sweep,
+    plan_runs,
+    product_methods,
+    read_sweep,
+    write_plan,
+)
+from flowrl.sweeps.progress import SweepProgress
+from flowrl.sweeps.state import check_startable, is_finished
+
+EXIT_FAILED_RUNS = 1
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Train every method on every dataset with every seed, one run folder each; run it again to go on.
+
+    Options of scripts/train.py may be given too; they hold for all runs.
+    """
+
+    sweep: str | None = None
+    """Sweep file to start from: a name in configs/sweeps/, such as embedded, or a YAML file."""
+    datasets: tuple[str, ...] = ()
+    """Names such as hopper-medium, minari:ID or PATH.hdf5; instead of the file's."""
+    methods: tuple[str, ...] = ()
+    """Only these methods of the sweep file."""
+    seeds: tuple[int, ...] = ()
+    """Seeds, instead of the file's; by default 0."""
+    attention: tuple[AttentionName, ...] = ()
+    """Without a sweep file: methods are attention x token_layout x context_length; by default flow."""
+    token_layout: tuple[TokenLayout, ...] = ()
+    """By default interleaved."""
+    context_length: tuple[int | Literal["episode"], ...] = ()
+    """By default 20."""
+    timesteps_per_update: int | None = None
+    """Choose each run's batch size so that an update sees this many timesteps on average."""
+    runs_dir: Path | None = None
+    """Folder of the runs, <dataset>/<method>/seed<k> each; by default runs/<name of the sweep>."""
+    on: Literal["local"] = "local"
+    """local: on this machine's cores or GPUs."""
+    jobs: int | None = None
+    """Runs at a time; by default one per GPU, or per core."""
+    dry_run: bool = False
+    """Print the plan and how long it would take, measured from a few updates, and train nothing."""
+
+
+def run_sweep(arguments: list[str] | None = None) -> int:
+    """Parse the command line and do what it asks; return the exit code, 1 when a run failed.
+
+    Raises:
+        UserError: bad input, or another sweep at work in the same folder.
+        Stopped: SIGINT or SIGTERM came; all trainings have saved.
+    """
+    config, train_arguments = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
+    runs_dir = config.runs_dir or Path("runs") / (Path(config.sweep).stem if config.sweep else "sweep")
+    with StopSignals() as signals:
+        with signals.interruptible():
+            runs = plan_runs(_sweep_of(config, tuple(train_arguments)), runs_dir.absolute())
+            finished = [run for run in runs if is_finished(run)]
+            unfinished = [run for run in runs if run not in finished]
+            for run in runs:
+                check_startable(run)
+            slots = local_slots(config.jobs, runs[0].config.device)
+            if config.dry_run:
+                costs = measure_costs(unfinished, slots.threads)
+                print(format_plan(runs, {run.name for run in finished}, costs, slots.jobs))
+                return 0
+        try:
+            runs_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(runs_dir / ".lock", timeout=0):
+                write_plan(runs, runs_dir)
+                progress = SweepProgress(runs, finished)
+                try:
+                    failures = run_local(unfinished, slots, progress, signals)
+                finally:
+                    progress.close()
+        except Timeout as error:
+            raise UserError(f"--runs-dir {runs_dir}: another sweep is at work in this folder") from error
+        except OSError as error:
+            raise UserError(f"--runs-dir {runs_dir}: cannot be written: {error}") from error
+    return _summarize(runs, runs_dir, failures)
+
+
+def _sweep_of(config: SweepConfig, train_arguments: tuple[str, ...]) -> Sweep:
+    axes = {
+        "--attention": config.attention,
+        "--token-layout": config.token_layout,
+        "--context-length": config.context_length,
+    }
+    if config.jobs is not None and config.jobs < 1:
+        raise UserError(f"--jobs {config.jobs}: must be at least 1")
+    if config.sweep is None:
+        if config.methods:
+            raise UserError(f"--methods {' '.join(config.methods)}: methods are those of a --sweep file")
+        methods = product_methods(
+            config.attention or ("flow",),
+            config.token_layout or ("interleaved",),
+            config.context_length or (20,),
+        )
+        sweep = Sweep(config.datasets, methods, config.seeds or (0,), {})
+    else:
+        for flag, values in axes.items():
+            if values:
+                raise UserError(f"{flag}: the sweep file {config.sweep} has its own methods; see --methods")
+        sweep = read_sweep(config.sweep)
+        for method in config.methods:
+            if method not in sweep.methods:
+                raise UserError(f"--methods {method}: no such method{did_you_mean(method, sweep.methods)}")
+    common = dict(sweep.common)
+    if config.timesteps_per_update is not None:
+        common[TIMESTEPS_PER_UPDATE] = config.timesteps_per_update
+    return replace(
+        sweep,
+        datasets=config.datasets or sweep.datasets,
+        methods={name: sweep.methods[name] for name in config.methods} if config.methods else sweep.methods,
+        seeds=config.seeds or sweep.seeds,
+        common=common,
+        arguments=train_arguments,
+    )
+
+
+def _summarize(runs: list[PlannedRun], runs_dir: Path, failures: list[str]) -> int:
+    print(f"{len(runs) - len(failures)} of {len(runs)} runs finished in {runs_dir}")
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return EXIT_FAILED_RUNS if failures else 0

@@ -1,0 +1,84 @@
+"""A sweep on this machine: as many trainings at a time as there are cores or GPUs to share out."""
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from signal import SIGTERM
+
+import torch
+
+from flowrl.signals import StopSignals
+from flowrl.sweeps.plan import PlannedRun
+from flowrl.sweeps.progress import SweepProgress
+from flowrl.sweeps.state import failure_of, start_training
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How many runs go at a time, and what each gets."""
+
+    jobs: int
+    threads: int
+    gpus: int
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Environment variables of the process in a slot (from 0)."""
+        variables = {"OMP_NUM_THREADS": str(self.threads)}
+        if self.gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            number = slot % self.gpus
+            variables["CUDA_VISIBLE_DEVICES"] = (
+                visible[number] if number < len(visible) and visible[0] else str(number)
+            )
+        return variables
+
+
+def local_slots(jobs: int | None, device: str) -> Slots:
+    """Share out this machine: one run per GPU, or per core where the runs are for the CPU; or ``jobs`` runs.
+
+    A device such as "cuda:1" is taken as it is: all runs go there.
+    """
+    cores = len(os.sched_getaffinity(0))
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
+    jobs = jobs or gpus or (1 if device.startswith("cuda") else cores)
+    return Slots(jobs, max(1, cores // jobs), gpus)
+
+
+def run_local(
+    runs: list[PlannedRun], slots: Slots, progress: SweepProgress, signals: StopSignals
+) -> list[str]:
+    """Train the runs, ``slots.jobs`` at a time, in order; return one line for each that failed.
+
+    Raises:
+        Stopped: after SIGINT or SIGTERM, once every training has saved a checkpoint and ended.
+    """
+    waiting, failures = list(runs), []
+    processes: dict[int, tuple[PlannedRun, subprocess.Popen]] = {}  # by slot
+    while waiting or processes:
+        for slot in range(slots.jobs):
+            if slot not in processes and waiting:
+                run = waiting.pop(0)
+                processes[slot] = (run, start_training(run, slots.environment(slot)))
+        time.sleep(_POLL_SECONDS)
+        if signals.received is not None:
+            _stop([process for _, process in processes.values()])
+            signals.stop()
+        for slot, (run, process) in list(processes.items()):
+            if process.poll() is not None:
+                del processes[slot]
+                failure = failure_of(run, process.returncode)
+                failures += [] if failure is None else [failure]
+                progress.ended(run, failure)
+        progress.show([run for run, _ in processes.values()])
+    return failures
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    """Have all save and end, and wait for it."""
+    for process in processes:
+        process.send_signal(SIGTERM)
+    for process in processes:
+        process.wait()

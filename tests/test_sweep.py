@@ -1,0 +1,279 @@
+"""Sweeps: what is planned, and real processes that are stopped, killed, broken, and gone on with."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock, Timeout
+from tiny_training import REPOSITORY, assert_same_end, figures, finish, steps_on_disk, wait_for
+
+from flowrl.data import load_episodes
+from flowrl.data.embedded import EMBEDDED
+from flowrl.data.sampler import WindowSampler
+from flowrl.errors import UserError
+from flowrl.sweeps.command import run_sweep
+from flowrl.sweeps.local import Slots
+from flowrl.sweeps.plan import PlannedRun, Sweep, plan_runs, product_methods, read_plan, read_sweep
+from flowrl.sweeps.progress import SweepProgress
+from flowrl.sweeps.state import last_step
+from flowrl.training.config import parse_train_config
+from flowrl.training.trainer import train
+
+TINY = {
+    "device": "cpu",
+    "env": "Hopper-v4",
+    "embed_dim": 8,
+    "num_heads": 2,
+    "num_layers": 1,
+    "batch_size": 4,
+    "eval_episodes": 1,
+    "eval_every": 0,
+    "checkpoint_every": 10,
+    "log_every": 5,
+    "targets": [5.0],
+}
+STEPS = 200  # long enough to be stopped on the way
+METHODS = {"flow-6": {"context_length": 6}, "softmax-6": {"attention": "softmax", "context_length": 6}}
+
+
+def write_sweep(path: Path, dataset: Path, steps: int, seeds: tuple[int, ...] = (0,)) -> Path:
+    common = "".join(f"  {name}: {value}\n" for name, value in {**TINY, "steps": steps}.items())
+    methods = "".join(f"  {name}: {options}\n".replace("'", "") for name, options in METHODS.items())
+    text = f"datasets: [{dataset}]\nmethods:\n{methods}seeds: {list(seeds)}\ncommon:\n{common}"
+    path.write_text(text)
+    return path
+
+
+def start_sweep(file: Path, runs_dir: Path, *words: str) -> subprocess.Popen:
+    """Start scripts/sweep.py in a process of its own."""
+    arguments = ["--sweep", str(file), "--runs-dir", str(runs_dir), "--jobs", "2", *words]
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "scripts" / "sweep.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+
+
+def test_plan_goes_seed_by_seed_and_options_win_in_order(tmp_path: Path) -> None:
+    sweep = Sweep(
+        datasets=("hopper-medium", "walker2d-medium"),
+        methods={"a": {"embed_dim": 16}, "b": {"context_length": "episode"}},
+        seeds=(3, 1),
+        common={"embed_dim": 32, "dataset": "flowrl", "dropout": 0.3, "learning_rate": 0.5},
+        arguments=("--dropout", "0.4"),
+    )
+    runs = plan_runs(sweep, tmp_path)
+    assert [run.name for run in runs] == [
+        f"{dataset}/{method}/seed{seed}"
+        for seed in (3, 1)
+        for dataset in ("hopper-medium", "walker2d-medium")
+        for method in ("a", "b")
+    ]
+    assert [run.config.embed_dim for run in runs[:2]] == [16, 32]  # the method's over the common one
+    assert {run.config.dropout for run in runs} == {0.4}  # the command line over both
+    assert {run.config.learning_rate for run in runs} == {0.5}  # common over the preset's 1e-3
+    assert runs[0].config.return_scale == 1000.0  # the preset of hopper-medium
+    assert [run.config.seed for run in runs[::4]] == [3, 1]
+    assert runs[1].run_dir == tmp_path / "hopper-medium" / "b" / "seed3"
+
+
+def test_methods_of_a_product_are_named_after_their_options() -> None:
+    methods = product_methods(("flow", "softmax"), ("fused",), (20, "episode"))
+    assert list(methods) == [
+        "flow-fused-20",
+        "flow-fused-episode",
+        "softmax-fused-20",
+        "softmax-fused-episode",
+    ]
+    assert methods["softmax-fused-episode"] == {
+        "attention": "softmax", "token_layout": "fused", "context_length": "episode",
+    }  # fmt: skip
+
+
+def test_timesteps_per_update_become_a_batch_size(tiny_dataset: Path, tmp_path: Path) -> None:
+    methods = {"episode": {"context_length": "episode"}, "windows": {"context_length": 20}, "one": {}}
+    methods["one"] = {"context_length": "episode", "timesteps_per_update": 1}
+    common = {"timesteps_per_update": 1280, "eval_episodes": 0}
+    runs = plan_runs(Sweep((str(tiny_dataset),), methods, (0,), common), tmp_path)
+    dataset = load_episodes(str(tiny_dataset))
+    sampler = WindowSampler(dataset, dataset.max_episode_length, 1, seed=0)
+    every_draw = sampler.gather(torch.arange(dataset.num_transitions))
+    per_episode = every_draw.num_timesteps / dataset.num_transitions  # 20.2, where the plain mean is 12
+    assert runs[0].config.batch_size == round(1280 / per_episode) == 63
+    assert runs[0].timesteps == round(63 * per_episode)
+    assert (runs[1].config.batch_size, runs[1].timesteps) == (64, 1280)
+    assert runs[2].config.batch_size == 1
+
+
+@pytest.mark.parametrize("name", ["embedded"])
+def test_shipped_sweeps_are_of_known_options(name: str, tmp_path: Path) -> None:
+    sweep = read_sweep(name)
+    assert set(sweep.datasets) <= set(EMBEDDED)
+    common = {key: value for key, value in sweep.common.items() if key != "timesteps_per_update"}
+    sweep = Sweep(sweep.datasets, sweep.methods, sweep.seeds, common)  # which would need the data
+    runs = plan_runs(sweep, tmp_path)
+    assert len({run.name for run in runs}) == len(sweep.datasets) * len(sweep.methods) * len(sweep.seeds)
+    assert {(run.config.steps, run.config.eval_episodes, run.config.embed_dim) for run in runs} == {
+        (2000, 20, 128)
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("datasets: [hoper-medium]\nmethods: {a: {}}", [], "did you mean 'hopper-medium'"),
+        ("datasets: [hopper-medium]\nmethods: {a: {atention: flow}}", [], "did you mean 'attention'"),
+        ("datasets: [hopper-medium]\nmethods: {a: {attention: foo}}", [], "'attention' cannot be 'foo'"),
+        ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--methods", "b"], "no such method"),
+        ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--attention", "flow"], "has its own methods"),
+        ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--seed", "1"], "--seeds"),
+        ("datasets: [hopper-medium]\nmethods: {a: {seed: 1}}", [], "--seeds"),
+        ("datasets: [hopper-medium]\nmethods: {a/b: {}}", [], "folder"),
+        ("datasets: [hopper-medium]\nmethods: {a: 1}", [], "must be a mapping"),
+        ("dataset: [hopper-medium]\nmethods: {a: {}}", [], "did you mean 'datasets'"),
+        ("datasets: [hopper-medium]\nmethods: {}", [], "no methods"),
+        ("datasets: [hopper-medium, hopper-medium]\nmethods: {a: {}}", [], "given twice"),
+        ("datasets: [ant-medium]\nmethods: {a: {dataset: flowrl}}", [], "no embedded dataset 'ant-medium'"),
+        (
+            "datasets: [hopper-medium]\nmethods: {a: {timesteps_per_update: 2, batch_size: 3}}",
+            [],
+            "not both",
+        ),
+        ("datasets: [hopper-medium]\nmethods: {a: {timesteps_per_update: no}}", [], "whole number"),
+        ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--jobs", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(text: str, words: list[str], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as raised:
+        run_sweep(["--sweep", str(file), "--runs-dir", str(tmp_path / "runs"), *words])
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_sweep_is_named() -> None:
+    with pytest.raises(UserError, match="did you mean 'embedded'"):
+        run_sweep(["--sweep", "embeded"])
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, steps=1000, seeds=(0, 1))
+    threads = torch.get_num_threads()
+    try:
+        assert run_sweep(["--sweep", str(file), "--runs-dir", str(tmp_path / "runs"), "--dry-run"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr().out
+    assert output.count("1000") == 4
+    assert "4 runs, 0 finished, 4 to do: about" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failed_run_stops_no_other_and_is_tried_again(tiny_dataset: Path, tmp_path: Path) -> None:
+    file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, steps=10), tmp_path / "runs"
+    plan = plan_runs(read_sweep(str(file)), runs)
+    broken, good = plan[0].run_dir, plan[1].run_dir
+    in_the_way = broken / "something"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    code, output, errors = finish(start_sweep(file, runs))
+    assert code == 1
+    assert "1 of 2 runs finished" in output
+    assert f"failed: {plan[0].name}: exit code 2: error: --run-dir {broken}: already there" in errors
+    assert steps_on_disk(good)[-1] == "step-00000010"
+    assert [entry["run"] for entry in read_plan(runs)] == [run.name for run in plan]
+    in_the_way.unlink()
+    before = {path: path.stat().st_mtime_ns for path in good.rglob("*")}
+    code, output, _ = finish(start_sweep(file, runs))
+    assert code == 0
+    assert "2 of 2 runs finished" in output
+    assert {path: path.stat().st_mtime_ns for path in good.rglob("*")} == before  # was not touched
+    with pytest.raises(UserError, match="was trained with 8, --resume cannot change it"):
+        run_sweep(["--sweep", str(file), "--runs-dir", str(runs), "--embed-dim", "16"])
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same trainings by scripts/train.py's own command line, uninterrupted; one folder per method."""
+    folder = tmp_path_factory.mktemp("whole")
+    for method, options in METHODS.items():
+        words = ["--dataset", str(tiny_dataset), "--steps", str(STEPS), "--run-dir", str(folder / method)]
+        for name, value in {**TINY, **options}.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        train(parse_train_config(words))
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_sweep_goes_on_exactly(
+    number: int, whole_runs: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
+    plan = plan_runs(read_sweep(str(file)), runs)
+    process = start_sweep(file, runs)
+    wait_for(lambda: all(last_step(run.run_dir) >= 20 for run in plan), process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    for run in plan:  # every training has ended too; with SIGKILL, soon
+        wait_until_free(run)
+        assert steps_on_disk(run.run_dir)[-1] < f"step-{STEPS:08d}"
+    code, output, _ = finish(start_sweep(file, runs))
+    assert (code, "2 of 2 runs finished" in output) == (0, True)
+    for run in plan:
+        assert_same_end(run.run_dir, whole_runs / run.method)
+    assert [entry["step"] for entry in figures(run.run_dir, "train")] == list(range(5, STEPS + 1, 5))
+
+
+def wait_until_free(run: PlannedRun) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with FileLock(run.run_dir / ".lock", timeout=0):
+                return
+        except Timeout:
+            assert time.monotonic() < deadline, "a training outlived its sweep"
+            time.sleep(0.1)
+
+
+def test_two_sweeps_in_one_folder_are_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, steps=10), tmp_path / "runs"
+    runs.mkdir()
+    with FileLock(runs / ".lock"), pytest.raises(UserError, match="another sweep is at work"):
+        run_sweep(["--sweep", str(file), "--runs-dir", str(runs)])
+
+
+def test_slots_share_out_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    slots = Slots(jobs=4, threads=2, gpus=2)
+    devices = [slots.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
+    assert devices == ["0", "1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert slots.environment(1) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "5"}
+    assert Slots(jobs=2, threads=1, gpus=0).environment(1) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_progress_counts_the_updates_of_all_runs(tiny_dataset: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, steps=100)
+    first, second = plan_runs(read_sweep(str(file)), tmp_path / "runs")
+    progress = SweepProgress([first, second], [first])
+    assert progress.updates == 100
+    second.run_dir.mkdir(parents=True)
+    (second.run_dir / "metrics.jsonl").write_text('{"kind": "train", "step": 40}\n{"kind": "tr')
+    progress.show([second])
+    assert progress.updates == 140
+    progress.ended(second, None)
+    progress.show([])
+    assert progress.updates == 200
+    progress.close()
