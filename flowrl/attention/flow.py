@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowrl.attention.flow_blocks import CausalFlowBlocks
+from flowrl.attention.flow_triton import triton_flow_attention, triton_supports
 
 ONE_BLOCK = 128  # tokens up to which one block does the whole job
 SHORTEST_BLOCK = 32  # otherwise blocks as long as head_dim: the Gram matrix then costs what the memory does
@@ -72,6 +73,8 @@ def flow_attention(
     float64 input) whatever the autocast state. Raises ValueError for shapes that do not fit.
     """
     _check_shapes(queries, keys, values, causal)
+    if causal and triton_supports(queries, keys, values):
+        return triton_flow_attention(queries, keys, values, clamp=clamp, eps=eps)
     with torch.autocast(queries.device.type, enabled=False):
         dtype = _accumulation_dtype(queries.dtype)
         q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)

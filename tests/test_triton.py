@@ -1,0 +1,112 @@
+"""The Triton kernels against the naive form: on a GPU where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+from test_attention import assert_all_close, extreme_inputs, tokens, with_gradients
+
+from flowrl.attention import flow_attention, naive_flow_attention
+from flowrl.attention.flow_triton import triton_flow_attention, triton_supports
+
+pytest.importorskip("triton", reason="triton is not installed; CUDA builds of torch bring it")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIONS = ({}, {"clamp": 0.3, "eps": 0.05})
+
+
+def on_device(*tensors):
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "head_dim"),
+    [
+        (1, 2, 1, 16),
+        (2, 1, 5, 32),
+        (2, 2, 16, 16),
+        (2, 4, 59, 64),  # a window of 20 timesteps
+        (1, 1, 64, 128),
+        (1, 2, 65, 32),  # two blocks
+        (2, 1, 128, 16),
+        (1, 1, 130, 128),
+        (1, 2, 333, 64),
+    ],
+)
+def test_outputs_and_gradients_are_the_naive_ones(batch, heads, length, head_dim):
+    shape = {"batch": batch, "heads": heads, "head_dim": head_dim, "value_dim": head_dim}
+    inputs = on_device(*tokens(length, **shape, dtype=torch.float32))
+    for options in OPTIONS:
+        exact = with_gradients(naive_flow_attention, *(x.double() for x in inputs), **options)
+        actual = with_gradients(triton_flow_attention, *inputs, **options)
+        assert all(x.dtype == torch.float32 for x in actual)
+        assert_all_close(actual, exact, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [59, 200])
+def test_half_precision_is_summed_in_float32(length, dtype):
+    shape = {"head_dim": 64, "value_dim": 64}
+    inputs = on_device(*(x.to(dtype) for x in tokens(length, **shape)))
+    exact = with_gradients(naive_flow_attention, *(x.double() for x in inputs))
+    actual = with_gradients(triton_flow_attention, *inputs)
+    for value, reference in zip(actual, exact, strict=True):
+        assert value.dtype == dtype
+        # The final rounding (the interpreter cuts off) and, on a GPU, products of TensorFloat-32; several
+        # blocks take the gradient by an output's scale from its rounded value. Flows summed in bfloat16
+        # would be off by percents.
+        allowed = 2**-7 * reference.abs() + (2**-10 if length < 64 else 2**-7) * reference.abs().max()
+        assert ((value.double() - reference).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("length", [60, 150])
+def test_slices_of_a_projection_are_read_in_place(length):
+    """As the model hands them over: (batch, length, 3, heads, head_dim), permuted; gradients come strided."""
+    projected = torch.randn(2, length, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight = torch.randn(2, 2, length // 3, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    results = []
+    for attention in (triton_flow_attention, naive_flow_attention):
+        inputs = projected.clone().requires_grad_()
+        outputs = attention(*inputs.permute(2, 0, 3, 1, 4))
+        (outputs[:, :, 1::3] * weight[:, :, : len(range(1, length, 3))]).sum().backward()
+        results.append((outputs.detach(), inputs.grad))
+    for ours, naive in zip(*results, strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-5)
+
+
+def test_a_change_alters_nothing_before_it():
+    inputs = on_device(*tokens(130, heads=1, head_dim=16, value_dim=16, dtype=torch.float32)[:3])
+    before = triton_flow_attention(*inputs)
+    for index in range(3):
+        for changed in (0, 63, 64):
+            altered = [tensor.clone() for tensor in inputs]
+            altered[index][:, :, changed] += 3
+            after = triton_flow_attention(*altered)
+            assert torch.equal(after[:, :, :changed], before[:, :, :changed])
+            assert not torch.equal(after[:, :, changed], before[:, :, changed])
+
+
+def test_extreme_inputs_stay_finite():
+    cases = extreme_inputs(130, 16)
+    queries, keys = (torch.stack(tensors) for tensors in zip(*cases.values(), strict=True))
+    values = 2e4 * torch.rand(len(cases), 1, 130, 16, generator=torch.Generator().manual_seed(4)) - 1e4
+    inputs = on_device(queries, keys, values)
+    results = with_gradients(triton_flow_attention, *inputs, 1.0)
+    expected = with_gradients(naive_flow_attention, *(x.double() for x in inputs), 1.0)
+    for row, case in enumerate(cases):
+        assert all(result[row].isfinite().all() for result in results), case
+        scale = expected[0][row].abs().max()
+        assert (results[0][row] - expected[0][row]).abs().max() <= 1e-4 * scale, case
+
+
+def test_what_the_kernels_cannot_do_is_left_to_torch():
+    on_cpu = torch.zeros(1, 2, 8, 64)
+    assert not triton_supports(on_cpu, on_cpu, on_cpu)
+    for head_dim, value_dim, dtype in (
+        (64, 32, torch.float32),
+        (24, 24, torch.float32),
+        (64, 64, torch.float64),
+    ):
+        x = torch.randn(1, 2, 8, head_dim, dtype=dtype, device=DEVICE)
+        values = torch.randn(1, 2, 8, value_dim, dtype=dtype, device=DEVICE)
+        assert not triton_supports(x, x, values)
+        expected = naive_flow_attention(x.double(), x.double(), values.double())
+        assert (flow_attention(x, x, values) - expected).abs().max() < 1e-5
