@@ -112,7 +112,7 @@ def test_timesteps_per_update_become_a_batch_size(tiny_dataset: Path, tmp_path: 
     assert runs[2].config.batch_size == 1
 
 
-@pytest.mark.parametrize("name", ["embedded"])
+@pytest.mark.parametrize("name", ["embedded", "embedded-attention"])
 def test_shipped_sweeps_are_of_known_options(name: str, tmp_path: Path) -> None:
     sweep = read_sweep(name)
     assert set(sweep.datasets) <= set(EMBEDDED)

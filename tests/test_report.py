@@ -1,0 +1,261 @@
+"""Reports: statistics against values worked out otherwise, tables of run folders written by hand."""
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from flowrl.errors import UserError
+from flowrl.report.command import ReportConfig, write_report
+from flowrl.report.runs import load_runs
+from flowrl.report.statistics import (
+    improvement,
+    improvement_interval,
+    interquartile_mean,
+    interquartile_mean_interval,
+    probability_of_improvement,
+    standard_error,
+)
+from flowrl.report.table import D4RL_DATASETS
+from flowrl.training.config import TrainConfig, to_yaml
+
+BASE = TrainConfig(env="hopper-medium", steps=100, eval_episodes=2, targets=(100.0, 50.0), embed_dim=16)
+
+
+def write_run(
+    folder: Path,
+    score: float,
+    *,
+    config: TrainConfig = BASE,
+    dataset: str = "flowrl/hopper/medium-v0",
+    sha256: str = "ab" * 32,
+    last_step: int | None = None,
+    normalized: bool = True,
+) -> Path:
+    """A run folder with evaluations at half of the updates (score + 5) and at ``last_step`` (score).
+
+    The second target return scores 1 less, returns are ten times the scores, episodes 50 steps long.
+    """
+    last_step = config.steps if last_step is None else last_step
+    folder.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [
+        {
+            "kind": "run",
+            "step": 0,
+            "dataset_id": dataset,
+            "dataset_sha256": sha256,
+            "environment": {"env_id": "Hopper-v5", "kwargs": {}, "max_episode_steps": None},
+        }
+    ]
+    for step in dict.fromkeys((config.steps // 2, last_step)):
+        speeds = {"tokens_per_second": 300.0, "updates_per_second": 5.0}
+        lines.append({"kind": "train", "step": step, "loss": 0.5, **speeds})
+        for index, target in enumerate(config.targets):
+            value = score - index + 5 * (step < config.steps)
+            figures = {
+                "target_return": target,
+                "seconds": 4.0,
+                "length_mean": 50.0,
+                "return_mean": value * 10,
+            }
+            scores = {"normalized_score_mean": value} if normalized else {}
+            lines.append({"kind": "evaluation", "step": step, **figures, **scores})
+    (folder / "config.yaml").write_text(to_yaml(replace(config, run_dir=folder)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def seeded(seed: int, **changes: Any) -> TrainConfig:
+    return replace(BASE, seed=seed, **changes)
+
+
+def row_of(text: str, name: str) -> list[str]:
+    """The cells of the first table row that begins with ``name``."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_interquartile_mean_cuts_a_quarter_rounded_down_at_each_end() -> None:
+    assert interquartile_mean(np.array([100.0, 1, 2, 3, 4, 5, 6, -50])) == (2 + 3 + 4 + 5) / 4
+    assert interquartile_mean(np.array([1.0, 2, 30])) == 11  # 3 // 4 == 0: nothing is cut
+    assert interquartile_mean(np.array([9.0, 1, 2, 3, 4, 0])) == (1 + 2 + 3 + 4) / 4  # 6 // 4 == 1
+
+
+def test_interval_of_the_interquartile_mean_is_that_of_all_resamples() -> None:
+    tasks = [np.array([1.0, 4.0, 9.0]), np.array([20.0, 35.0, 60.0])]
+    outcomes = []  # every way to draw three of three, in both tasks: 729, all equally likely
+    for first, second in product(product(tasks[0], repeat=3), product(tasks[1], repeat=3)):
+        ordered = sorted([*first, *second])
+        outcomes.append(sum(ordered[1:-1]) / 4)
+    expected = np.quantile(outcomes, [0.025, 0.975])
+    np.testing.assert_allclose(interquartile_mean_interval(tasks), expected, atol=1.0)
+    assert interquartile_mean_interval(tasks) == interquartile_mean_interval(tasks)  # a seed is a seed
+
+
+def test_probability_of_improvement_counts_pairs_and_halves_ties() -> None:
+    first, second = np.array([3.0, 1.0]), np.array([2.0, 1.0, 0.0])
+    # 3 beats all three; 1 loses to 2, ties with 1, beats 0: (3 + 1.5) / 6
+    assert improvement(first, second) == 4.5 / 6
+    other = (np.array([0.0]), np.array([1.0]))
+    assert probability_of_improvement([first, other[0]], [second, other[1]]) == (4.5 / 6 + 0) / 2
+    assert probability_of_improvement([second], [first]) == 1 - 4.5 / 6
+
+
+def test_interval_of_improvement_is_that_of_all_resamples() -> None:
+    first, second = np.array([3.0, 1.0, 2.5]), np.array([2.0, 1.0])
+    outcomes = [
+        np.mean([(a > b) + 0.5 * (a == b) for a in drawn for b in others])
+        for drawn in product(first, repeat=3)
+        for others in product(second, repeat=2)
+    ]
+    expected = np.quantile(outcomes, [0.025, 0.975])
+    np.testing.assert_allclose(improvement_interval([first], [second]), expected, atol=0.1)
+
+
+def test_standard_error() -> None:
+    assert standard_error(np.array([1.0, 3.0])) == 1.0  # sqrt(2) / sqrt(2)
+    assert np.isnan(standard_error(np.array([5.0])))
+
+
+def test_report_of_two_methods_on_two_datasets(tmp_path: Path) -> None:
+    scores = {("hopper", "flow"): (10, 14), ("hopper", "softmax"): (20, 20)}
+    scores |= {("walker2d", "flow"): (40, 60), ("walker2d", "softmax"): (30, 34)}
+    for (dataset, attention), values in scores.items():
+        for seed, score in enumerate(values):
+            write_run(
+                tmp_path / "runs" / f"{dataset}-{attention}-{seed}",
+                score,
+                config=seeded(seed, attention=attention),
+                dataset=f"flowrl/{dataset}/medium-v0",
+                sha256=dataset.ljust(64, "0"),
+            )
+    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
+    assert (tmp_path / "out" / "report.md").read_text() == text
+    flow, softmax = "flow-interleaved-20", "softmax-interleaved-20"
+    assert row_of(text, "dataset") == ["dataset", "environment", flow, softmax]
+    assert row_of(text, "`flowrl/hopper")[1:] == ["Hopper-v5", "12.0 ± 2.0 (2)", "**20.0 ± 0.0** (2)"]
+    assert row_of(text, "`flowrl/walker2d")[1:] == ["Hopper-v5", "**50.0 ± 10.0** (2)", "32.0 ± 2.0 (2)"]
+    # errors of independent means: sqrt(2² + 10²) / 2 and sqrt(0² + 2²) / 2
+    assert row_of(text, "average of 2")[2:] == ["31.0 ± 5.1", "26.0 ± 1.0"]
+    assert row_of(text, flow)[1] == f"{(14 + 40) / 2:.1f}"  # interquartile: 10 and 60 are cut
+    assert row_of(text, softmax)[1] == f"{(20 + 30) / 2:.1f}"
+    best = text.split("## Best of all evaluations")[1]
+    assert row_of(best, "`flowrl/hopper")[2] == "17.0 ± 2.0 (2)"  # at half of the updates
+    improvements = text.split("higher than ...")[1]
+    assert row_of(improvements, flow)[2].startswith(
+        "0.50 ("
+    )  # loses every hopper pair, wins every walker one
+    speeds = row_of(text.split("## Speed")[1], flow)
+    assert speeds[1:] == ["5", "300", "50"]  # 2 targets x 2 episodes x 50 steps in 4 seconds
+    assert "seeds 0, 1; all with steps 100, embed_dim 16" in text
+    assert "published" not in text
+    assert "Nothing is missing" in text
+    for name in ("scores", "learning-curves", "achieved-returns"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    entries = [("flow", 0), ("flow", 1), ("flow", 2), ("softmax", 0), ("softmax", 1)]
+    runs = [
+        {"run": f"h/{method}/seed{seed}", "dataset": "h", "method": method, "seed": seed, "steps": 100}
+        for method, seed in entries
+    ]
+    sweep.mkdir()
+    (sweep / "sweep.json").write_text(json.dumps({"runs": runs}))
+    write_run(sweep / "h" / "flow" / "seed0", 10)
+    write_run(sweep / "h" / "flow" / "seed1", 99, config=seeded(1), last_step=60)
+    write_run(sweep / "h" / "softmax" / "seed0", 30, config=seeded(0, attention="softmax"))
+    write_run(sweep / "h" / "softmax" / "seed1", 40, config=seeded(1, attention="softmax"))
+    text = write_report(ReportConfig((sweep,), tmp_path / "out", plots="svg"))
+    assert row_of(text, "`flowrl/hopper")[2:] == ["10.0 (1)", "**35.0 ± 5.0** (2)"]
+    listed = text.split("## Not in the tables")[1]
+    assert "seed1: partial, 60 of 100 updates" in listed
+    assert "seed2: missing" in listed
+    # all methods together: only the seed that both have finished
+    assert row_of(text, "softmax")[1:] == ["30.0", "needs two seeds", "1"]
+    assert (tmp_path / "out" / "scores.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message", "label"),
+    [
+        ({"sha256": "cd" * 32}, {}, "dataset sha256 abababababab", "medium-v0 (cdcdcdcd, Hopper-v5)"),
+        ({}, {"steps": 200}, "steps 100 against 200", "20 (steps 200)"),
+        ({}, {"embed_dim": 32}, "embed_dim 16 against 32", "20 (embed_dim 32)"),
+        ({}, {"targets": (90.0,)}, "targets", "(targets [90.0])"),
+    ],
+)
+def test_runs_that_differ_share_a_table_only_when_asked_and_labelled(
+    options: dict[str, Any], changes: dict[str, Any], message: str, label: str, tmp_path: Path
+) -> None:
+    paths = (
+        write_run(tmp_path / "a", 10),
+        write_run(tmp_path / "b", 30, config=seeded(1, **changes), **options),
+    )
+    with pytest.raises(UserError, match=message) as raised:
+        write_report(ReportConfig(paths, tmp_path / "out"))
+    assert "--mixed" in str(raised.value)
+    assert not (tmp_path / "out").exists()
+    text = write_report(ReportConfig(paths, tmp_path / "out", mixed=True))
+    table = text.split("## All methods")[0].replace("*", "")
+    assert label in table
+    assert "10.0 (1)" in table
+    assert "30.0 (1)" in table
+    assert "20.0" not in table.replace("average of 2 |  | 20.0", "")  # not the mean of a cell
+
+
+def test_published_averages_stand_beside_d4rl_alone(tmp_path: Path) -> None:
+    for index, dataset in enumerate(sorted(D4RL_DATASETS)):
+        write_run(tmp_path / "runs" / str(index), 50, dataset=dataset, sha256=f"{index}" * 64)
+    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
+    assert row_of(text, "*published: CORL")[2] == "*73.84*"
+    assert text.count("*published") == 3  # not below the best of all evaluations
+    (tmp_path / "runs" / "0").rename(tmp_path / "aside")
+    assert "published" not in write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
+
+
+def test_returns_without_reference_scores_are_not_averaged_with_scores(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", 10)
+    write_run(tmp_path / "runs" / "b", 7, dataset="mine/robot", sha256="1" * 64, normalized=False)
+    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
+    assert row_of(text, "`mine/robot")[::2] == ["`mine/robot` (return)", "**70.0** (1)"]
+    assert row_of(text, "average of 1")[2] == "10.0"
+
+
+def test_methods_are_chosen_and_ordered(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", 10)
+    write_run(tmp_path / "runs" / "b", 20, config=seeded(0, attention="softmax"))
+    write_run(tmp_path / "runs" / "c", 20, config=seeded(0, attention="linear"))
+    chosen = ("softmax-interleaved-20", "flow-interleaved-20")
+    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out", methods=chosen))
+    assert row_of(text, "dataset")[2:] == list(chosen)
+    with pytest.raises(UserError, match="did you mean 'flow-interleaved-20'"):
+        write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out", methods=("flow-interleved-20",)))
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no runs in it"):
+        load_runs([tmp_path])
+    partial = write_run(tmp_path / "partial", 1, last_step=20)
+    with pytest.raises(UserError, match=r"no finished run to report on: .*partial, 50 of 100"):
+        write_report(ReportConfig((partial,), tmp_path / "out"))
+    twins = (write_run(tmp_path / "a", 1), write_run(tmp_path / "b", 2))
+    with pytest.raises(UserError, match="give one of them"):
+        write_report(ReportConfig(twins, tmp_path / "out", mixed=True))
+    config = yaml.safe_load((twins[0] / "config.yaml").read_text())
+    del config["attention"]
+    (twins[0] / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="not those of a run"):
+        load_runs([twins[0]])
+    (twins[1] / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="line 1 is not a line of metrics"):
+        load_runs([twins[1]])
+    (tmp_path / "sweep.json").write_text('{"runs": [{"run": 3}]}')
+    with pytest.raises(UserError, match="not the record of a sweep"):
+        load_runs([tmp_path])
