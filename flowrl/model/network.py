@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.attention.kinds import ATTENTION_KINDS, AttentionName, State
+from flowrl.model.dropout import Dropout
 
 TokenLayout = Literal["interleaved", "fused"]
 INIT_STD = 0.02
@@ -85,7 +86,7 @@ class Block(nn.Module):
             nn.ReLU(),
             nn.Linear(4 * config.embed_dim, config.embed_dim),
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
         """(batch, length, embed_dim) -> the same, of the tokens in ``read`` alone."""
@@ -121,7 +122,7 @@ class SequenceModel(nn.Module):
                 INIT_STD * torch.randn(width)
             )  # where there is no previous action
         self.embed_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.final_norm = nn.LayerNorm(width)
         self.predict_action = nn.Linear(width, config.action_dim)
