@@ -42,6 +42,8 @@ class ConstantAgent:
     default_targets: tuple[float, ...] = (600.0, 0.0)
     checkpoint_step: int = 50
     acting: str = "recurrent"
+    observation_dim: int = 11
+    action_dim: int = 3
     targets: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def reset(self, num_envs, target_return):

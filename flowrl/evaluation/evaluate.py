@@ -14,11 +14,15 @@ import tyro
 import flowrl
 from flowrl.atomic import write_text
 from flowrl.envs.reference_scores import ReferenceScores
+from flowrl.envs.spaces import check_environment
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.rollout import BatchedAgent, rollout
 from flowrl.evaluation.video import check_video, write_video
 from flowrl.signals import StopSignals
+
+MOST_EPISODES = 100_000  # each has an environment of its own
+LARGEST_SEED = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,15 @@ def evaluate(
     same starts, and the same call gives the same starts again.
 
     Raises:
-        UserError: no target, no episode, or a target that is not finite.
+        UserError: no target, no episode, too many of them, or a target or seed out of range.
         NonFiniteError: see :func:`flowrl.evaluation.rollout.rollout`.
     """
     if episodes < 1:
         raise UserError(f"--episodes {episodes}: at least one episode per target is needed")
+    if episodes * len(targets) > MOST_EPISODES:
+        raise UserError(f"--episodes {episodes}: all run at once; at most {MOST_EPISODES} of all targets do")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"--seed {seed}: must be from 0 to {LARGEST_SEED}")
     if not targets or not np.isfinite(targets).all():
         raise UserError(
             f"--targets {' '.join(map(str, targets))}: at least one finite target return is needed"
@@ -185,6 +193,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         f"sha256 {agent.dataset_sha256[:12]}, acting {agent.acting}, "
         f"checkpoint {agent.checkpoint_step}, seed {config.seed}"
     )
+    check_environment(environment, agent.observation_dim, agent.action_dim)
     results = evaluate(agent, environment, targets, config.episodes, config.seed, agent.reference)
     print(format_table(results))
     if config.json is not None:

@@ -86,6 +86,14 @@ class Agent:
         return self.model.observation_mean.device
 
     @property
+    def observation_dim(self) -> int:
+        return self.config.model.observation_dim
+
+    @property
+    def action_dim(self) -> int:
+        return self.config.model.action_dim
+
+    @property
     def environment(self) -> EnvironmentSpec | None:
         return self.config.environment
 

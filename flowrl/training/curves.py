@@ -33,9 +33,9 @@ def draw_curves(config: CurvesConfig) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss_axes, score_axes = figure.subplots(1, 2)
     for run in config.runs:
-        train = read_metrics(run, "train")
+        train = read_metrics(run, "train", ("loss",))
         loss_axes.plot([entry["step"] for entry in train], [entry["loss"] for entry in train], label=run.name)
-        evaluations = read_metrics(run, "evaluation")
+        evaluations = read_metrics(run, "evaluation", ("target_return", "normalized_score_mean"))
         for target in sorted({entry["target_return"] for entry in evaluations}, reverse=True):
             points = [entry for entry in evaluations if entry["target_return"] == target]
             score_axes.errorbar(

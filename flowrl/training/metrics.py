@@ -59,8 +59,10 @@ class MetricsLog:
             self._report_thread(failure)
 
 
-def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+def read_metrics(run: Path, kind: str, figures: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Return the lines of one kind (run, train, evaluation) of a run, in the order they were written.
+
+    Each line has a step and these ``figures``, which are numbers.
 
     Raises:
         UserError: no such run, or a line that is not one of metrics.
@@ -69,12 +71,15 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{run}: not a run folder, it has no {METRICS_FILE}")
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(run), start=1):
         try:
             entry = json.loads(line)
-            if entry["kind"] == kind:
-                entries.append(entry)
-        except (ValueError, KeyError, TypeError) as error:
+            if entry["kind"] != kind:
+                continue
+            if not all(isinstance(entry[name], int | float) for name in ("step", *figures)):
+                raise TypeError("not a number")
+            entries.append(entry)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not a line of metrics") from error
     return entries
 
@@ -100,7 +105,7 @@ def rewind(run_dir: Path, step: int, evaluated_step: int) -> None:
             entry = json.loads(line)
             last = evaluated_step if entry["kind"] == "evaluation" else step
             keep = entry["step"] <= last
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not a line of metrics") from error
             keep = False

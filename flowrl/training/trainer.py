@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from reprlib import repr as short_repr
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -314,15 +316,25 @@ class Trainer:
             self.sampler.generator_state = tensors.pop("random.sampler")
             if "random.cuda" in tensors and self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-            self._pending = list(tensors.pop("pending", torch.empty(0, 2)).to(self.device))
+            pending = tensors.pop("pending", torch.empty(0, 2))
+            if pending.shape[1:] != (2,) or pending.dtype != torch.float32 or not pending.isfinite().all():
+                raise ValueError("'pending' must hold pairs of finite numbers")
+            self._pending = list(pending.to(self.device))
             state = _optimizer_state(tensors, self.model, started=resumed.step > 0)
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.step = resumed.step
-            self.evaluated_step = int(resumed.training["evaluated_step"])
-            self._pending_tokens = int(resumed.training["pending_tokens"])
+            self.evaluated_step = _count(resumed.training, "evaluated_step", lowest=-1, highest=self.step)
+            self._pending_tokens = _count(resumed.training, "pending_tokens", lowest=0, highest=1 << 53)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{where}: not the state of this training: {error}") from error
+
+
+def _count(training: dict[str, Any], name: str, lowest: int, highest: int) -> int:
+    value = training[name]
+    if type(value) is not int or not lowest <= value <= highest:
+        raise ValueError(f"'{name}' cannot be {short_repr(value)}")
+    return value
 
 
 def _optimizer_state(
@@ -338,7 +350,10 @@ def _optimizer_state(
         if full_name.startswith("optimizer."):
             _, index, name = full_name.split(".")
             state.setdefault(int(index), {})[name] = value
-    shapes = {index: {name: x.shape for name, x in entry.items()} for index, entry in state.items()}
+    shapes = {
+        index: {name: x.shape for name, x in entry.items() if x.dtype == torch.float32}
+        for index, entry in state.items()
+    }
     fitting = {
         index: {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
         for index, parameter in enumerate(model.parameters())

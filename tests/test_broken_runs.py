@@ -1,0 +1,345 @@
+"""Run folders with wrong weights, configurations, states and figures: refused, whatever vouches for them."""
+
+import copy
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from broken_inputs import MARKER, PICKLES, ending, refusal
+from safetensors.torch import load_file, save_file
+from tiny_training import resume_here, train_here
+
+import flowrl
+from flowrl.evaluation.evaluate import EvaluateConfig, evaluate_run
+from flowrl.training.curves import CurvesConfig, draw_curves
+from flowrl.training.metrics import METRICS_FILE
+
+STEP = "checkpoints/step-00000004"
+WRONG = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1 << 40,
+    10**400,
+    math.nan,
+    -math.inf,
+    "x",
+    "",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": 1},
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four updates with one checkpoint; not to be changed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train_here(tiny_dataset, run, steps=4, checkpoint_every=4, log_every=3, keep_checkpoints=1, targets="30")
+    return run
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def reseal(run: Path) -> None:
+    """Make the manifest vouch for whatever the files now hold."""
+    manifest = json.loads((run / STEP / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (run / STEP / name).read_bytes()
+        manifest["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    (run / STEP / "manifest.json").write_text(json.dumps(manifest))
+
+
+def places(data: Any, so_far: tuple = ()) -> Iterator[tuple]:
+    """Every place in a JSON document that a value can be put into."""
+    if so_far:
+        yield so_far
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield from places(value, (*so_far, key))
+
+
+def with_value(data: Any, place: tuple, value: Any) -> Any:
+    changed = copy.deepcopy(data)
+    holder = changed
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize("name", ["agent.json", "manifest.json"])
+def test_every_entry_with_every_wrong_value(run: Path, name: str) -> None:
+    path = run / STEP / name
+    data, tried, refused = json.loads(path.read_text()), 0, 0
+    for place in places(data):
+        for value in WRONG:
+            path.write_text(json.dumps(with_value(data, place, value)))
+            if name != "manifest.json":
+                reseal(run)
+            tried += 1
+            refused += ending(lambda: flowrl.load_agent(run)) is not None
+    assert tried > 200
+    assert refused > 0.75 * tried  # the rest are other values of the right kind, such as another dataset_id
+
+
+def tensor_damage(name: str, tensor: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    yield {}
+    yield {name: tensor, f"{name}.more": tensor.clone()}
+    yield {name: tensor[None]}
+    yield {name: torch.cat((tensor.flatten(), tensor.flatten()))}
+    yield {name: tensor.flatten()[:0]}
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool):
+        yield {name: tensor.to(dtype)}
+    for value in (math.nan, math.inf, -math.inf):
+        yield {name: torch.full_like(tensor, value)}
+
+
+def test_every_tensor_of_the_model_with_every_damage(run: Path) -> None:
+    path, tried = run / STEP / "model.safetensors", 0
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        others = {other: value for other, value in tensors.items() if other != name}
+        for damage in tensor_damage(name, tensor):
+            save_file({**others, **damage}, path)
+            reseal(run)
+            line = refusal(lambda: flowrl.load_agent(run))
+            assert name in line
+            assert "model.safetensors" in line
+            tried += 1
+    assert tried == 13 * len(tensors) > 300
+
+
+def safetensors(header: Any, data: bytes = bytes(64), length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (16,), offsets: Any = (0, 64)) -> dict[str, Any]:
+    return {"w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+HEADERS = {
+    "nothing": b"",
+    "half a length": b"\x10\0\0",
+    "no header": safetensors(b"", b""),
+    "a length of gigabytes": safetensors(entry(), length=1 << 33),
+    "a length of 2^64 - 1": safetensors(entry(), length=(1 << 64) - 1),
+    "a length of 100 MB": safetensors(entry(), length=100_000_000),
+    "a length too short": safetensors(entry(), length=5),
+    "a length too long": safetensors(entry(), length=200),
+    "no JSON": safetensors(b"x" * 64),
+    "JSON of a list": safetensors([]),
+    "JSON of null": safetensors(b"null"),
+    "JSON without end": safetensors(b"[" * 100_000),
+    "not UTF-8": safetensors(b'{"\xff\xfe": 1}'),
+    "a tensor of gigabytes": safetensors(entry(shape=(1 << 30,), offsets=(0, 1 << 32))),
+    "a tensor of exabytes": safetensors(entry(shape=(1 << 61,), offsets=(0, 1 << 63))),
+    "a shape that overflows": safetensors(entry(shape=(1 << 33, 1 << 33))),
+    "a shape that overflows to the right size": safetensors(entry(shape=(1 << 62, 4, 16))),
+    "a negative shape": safetensors(entry(shape=(-16,))),
+    "a fractional shape": safetensors(entry(shape=(16.5,))),
+    "a shape of text": safetensors(entry(shape="16")),
+    "offsets behind the end": safetensors(entry(offsets=(64, 128))),
+    "offsets backwards": safetensors(entry(offsets=(64, 0))),
+    "offsets below zero": safetensors(entry(offsets=(-64, 0))),
+    "offsets of another size": safetensors(entry(offsets=(0, 60))),
+    "three offsets": safetensors(entry(offsets=(0, 32, 64))),
+    "an unknown type": safetensors(entry("F33")),
+    "a type of bits": safetensors(entry("F4", (128,))),
+    "an 8-bit type": safetensors(entry("F8_E8M0", (64,))),
+    "complex numbers": safetensors(entry("C64", (8,))),
+    "a type of number": safetensors(entry(5)),
+    "no type": safetensors({"w": {"shape": [16], "data_offsets": [0, 64]}}),
+    "overlapping tensors": safetensors({**entry(), "v": entry()["w"]}),
+    "a hole": safetensors(entry(offsets=(4, 64), shape=(15,))),
+    "bytes behind the end": safetensors(entry(), bytes(100)),
+    "metadata of numbers": safetensors({"__metadata__": {"a": 1}, **entry()}),
+    "metadata of a list": safetensors({"__metadata__": [], **entry()}),
+    "a tensor given twice": safetensors(b'{"w":{},"w":' + json.dumps(entry()["w"]).encode() + b"}"),
+    "a whole file of something else": safetensors(entry()),
+    **{f"pickle {index}": pickled for index, pickled in enumerate(PICKLES)},
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_broken_safetensors_header_is_refused(run: Path, tmp_path: Path, case: str) -> None:
+    for name, use in (("model", lambda: flowrl.load_agent(run)), ("training", lambda: resume_here(run))):
+        before = (run / STEP / f"{name}.safetensors").read_bytes()
+        (run / STEP / f"{name}.safetensors").write_bytes(HEADERS[case])
+        reseal(run)
+        assert f"{name}.safetensors" in refusal(use)
+        (run / STEP / f"{name}.safetensors").write_bytes(before)
+    assert not (tmp_path / MARKER).exists()
+
+
+def test_flipped_headers_are_refused_or_give_other_names(run: Path) -> None:
+    path = run / STEP / "model.safetensors"
+    whole = path.read_bytes()
+    end = 8 + struct.unpack("<Q", whole[:8])[0]
+    positions = [*range(8), *range(8, end, 17)]
+    for position in positions:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x04]) + whole[position + 1 :])
+        reseal(run)
+        assert "model.safetensors" in refusal(lambda: flowrl.load_agent(run))
+    assert len(positions) > 100
+
+
+STATE = {
+    "no optimiser": lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("optimizer.")},
+    "other names": lambda tensors: {f"x.{k}": v for k, v in tensors.items()},
+    "no numbers": lambda tensors: {**tensors, "optimizer.x.exp_avg": torch.zeros(3)},
+    "too many dots": lambda tensors: {**tensors, "optimizer.0.a.b": torch.zeros(3)},
+    "no dots": lambda tensors: {**tensors, "optimizer.0": torch.zeros(3)},
+    "a huge number": lambda tensors: {**tensors, "optimizer." + "9" * 5000 + ".x": torch.zeros(3)},
+    "steps of a row": lambda tensors: {**tensors, "optimizer.0.step": torch.ones(2)},
+    "averages of integers": lambda tensors: {
+        **tensors, "optimizer.0.exp_avg": tensors["optimizer.0.exp_avg"].to(torch.int64)
+    },
+    **{
+        f"pending {shape} {dtype}": lambda tensors, shape=shape, dtype=dtype: {
+            **tensors, "pending": torch.ones(shape).to(dtype)
+        }
+        for shape, dtype in (
+            *((shape, torch.float32) for shape in ((), (3,), (1, 5), (2, 2, 2))),
+            *(((1, 2), torch.int64), ((1, 2), torch.bool), ((1, 2), torch.float64)),
+        )
+    },
+    **{
+        f"pending {value}": lambda tensors, value=value: {**tensors, "pending": torch.full((1, 2), value)}
+        for value in (math.nan, math.inf)
+    },
+    **{
+        f"{name} {case}": lambda tensors, name=name, state=state: {**tensors, f"random.{name}": state}
+        for name in ("torch", "sampler")
+        for case, state in (
+            ("empty", torch.zeros(0, dtype=torch.uint8)),
+            ("short", torch.zeros(7, dtype=torch.uint8)),
+            ("zeros", torch.zeros(5056, dtype=torch.uint8)),
+            ("ones", torch.full((5056,), 255, dtype=torch.uint8)),
+            ("floats", torch.zeros(5056)),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STATE)
+def test_a_training_state_that_does_not_fit_is_refused(run: Path, case: str) -> None:
+    path = run / STEP / "training.safetensors"
+    save_file(STATE[case](load_file(path)), path)
+    reseal(run)
+    assert "training.safetensors" in refusal(lambda: resume_here(run, steps=8))
+
+
+@pytest.mark.parametrize("key", ["evaluated_step", "pending_tokens", None])
+def test_training_json_with_wrong_values(run: Path, key: str | None) -> None:
+    path = run / STEP / "training.json"
+    data = json.loads(path.read_text())
+    kept = sorted(file.name for file in run.iterdir())
+    for value in (*WRONG, "missing"):
+        if value in (-1, 0, 1 << 40):  # some of them are counts like any other
+            continue
+        changed = value if key is None else {**data, key: value}
+        if key is not None and value == "missing":
+            del changed[key]
+        path.write_text(json.dumps(changed))
+        reseal(run)
+        assert "training." in refusal(lambda: resume_here(run, steps=8)), value
+    assert sorted(file.name for file in run.iterdir()) == kept
+
+
+LINES = {
+    "text": b"loss 5",
+    "nothing": b"",
+    "a list": b"[]",
+    "a number": b"5",
+    "null": b"null",
+    "no kind": b'{"step": 1}',
+    "no step": b'{"kind": "train", "loss": 1}',
+    "no loss": b'{"kind": "train", "step": 1}',
+    "loss of text": b'{"kind": "train", "step": 1, "loss": "x"}',
+    "loss of a list": b'{"kind": "train", "step": 1, "loss": [1, 2]}',
+    "loss of null": b'{"kind": "train", "step": 1, "loss": null}',
+    "step of text": b'{"kind": "train", "step": "x", "loss": 1}',
+    "step of a list": b'{"kind": "train", "step": [1], "loss": 1}',
+    "evaluation of no target": b'{"kind": "evaluation", "step": 1}',
+    "evaluation of no score": b'{"kind": "evaluation", "step": 1, "target_return": 5}',
+    "target of text": b'{"kind": "evaluation", "step": 1, "target_return": "x", "normalized_score_mean": 1}',
+    "target of a list": b'{"kind": "evaluation", "step": 1, "target_return": [], "normalized_score_mean": 1}',
+    "score of text": b'{"kind": "evaluation", "step": 1, "target_return": 5, "normalized_score_mean": "x"}',
+    "kind of a list": b'{"kind": [], "step": 1}',
+    "without end": b"[" * 100_000,
+    "not UTF-8": b"\xff\xfe\x00",
+    "a pickle": PICKLES[0],
+    "digits": b"9" * 10_000,
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_broken_line_of_metrics_ends_in_one_line(run: Path, case: str) -> None:
+    path = run / METRICS_FILE
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join((*lines[:1], LINES[case], *lines[1:], b"")))
+    line = ending(lambda: draw_curves(CurvesConfig((run,), run / "curves.png")))
+    assert line is None or METRICS_FILE in line
+    assert (line is None) == (run / "curves.png").exists()
+    line = ending(lambda: resume_here(run))
+    assert line is None or METRICS_FILE in line
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"no_such": 1}, {"frame_skip": "x"}, {"frame_skip": 0}, {"xml_file": "/absent.xml"}, {"a": None}],
+)
+def test_an_environment_that_cannot_be_made_is_refused(run: Path, kwargs: dict[str, Any]) -> None:
+    path = run / STEP / "agent.json"
+    path.write_text(json.dumps(with_value(json.loads(path.read_text()), ("environment", "kwargs"), kwargs)))
+    reseal(run)
+    assert "Hopper-v4" in refusal(lambda: evaluate_run(EvaluateConfig(run, episodes=1)))
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "Walker2d-v5", "CartPole-v1", "Pendulum-v1"])
+def test_another_environment_is_refused(run: Path, env_id: str) -> None:
+    path = run / STEP / "agent.json"
+    path.write_text(json.dumps(with_value(json.loads(path.read_text()), ("environment", "env_id"), env_id)))
+    reseal(run)
+    refusal(lambda: evaluate_run(EvaluateConfig(run, episodes=1)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"episodes": value} for value in (0, -1, 10**12, 10**400)),
+        *({"targets": value} for value in ((math.nan,), (math.inf,), (1e308, -math.inf))),
+        *({"checkpoint": value} for value in (-1, 5, 10**400)),
+        *({"seed": value} for value in (-1, 1 << 64, 10**400)),
+        *({"device": value} for value in ("", "cuda:99", "cpu:x", "meta", "cuda:" + "9" * 400, "\0")),
+        *({"json": Path(value)} for value in (".", "a" * 300, "/dev/null/x", "/proc/x.json")),
+        *({"video": Path(value)} for value in ("x.avi", "x", "/dev/null/x.mp4", "a" * 300 + ".mp4")),
+        *(
+            {"run": Path(value)}
+            for value in ("absent", "a" * 300, "/dev/null", "run/config.yaml", "\0", "run/..")
+        ),
+    ],
+    ids=lambda options: ascii(options)[:40],
+)
+def test_requests_that_make_no_sense_are_refused(run: Path, options: dict[str, Any]) -> None:
+    config = EvaluateConfig(**{"run": run, "episodes": 1, "targets": (30.0,), **options})
+    refusal(lambda: evaluate_run(config))
