@@ -155,7 +155,7 @@ def test_report_of_two_methods_on_two_datasets(tmp_path: Path) -> None:
     assert "seeds 0, 1; all with steps 100, embed_dim 16" in text
     assert "published" not in text
     assert "Nothing is missing" in text
-    for name in ("scores", "learning-curves", "achieved-returns"):
+    for name in ("scores", "learning-curves", "achieved-returns", "speed"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -46,12 +46,14 @@ def draw_report(results: Results, folder: Path, file_format: str) -> list[Path]:
         _add_legend(figure, colors)
         pictures.append(_save(figure, folder / f"{name}.{file_format}"))
     height = 1.6 + 0.25 * (len(results.datasets) + 1) * (1 + len(results.methods) / 3)
-    figure = Figure(figsize=(11, height), layout="constrained")
-    score_axes, train_axes, act_axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    _draw_scores(score_axes, results, colors)
-    _draw_speeds(train_axes, act_axes, results, colors)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    _draw_scores(figure.subplots(), results, colors)
     _add_legend(figure, colors)
     pictures.append(_save(figure, folder / f"scores.{file_format}"))
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(colors)), layout="constrained")
+    train_axes, act_axes = figure.subplots(1, 2, sharey=True)
+    _draw_speeds(train_axes, act_axes, results, colors)
+    pictures.append(_save(figure, folder / f"speed.{file_format}"))
     return pictures
 
 
@@ -91,7 +93,9 @@ def _draw_scores(axes: "Axes", results: Results, colors: dict[str, str]) -> None
     offsets = np.linspace(-0.3, 0.3, len(colors)) if len(colors) > 1 else [0.0]
     labels = []
     for row, dataset in enumerate(results.datasets):
-        labels.append(f"{dataset}{'' if run_unit(results, dataset) == 'normalised score' else ' (return)'}")
+        environment = next(run.environment for run in results.runs if run.dataset == dataset)
+        unit = "" if run_unit(results, dataset) == "normalised score" else " (return)"
+        labels.append(f"{dataset}\nin {environment}{unit}")
         for (method, color), offset in zip(colors.items(), offsets, strict=True):
             scores = np.array([run.last_score for run in results.cell(dataset, method)])
             if len(scores):
@@ -124,9 +128,8 @@ def _draw_speeds(train_axes: "Axes", act_axes: "Axes", results: Results, colors:
         act_axes.barh(method, float(np.median([acting_speed(run) for run in runs])), color=color)
     train_axes.set(xlabel="updates per second", title="training")
     act_axes.set(xlabel="environment steps per second", title="acting")
+    train_axes.invert_yaxis()  # shared: the first method on top
     for axes in (train_axes, act_axes):
-        axes.invert_yaxis()
-        axes.set_yticks([])
         axes.grid(alpha=0.3, axis="x")
 
 
