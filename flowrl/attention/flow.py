@@ -14,9 +14,7 @@ from flowrl.attention.flow_triton import triton_flow_attention, triton_supports
 
 ONE_BLOCK = 128  # tokens up to which one block does the whole job
 SHORTEST_BLOCK = 32  # otherwise blocks as long as head_dim: the Gram matrix then costs what the memory does
-GROUP_TOKENS = (
-    32_768  # tokens times sequences handled together: more amortise overhead, fewer stay in the cache
-)
+GROUP_TOKENS = 12_288  # tokens times sequences handled together: more overflow the cache, fewer amortise less
 
 
 class FlowState(NamedTuple):
@@ -132,17 +130,19 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: fl
     batch, heads, length, head_dim = queries.shape
     block = length if length <= ONE_BLOCK else max(head_dim, SHORTEST_BLOCK)
     group = max(GROUP_TOKENS // (batch * heads * block), 1)  # blocks
+    sizes, left = [], length  # tokens of each group
+    while left > 0:
+        blocks = max(min(left // block, group), 1)
+        sizes.append(min(blocks * block, left))
+        left -= sizes[-1]
     state: tuple[Tensor | None, ...] = (None,) * len(FlowState._fields)
-    outputs, start = [], 0
-    while start < length:
-        blocks = max(min((length - start) // block, group), 1)
-        taken = min(blocks * block, length - start)
-        part, goes_on = slice(start, start + taken), start + taken < length
-        output, *state = CausalFlowBlocks.apply(
-            queries[:, :, part], keys[:, :, part], values[:, :, part], blocks, goes_on, clamp, eps, *state
-        )
+    outputs = []
+    # split, not slices: the gradient of each slice would be as long as the whole sequence.
+    parts = zip(*(x.split(sizes, dim=2) for x in (queries, keys, values)), strict=True)
+    for index, (size, part) in enumerate(zip(sizes, parts, strict=True)):
+        goes_on = index + 1 < len(sizes)
+        output, *state = CausalFlowBlocks.apply(*part, max(size // block, 1), goes_on, clamp, eps, *state)
         outputs.append(output)
-        start += taken
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
 
