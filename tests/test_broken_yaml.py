@@ -1,0 +1,110 @@
+"""Presets and run configurations with every option given every wrong value, and YAML that is no preset."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from broken_inputs import MARKER, PICKLES, ending, refusal
+
+from flowrl.training.config import TrainConfig, parse_train_config, read_yaml_arguments
+
+OPTIONS = sorted({field.name for field in fields(TrainConfig)} - {"resume"})
+# Of the wrong type for every option.
+WRONG = (
+    *("{a: 1}", "[[1]]", "[{}]", "!!binary aGVsbG8=", "2024-01-01", "2024-01-01 10:00:00", "!!set {a}"),
+    *("--help", "'--steps'", "!!python/name:os.mkdir", "!!int x", "&a [*a]"),
+)
+NO_NUMBERS = ("x", "true", "''", "1 2", "[1, 2]", "1:x", "0x")
+NUMBERS = (
+    *("batch_size", "checkpoint_every", "dropout", "embed_dim", "eval_episodes", "eval_every"),
+    *("gradient_clip", "keep_checkpoints", "learning_rate", "log_every", "num_heads", "num_layers"),
+    *("return_scale", "seed", "steps", "warmup_steps", "weight_decay", "context_length"),
+)
+NO_SENSE = ("-1", "1e999", "-.inf", ".nan", "9" * 400)
+
+
+@pytest.fixture
+def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "preset.yaml"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_of_the_wrong_type_is_refused_by_name(preset: Path, option: str) -> None:
+    for value in (*WRONG, *(NO_NUMBERS if option in NUMBERS else ())):
+        preset.write_text(f"{option}: {value}\n")
+        line = refusal(lambda: read_yaml_arguments(preset))
+        assert str(preset) in line
+        assert option in line or "not plain YAML" in line
+    assert list(preset.parent.iterdir()) == [preset]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_given_twice_or_misspelt_is_refused(preset: Path, option: str) -> None:
+    for text in (f"{option}: 1\n{option}: 1", f"{option}: 1\n'{option}': 1", f"{option}: 1\n? {option}\n: 2"):
+        preset.write_text(text)
+        assert f"'{option}' is given twice" in refusal(lambda: read_yaml_arguments(preset))
+    for name in (
+        f"{option}_",
+        option.upper(),
+        f"--{option}",
+        f"{option} x",
+        f"!!str {option}z",
+        f"<<: {option}",
+    ):
+        preset.write_text(f"{name}: 1")
+        assert str(preset) in refusal(lambda: read_yaml_arguments(preset))
+    preset.write_text(f"<<: {{{option}: 1}}")  # merged in, past the check for duplicates
+    assert "a key must be a name" in refusal(lambda: read_yaml_arguments(preset))
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_numbers_that_make_no_sense_are_refused(preset: Path, option: str) -> None:
+    for value in NO_SENSE:
+        preset.write_text(f"env: hopper-medium\n{option}: {value}\n")
+        line = refusal(lambda: parse_train_config(["--config", str(preset)]))
+        assert option in line or option.replace("_", "-") in line
+        flags = [f"--{option.replace('_', '-')}={value}"]
+        if value in ("-1", "9" * 400) and option not in ("dropout", "learning_rate"):
+            assert flags[0].partition("=")[0] in refusal(
+                lambda flags=flags: parse_train_config(["--env", "hopper-medium", *flags])
+            )
+
+
+DOCUMENTS = (
+    *(b"", b"\0", b"\xff\xfe\x00", b"\xef\xbb\xbf", b"---\n...\n", b"- steps", b"5", b"null", b"'"),
+    *(b"%YAML 9.9\n---\n", b"steps: [", b"steps: {", b"steps: 1\n---\nsteps: 2", b"\tsteps: 1", b"@"),
+    *(b"steps: 1\n seed: 2", b"a: b: c", b"? [a]\n: 1", b"? {a: 1}\n: 1", b"? |\n  a\n: 1", b"*a", b"&a : 1"),
+    *(b"!!omap [steps: 5]", b"!!set {steps}", b"[" * 50_000, b"{a: " * 5_000, b"a: &a [1]\nb: [*a, *a]"),
+    *(b"steps: " + b"9" * 5000, b"5: 5", b"~: 1", b".nan: 1", b"!!python/module:os"),
+    *(b"!!python/object/apply:os.mkdir [exploded]", b"!!python/object/new:os.mkdir {}"),
+    *PICKLES,
+)
+
+
+@pytest.mark.parametrize("index", range(len(DOCUMENTS)))
+def test_what_is_no_mapping_of_options_is_refused(preset: Path, index: int) -> None:
+    preset.write_bytes(DOCUMENTS[index])
+    assert str(preset) in refusal(lambda: read_yaml_arguments(preset))
+    (preset.parent / "config.yaml").write_bytes(DOCUMENTS[index])
+    assert "config.yaml" in refusal(lambda: parse_train_config(["--resume", str(preset.parent)]))
+    assert not (preset.parent / MARKER).exists()
+
+
+def test_a_truncated_or_flipped_preset_gives_a_configuration_or_one_line(preset: Path) -> None:
+    whole = b"env: hopper-medium\nattention: flow\ntargets: [3600, 1800.5]\nlearning_rate: 1e-3\n"
+    tried, refused = 0, 0
+    for position in range(len(whole)):
+        flipped = whole[:position] + bytes([whole[position] ^ 0x11]) + whole[position + 1 :]
+        for content in (whole[:position], flipped):
+            preset.write_bytes(content)
+            refused += ending(lambda: read_yaml_arguments(preset)) is not None
+            tried += 1
+    assert tried == 2 * len(whole) > 150
+    assert refused > 80
+
+
+def test_paths_that_cannot_be(preset: Path) -> None:
+    for name in ("a" * 300, "\0", "absent", ".", "/dev/null/x", "../" * 100):
+        refusal(lambda name=name: parse_train_config(["--config", name]))
+        refusal(lambda name=name: parse_train_config(["--resume", name]))
