@@ -178,6 +178,10 @@ FROM_0 = ("eval_every", "eval_episodes", "warmup_steps", "weight_decay", "dropou
             for name in ("learning_rate", "gradient_clip", "return_scale")
             for value in (0.0, -1.0, float("nan"), float("inf"))
         ),
+        *(
+            ({"top_fraction": x}, f"--top-fraction {x}: must be above 0")
+            for x in (0.0, -0.1, 1.01, float("nan"))
+        ),
         ({"dropout": 1.0}, "--dropout 1.0: must be below 1"),
         ({"dropout": float("nan")}, "--dropout nan: must be at least 0"),
         ({"weight_decay": float("inf")}, "--weight-decay inf: must be finite"),
@@ -210,6 +214,7 @@ def test_written_configuration_reads_back_the_same(tmp_path):
     """Every field away from its default, then every field at it."""
     other = TrainConfig(
         env="hopper-medium", dataset="minari:a/b-v0", config="x.yaml", run_dir=Path("runs/a b"),
+        agent="bc", top_fraction=0.25,
         attention="softmax", token_layout="fused", context_length="episode", num_layers=2, embed_dim=64,
         num_heads=2, dropout=0.0, steps=7, batch_size=3, learning_rate=1e-05, weight_decay=1e-22,
         warmup_steps=3, schedule="constant", gradient_clip=1e16, return_scale=123.456, reward_mode="delayed",
@@ -240,7 +245,7 @@ def another(value):
     """A valid value other than this one, for any field."""
     choices = {
         None: "1", "flow": "softmax", "interleaved": "fused", "cosine": "constant", "dense": "delayed",
-        "hopper-medium": "walker2d-medium", "auto": "cpu",
+        "hopper-medium": "walker2d-medium", "auto": "cpu", "transformer": "bc",
     }  # fmt: skip
     if isinstance(value, float):
         return str(value / 2)

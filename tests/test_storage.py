@@ -125,6 +125,7 @@ HOSTILE = [
     *((("model", "token_layout"), value) for value in ("x", None, [], 0)),
     *((("model", "dropout"), value) for value in (-0.1, 1, float("nan"), float("inf"), "0.1", None, True)),
     *((("model",), value) for value in (None, [], "x", 5)),
+    *((("agent",), value) for value in ("bct", None, ["bc"], 5)),
     *((("full_episodes",), value) for value in (0, 1, "true", None)),
     *((("reward_mode",), value) for value in ("sparse", None, [])),
     *((("targets",), value) for value in (5, "5", None, {"a": 1}, ["5"], [None], [True], [[1.0]])),
@@ -157,7 +158,10 @@ def test_a_hostile_configuration_is_refused_by_name(place, value):
 
 def test_missing_and_unknown_entries_are_named():
     data = agent_config_to_dict(make_agent().config)
-    for holder, name in [(data, name) for name in data] + [(data["model"], name) for name in data["model"]]:
+    required = [name for name in data if name != "agent"]  # which old files lack
+    for holder, name in [(data, name) for name in required] + [
+        (data["model"], name) for name in data["model"]
+    ]:
         value = holder.pop(name)
         with pytest.raises(UserError, match=f"missing entry '{name}'"):
             agent_config_from_dict(data, "RUN")

@@ -2,6 +2,8 @@
 
 from contextlib import ExitStack
 
+from torch import nn
+
 from flowrl.attention.flow import flow_attention_step
 from flowrl.attention.kinds import AttentionKind, AttentionName
 from flowrl.benchmarks.attention import authors_flow_attention
@@ -9,7 +11,7 @@ from flowrl.benchmarks.products import ProductRunner, needed_products
 from flowrl.benchmarks.report import Goal, Measurement, Row, Section
 from flowrl.benchmarks.timing import interleaved, peak_memory
 from flowrl.benchmarks.workload import Sizes, open_trainer, paper_config, training_data
-from flowrl.model.network import Block, SequenceModel
+from flowrl.model.network import SelfAttention, SequenceModel
 
 AUTHORS = AttentionKind(authors_flow_attention, flow_attention_step)
 TINY = Sizes(
@@ -17,11 +19,11 @@ TINY = Sizes(
 )
 
 
-def use_authors_attention(model: SequenceModel) -> None:
+def use_authors_attention(model: nn.Module) -> None:
     """Let the model attend as the authors' code does; its weights and its function stay the same."""
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        block.attention.kind = AUTHORS
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.kind = AUTHORS
 
 
 def measure_update(sizes: Sizes, repetitions: int) -> Section:
@@ -59,7 +61,9 @@ def _measure_case(section: Section, sizes: Sizes, repetitions: int, *, full_epis
             trainers[form] = stack.enter_context(open_trainer(config, dataset))
         if "authors" in trainers:
             use_authors_attention(trainers["authors"].model)
-        products = ProductRunner(needed_products(trainers["flow"].model, batch_size, timesteps))
+        model = trainers["flow"].model
+        assert isinstance(model, SequenceModel)
+        products = ProductRunner(needed_products(model, batch_size, timesteps))
         contenders = {form: trainer.update for form, trainer in trainers.items()}
         timings = interleaved({**contenders, "products": products}, repetitions)
     for form in forms:

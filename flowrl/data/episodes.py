@@ -29,7 +29,7 @@ class EpisodeDataset:
     episode_lengths: np.ndarray  # (E,) int64
     terminated: np.ndarray  # (E,) bool: ended in a terminal state; False: cut off (time limit, end of data)
     dataset_id: str
-    sha256: str  # of the data as read (see content_sha256); delayed_rewards keeps it
+    sha256: str  # of the data as read (see content_sha256); delayed_rewards and top_episodes keep it
     environment: EnvironmentSpec | None = None
     reference: ReferenceScores | None = None
     notes: tuple[str, ...] = ()  # what the user should be told about this data
@@ -151,6 +151,44 @@ def delayed_rewards(dataset: EpisodeDataset) -> EpisodeDataset:
     rewards = np.zeros_like(dataset.rewards)
     rewards[dataset.episode_starts + dataset.episode_lengths - 1] = returns
     return replace(dataset, rewards=rewards, returns_to_go=np.repeat(returns, dataset.episode_lengths))
+
+
+def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
+    """Return the episodes of highest return, in their order, that fill ``fraction`` of the timesteps.
+
+    The best come first (of equals the earlier), until the next would exceed the share; at least one stays.
+    ``dataset_id`` then says so; ``sha256`` remains that of the data as read. Source: the percentile behaviour
+    cloning of Chen et al., "Decision Transformer" (2021).
+    """
+    if fraction == 1:
+        return dataset
+    returns, lengths = dataset.episode_returns, dataset.episode_lengths
+    best_first = np.argsort(-returns, kind="stable")
+    timesteps = np.cumsum(lengths[best_first])  # (E,)
+    budget = int(fraction * dataset.num_transitions)
+    count = max(int(np.searchsorted(timesteps, budget, side="right")), 1)
+    kept = np.sort(best_first[:count])
+    is_kept = np.zeros(dataset.num_episodes, dtype=bool)
+    is_kept[kept] = True
+    rows = np.repeat(is_kept, lengths)  # (N,) bool
+    note = (
+        f"top {fraction:g} of the timesteps by return: {count} of {dataset.num_episodes} episodes, "
+        f"{int(lengths[kept].sum())} of {dataset.num_transitions} transitions, returns from "
+        f"{returns[kept].min():.1f} to {returns[kept].max():.1f}"
+    )
+    return replace(
+        dataset,
+        observations=dataset.observations[rows],
+        actions=dataset.actions[rows],
+        rewards=dataset.rewards[rows],
+        returns_to_go=dataset.returns_to_go[rows],
+        timesteps=dataset.timesteps[rows],
+        episode_starts=np.cumsum(lengths[kept]) - lengths[kept],
+        episode_lengths=lengths[kept],
+        terminated=dataset.terminated[kept],
+        dataset_id=f"{dataset.dataset_id} top {fraction:g}",
+        notes=(*dataset.notes, note),
+    )
 
 
 def content_sha256(

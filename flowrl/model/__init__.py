@@ -1,7 +1,16 @@
 """The sequence model, the agent that acts with it, and their files."""
 
 from flowrl.model.agent import Agent, AgentConfig
+from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.network import ModelConfig, SequenceModel
 from flowrl.model.storage import load_agent
 
-__all__ = ["Agent", "AgentConfig", "ModelConfig", "SequenceModel", "load_agent"]
+__all__ = [
+    "Agent",
+    "AgentConfig",
+    "BehaviorCloningConfig",
+    "BehaviorCloningModel",
+    "ModelConfig",
+    "SequenceModel",
+    "load_agent",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 from flowrl.attention.kinds import clear_rows, select_rows
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
+from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.network import ModelConfig, SequenceModel, Window
 
 Acting = Literal["recurrent", "window"]
@@ -19,7 +20,7 @@ Acting = Literal["recurrent", "window"]
 class AgentConfig:
     """What travels with the weights, so that an agent acts without its dataset."""
 
-    model: ModelConfig
+    model: ModelConfig | BehaviorCloningConfig
     context_length: int
     """Timesteps of the longest window seen in training."""
     full_episodes: bool
@@ -34,7 +35,8 @@ class AgentConfig:
 
     @property
     def default_acting(self) -> Acting:
-        return "recurrent" if self.full_episodes else "window"
+        no_memory = isinstance(self.model, BehaviorCloningConfig)  # a window would only repeat work
+        return "recurrent" if self.full_episodes or no_memory else "window"
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Agent:
 
     def __init__(
         self,
-        model: SequenceModel,
+        model: SequenceModel | BehaviorCloningModel,
         config: AgentConfig,
         *,
         acting: Acting | None = None,

@@ -6,7 +6,7 @@ a timestep, the sum of the embeddings of the return-to-go, the observation and t
 the return reaches every action undiluted and the sequence is a third as long.
 
 Everything enters and leaves in the data's own units: observation normalisation, return scale and action
-bounds are buffers of the model, so they travel with its weights.
+bounds are buffers of the model (see ``action_model.py``), so they travel with its weights.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.attention.kinds import ATTENTION_KINDS, AttentionName, State
+from flowrl.model.action_model import ActionModel
 from flowrl.model.dropout import Dropout
 
 TokenLayout = Literal["interleaved", "fused"]
@@ -100,17 +101,13 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), state
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(ActionModel):
     """Predicts the action of every timestep from the return-to-go and the history so far."""
 
-    observation_mean: Tensor
-    observation_std: Tensor
     return_scale: Tensor
-    action_low: Tensor
-    action_high: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config.observation_dim, config.action_dim)
         self.config = config
         width = config.embed_dim
         self.embed_return = nn.Linear(1, width)
@@ -126,11 +123,7 @@ class SequenceModel(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.final_norm = nn.LayerNorm(width)
         self.predict_action = nn.Linear(width, config.action_dim)
-        self.register_buffer("observation_mean", torch.zeros(config.observation_dim))
-        self.register_buffer("observation_std", torch.ones(config.observation_dim))
         self.register_buffer("return_scale", torch.ones(()))
-        self.register_buffer("action_low", -torch.ones(config.action_dim))
-        self.register_buffer("action_high", torch.ones(config.action_dim))
         self.apply(_initialise)
 
     def forward(self, window: Window) -> Tensor:
@@ -143,12 +136,8 @@ class SequenceModel(nn.Module):
         return torch.tanh(self.predict_action(self.final_norm(x)))
 
     def loss(self, window: Window, valid: Tensor) -> Tensor:
-        """Mean squared error over the components of valid timesteps' actions, in bounds-normalised units.
-
-        ``valid`` is (batch, length) bool: padding adds neither to the sum nor to the number it is divided by.
-        """
-        errors = (self(window).float() - self.normalize_actions(window.actions)).square()
-        return (errors.sum(-1) * valid).sum() / (valid.sum() * self.config.action_dim)
+        """Mean squared error over the valid timesteps, (batch, length) bool."""
+        return self.mean_squared_error(self(window), window.actions, valid)
 
     @property
     def _read(self) -> slice:
@@ -158,7 +147,7 @@ class SequenceModel(nn.Module):
     def _embed(self, window: Window) -> Tensor:
         time = self._embed_time(window.timesteps)
         returns = self.embed_return(self._scale_returns(window.returns_to_go)) + time
-        observations = self.embed_observation(self._normalize_observations(window.observations))
+        observations = self.embed_observation(self.normalize_observations(window.observations))
         if self.config.token_layout == "fused":
             started = (window.timesteps > 0)[..., None]
             return returns + observations + self._embed_previous(window.previous_actions, started)
@@ -184,7 +173,7 @@ class SequenceModel(nn.Module):
         """
         time = self._embed_time(timesteps)
         returns = self.embed_return(self._scale_returns(returns_to_go)) + time
-        observed = self.embed_observation(self._normalize_observations(observations))
+        observed = self.embed_observation(self.normalize_observations(observations))
         if self.config.token_layout == "fused":
             assert previous_actions is not None
             tokens = [returns + observed + self._embed_previous(previous_actions, (timesteps > 0)[:, None])]
@@ -208,18 +197,7 @@ class SequenceModel(nn.Module):
             new_states.append(state)
         return x[-1], new_states
 
-    # The data's units -------------------------------------------------------------------------------------
-
-    def normalize_actions(self, actions: Tensor) -> Tensor:
-        """Map the bounds to -1 and 1."""
-        return (2 * actions - (self.action_high + self.action_low)) / (self.action_high - self.action_low)
-
-    def denormalize_actions(self, actions: Tensor) -> Tensor:
-        """Map -1 and 1 back to the bounds."""
-        return (actions * (self.action_high - self.action_low) + (self.action_high + self.action_low)) / 2
-
-    def _normalize_observations(self, observations: Tensor) -> Tensor:
-        return (observations - self.observation_mean) / self.observation_std
+    # Parts of tokens ---------------------------------------------------------------------------------------
 
     def _scale_returns(self, returns_to_go: Tensor) -> Tensor:
         return (returns_to_go / self.return_scale)[..., None]

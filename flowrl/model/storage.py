@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, Agent, AgentConfig
+from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, load_checkpoint
 from flowrl.model.network import ModelConfig, SequenceModel, TokenLayout
 
 LARGEST_DIMENSION = 1 << 20  # a stored size beyond this is damage or malice, not a model
 LARGEST_NUM_LAYERS = 1000
+AgentName = Literal["transformer", "bc"]
+_SIZES = ("observation_dim", "action_dim", "max_timesteps", "num_layers", "embed_dim", "num_heads")
 
 
 def load_agent(
@@ -44,10 +47,17 @@ def load_agent(
     return Agent(model.eval(), config, acting=acting, checkpoint_step=loaded.step)
 
 
-def build_model(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> SequenceModel:
+def untrained_model(config: ModelConfig | BehaviorCloningConfig) -> SequenceModel | BehaviorCloningModel:
+    """Make a model of this shape, with random weights."""
+    return SequenceModel(config) if isinstance(config, ModelConfig) else BehaviorCloningModel(config)
+
+
+def build_model(
+    config: ModelConfig | BehaviorCloningConfig, tensors: dict[str, Tensor], where: str
+) -> SequenceModel | BehaviorCloningModel:
     """Make a model of these tensors; a missing, extra or misshapen one is a UserError that names it."""
     with torch.device("meta"):  # shapes first: no memory is taken on the word of a file
-        model = SequenceModel(config)
+        model = untrained_model(config)
     expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
@@ -69,7 +79,8 @@ def build_model(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> 
 
 def agent_config_to_dict(config: AgentConfig) -> dict[str, Any]:
     """Return plain JSON types, the inverse of :func:`agent_config_from_dict`."""
-    data = asdict(config)
+    agent: AgentName = "bc" if isinstance(config.model, BehaviorCloningConfig) else "transformer"
+    data = {"agent": agent, **asdict(config)}
     data["targets"] = list(config.targets)
     data["environment"] = config.environment and config.environment.to_dict()
     return data
@@ -77,26 +88,15 @@ def agent_config_to_dict(config: AgentConfig) -> dict[str, Any]:
 
 def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
     """Check and build; a missing, unknown or unsuitable entry is a UserError that names it."""
+    agent = data.get("agent", "transformer")  # files from before there was a choice do not say
+    data = {name: value for name, value in data.items() if name != "agent"}
+    _check_choice(where, "agent", agent, get_args(AgentName))
     _check_keys(data, AgentConfig, where)
-    model = data["model"]
-    if not isinstance(model, dict):
-        raise UserError(f"{where}: 'model' must be an object")
-    _check_keys(model, ModelConfig, where)
-    sizes = ("observation_dim", "action_dim", "max_timesteps", "num_layers", "embed_dim", "num_heads")
-    for name, value in [(name, model[name]) for name in sizes] + [("context_length", data["context_length"])]:
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_DIMENSION:
-            raise UserError(f"{where}: '{name}' is {value!r}, expected a whole number from 1")
-    if data["context_length"] > model["max_timesteps"]:  # no window is longer than the longest episode
+    model = _model_config(data["model"], agent, where)
+    _check_sizes(where, {"context_length": data["context_length"]})
+    if data["context_length"] > model.max_timesteps:  # no window is longer than the longest episode
         raise UserError(f"{where}: 'context_length' {data['context_length']} is beyond 'max_timesteps'")
-    if model["num_layers"] > LARGEST_NUM_LAYERS or model["embed_dim"] % model["num_heads"]:
-        raise UserError(
-            f"{where}: 'num_layers' is beyond {LARGEST_NUM_LAYERS} or 'embed_dim' no multiple of 'num_heads'"
-        )
-    _check_choice(where, "attention", model["attention"], tuple(ATTENTION_KINDS))
-    _check_choice(where, "token_layout", model["token_layout"], get_args(TokenLayout))
     _check_choice(where, "reward_mode", data["reward_mode"], ("dense", "delayed"))
-    if not isinstance(model["dropout"], int | float) or not 0 <= model["dropout"] < 1:
-        raise UserError(f"{where}: 'dropout' is {model['dropout']!r}, expected a number from 0 to below 1")
     if not isinstance(data["full_episodes"], bool):
         raise UserError(f"{where}: 'full_episodes' must be true or false")
     for name in ("dataset_id", "dataset_sha256"):
@@ -117,12 +117,30 @@ def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
     return AgentConfig(
         **{
             **data,
-            "model": ModelConfig(**model),
+            "model": model,
             "targets": tuple(float(target) for target in targets),
             "environment": environment,
             "reference": reference and ReferenceScores(**reference),
         }
     )
+
+
+def _model_config(model: Any, agent: AgentName, where: str) -> ModelConfig | BehaviorCloningConfig:
+    kind = BehaviorCloningConfig if agent == "bc" else ModelConfig
+    if not isinstance(model, dict):
+        raise UserError(f"{where}: 'model' must be an object")
+    _check_keys(model, kind, where)
+    _check_sizes(where, {name: model[name] for name in _SIZES if name in model})
+    if model["num_layers"] > LARGEST_NUM_LAYERS or model["embed_dim"] % model.get("num_heads", 1):
+        raise UserError(
+            f"{where}: 'num_layers' is beyond {LARGEST_NUM_LAYERS} or 'embed_dim' no multiple of 'num_heads'"
+        )
+    if agent == "transformer":
+        _check_choice(where, "attention", model["attention"], tuple(ATTENTION_KINDS))
+        _check_choice(where, "token_layout", model["token_layout"], get_args(TokenLayout))
+    if not isinstance(model["dropout"], int | float) or not 0 <= model["dropout"] < 1:
+        raise UserError(f"{where}: 'dropout' is {model['dropout']!r}, expected a number from 0 to below 1")
+    return kind(**model)
 
 
 def pick_device(device: str) -> torch.device:
@@ -144,6 +162,12 @@ def _check_keys(data: dict[str, Any], kind: type, where: str) -> None:
     names = {field.name for field in fields(kind)}
     for name in sorted(names ^ data.keys()):
         raise UserError(f"{where}: {'missing' if name in names else 'unknown'} entry '{name}'")
+
+
+def _check_sizes(where: str, sizes: dict[str, Any]) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_DIMENSION:
+            raise UserError(f"{where}: '{name}' is {value!r}, expected a whole number from 1")
 
 
 def _check_choice(where: str, name: str, value: object, choices: tuple[str, ...]) -> None:

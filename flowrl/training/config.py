@@ -19,7 +19,7 @@ from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError, did_you_mean
 from flowrl.model.agent import Acting
 from flowrl.model.network import TokenLayout
-from flowrl.model.storage import LARGEST_DIMENSION, LARGEST_NUM_LAYERS
+from flowrl.model.storage import LARGEST_DIMENSION, LARGEST_NUM_LAYERS, AgentName
 
 LARGEST_COUNT = 1 << 53  # beyond this, floating point skips whole numbers
 PRESET_FOLDER = Path(__file__).resolve().parents[2] / "configs"
@@ -41,8 +41,14 @@ class TrainConfig:
     """Run folder to continue from its last checkpoint, exactly; other flags may only change how long, where
     and how often to evaluate, log and save."""
     run_dir: Path | None = None
-    """Folder of this run; by default runs/<env>/<attention>-seed<k>-<time>."""
+    """Folder of this run; by default runs/<env>/<attention or bc>-seed<k>-<time>."""
 
+    agent: AgentName = "transformer"
+    """transformer: the sequence agent; bc: behaviour cloning, a perceptron of --num-layers hidden layers from
+    the observation, without use for --attention, --token-layout, --num-heads and a second of --targets."""
+    top_fraction: float = 1.0
+    """Train only on the episodes of highest return that make up this share of the timesteps; 0.1 with --agent
+    bc is the Decision Transformer paper's 10%-BC."""
     attention: AttentionName = "flow"
     """flow: causal Flow-Attention; softmax: the Decision Transformer's; linear: with elu + 1; performer: with
     positive random features; cosformer: with ReLU, re-weighted by distance."""
@@ -235,6 +241,8 @@ def check_values(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{_flag(name)} {value}: must be a finite number above 0")
+    if not 0 < config.top_fraction <= 1:
+        raise UserError(f"--top-fraction {config.top_fraction}: must be above 0 and at most 1")
     if not config.dropout < 1:
         raise UserError(f"--dropout {config.dropout}: must be below 1")
     if not config.weight_decay < float("inf"):

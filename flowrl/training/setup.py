@@ -5,11 +5,13 @@ import numpy as np
 import torch
 
 from flowrl.data import EpisodeDataset, load_episodes
-from flowrl.data.episodes import delayed_rewards
+from flowrl.data.episodes import delayed_rewards, top_episodes
 from flowrl.envs.spaces import action_bounds, check_environment
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent, AgentConfig
+from flowrl.model.behavior_cloning import BehaviorCloningConfig
 from flowrl.model.network import ModelConfig, SequenceModel
+from flowrl.model.storage import untrained_model
 from flowrl.training.config import TrainConfig
 
 _ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need
@@ -31,6 +33,7 @@ def load_dataset(config: TrainConfig) -> EpisodeDataset:
             f"{dataset.dataset_id}: no environment to evaluate in is known; give --env, such as Hopper-v4, "
             "or --eval-episodes 0"
         )
+    dataset = top_episodes(dataset, config.top_fraction)
     return delayed_rewards(dataset) if config.reward_mode == "delayed" else dataset
 
 
@@ -41,32 +44,23 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
     context_length = (
         longest if isinstance(config.context_length, str) else min(config.context_length, longest)
     )
-    model_config = ModelConfig(
-        observation_dim=dataset.observation_dim,
-        action_dim=dataset.action_dim,
-        max_timesteps=max(longest, _time_limit(dataset)),
-        attention=config.attention,
-        token_layout=config.token_layout,
-        num_layers=config.num_layers,
-        embed_dim=config.embed_dim,
-        num_heads=config.num_heads,
-        dropout=config.dropout,
-    )
-    model = SequenceModel(model_config)
+    model = untrained_model(_model_config(config, dataset))
     mean, std = observation_statistics(dataset.observations)
     low, high = _bounds(dataset)
     largest_return = float(np.abs(dataset.returns_to_go).max())
     with torch.no_grad():
         model.observation_mean.copy_(torch.from_numpy(mean))
         model.observation_std.copy_(torch.from_numpy(std))
-        model.return_scale.fill_(config.return_scale or largest_return or 1.0)
+        if isinstance(model, SequenceModel):
+            model.return_scale.fill_(config.return_scale or largest_return or 1.0)
         model.action_low.copy_(torch.from_numpy(low))
         model.action_high.copy_(torch.from_numpy(high))
+    targets = config.targets or default_targets(dataset)
     agent_config = AgentConfig(
-        model=model_config,
+        model=model.config,
         context_length=context_length,
         full_episodes=whole,
-        targets=config.targets or default_targets(dataset),
+        targets=targets[:1] if config.agent == "bc" else targets,  # to which it is blind: one will do
         reward_mode=config.reward_mode,
         dataset_id=dataset.dataset_id,
         dataset_sha256=dataset.sha256,
@@ -74,6 +68,30 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
         reference=dataset.reference,
     )
     return Agent(model, agent_config, acting=config.acting)
+
+
+def _model_config(config: TrainConfig, dataset: EpisodeDataset) -> ModelConfig | BehaviorCloningConfig:
+    max_timesteps = max(dataset.max_episode_length, _time_limit(dataset))
+    if config.agent == "bc":
+        return BehaviorCloningConfig(
+            observation_dim=dataset.observation_dim,
+            action_dim=dataset.action_dim,
+            max_timesteps=max_timesteps,
+            num_layers=config.num_layers,
+            embed_dim=config.embed_dim,
+            dropout=config.dropout,
+        )
+    return ModelConfig(
+        observation_dim=dataset.observation_dim,
+        action_dim=dataset.action_dim,
+        max_timesteps=max_timesteps,
+        attention=config.attention,
+        token_layout=config.token_layout,
+        num_layers=config.num_layers,
+        embed_dim=config.embed_dim,
+        num_heads=config.num_heads,
+        dropout=config.dropout,
+    )
 
 
 def default_targets(dataset: EpisodeDataset) -> tuple[float, ...]:

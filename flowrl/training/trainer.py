@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from flowrl.atomic import remove_temporaries, write_text
@@ -27,7 +27,7 @@ from flowrl.model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from flowrl.model.network import SequenceModel, Window
+from flowrl.model.network import Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model, pick_device
 from flowrl.signals import StopSignals
 from flowrl.training.config import TrainConfig, to_yaml
@@ -83,10 +83,15 @@ def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    """runs/<env>/<attention>-seed<k>-<time>; a dataset's own name where no --env is given."""
+    """runs/<env>/<attention or bc>-seed<k>-<time>; a dataset's own name where no --env is given.
+
+    A --top-fraction below 1 follows the method: bc-top0.1-seed0-...
+    """
     name = config.env or (config.dataset or "").removeprefix("minari:").removesuffix(".hdf5")
     folder = "-".join(part for part in Path(name).parts if part not in ("/", "..", "."))
-    return Path("runs") / folder / f"{config.attention}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    method = config.attention if config.agent == "transformer" else config.agent
+    part = "" if config.top_fraction == 1 else f"-top{config.top_fraction:g}"
+    return Path("runs") / folder / f"{method}{part}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def describe(dataset: EpisodeDataset) -> None:
@@ -143,7 +148,7 @@ class Trainer:
         if resumed is not None:
             self._check_same_data(resumed, dataset)
             self.agent.model = build_model(self.agent.config.model, resumed.model, where=f"{run_dir}: model")
-        self.model: SequenceModel = self.agent.model.to(device)
+        self.model = self.agent.model.to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -338,7 +343,7 @@ def _count(training: dict[str, Any], name: str, lowest: int, highest: int) -> in
 
 
 def _optimizer_state(
-    tensors: dict[str, Tensor], model: SequenceModel, started: bool
+    tensors: dict[str, Tensor], model: nn.Module, started: bool
 ) -> dict[int, dict[str, Tensor]]:
     """AdamW's state from the ``optimizer.<parameter>.<name>`` tensors of a checkpoint.
 

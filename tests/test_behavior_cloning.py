@@ -1,0 +1,238 @@
+"""Behaviour cloning, from the choice of episodes to the loaded agent."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import EPISODE_LENGTHS
+from tiny_training import figures, resume_here, train_here
+
+import flowrl
+from flowrl.data import load_episodes
+from flowrl.data.episodes import build_episodes, top_episodes
+from flowrl.data.sampler import WindowSampler
+from flowrl.errors import UserError
+from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
+from flowrl.model.network import Window
+from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict
+from flowrl.training.config import TrainConfig
+from flowrl.training.setup import build_agent
+from flowrl.training.trainer import default_run_dir
+
+LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
+
+
+def make_agent(acting=None, context_length=4):
+    torch.manual_seed(0)
+    model = BehaviorCloningModel(BehaviorCloningConfig(3, 2, 1000, num_layers=2, embed_dim=16, dropout=0.5))
+    with torch.no_grad():
+        model.mlp[-1].weight.mul_(20)  # so that some actions reach the bounds
+        model.observation_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
+        model.observation_std.copy_(torch.tensor([2.0, 0.5, 1.0]))
+        model.action_low.copy_(torch.from_numpy(LOW))
+        model.action_high.copy_(torch.from_numpy(HIGH))
+    config = AgentConfig(model.config, context_length, full_episodes=False, targets=(300.0,))
+    return Agent(model, config, acting=acting)
+
+
+def by_hand(model, observations):
+    """The perceptron in numpy, (..., observation_dim) to (..., action_dim) in the data's units."""
+    tensors = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    x = (observations - tensors["observation_mean"]) / tensors["observation_std"]
+    for layer in (0, 3):
+        x = np.maximum(x @ tensors[f"mlp.{layer}.weight"].T + tensors[f"mlp.{layer}.bias"], 0)
+    x = np.tanh(x @ tensors["mlp.6.weight"].T + tensors["mlp.6.bias"])
+    return LOW + (x + 1) / 2 * (HIGH - LOW)
+
+
+@pytest.mark.parametrize("acting", [None, "recurrent", "window"])
+def test_actions_are_those_of_the_perceptron_whatever_came_before(acting):
+    agent, random = make_agent(acting), np.random.default_rng(0)
+    assert agent.acting == (acting or "recurrent")
+    agent.model.train()  # dropout is off in acting all the same
+    agent.reset(4, np.array([300.0, -50.0, 0.0, 1e6]))
+    slots = 4
+    for t in range(12):
+        if t == 5:
+            agent.restart(np.array([True, False, False, True]))
+        if t == 8:
+            agent.keep(np.array([2, 0]))
+            slots = 2
+        observations = random.normal(size=(slots, 3)).astype(np.float32)
+        actions = agent.act(observations, random.normal(size=slots) if t else None)
+        assert actions.dtype == np.float32
+        assert (actions >= LOW).all()
+        assert (actions <= HIGH).all()
+        np.testing.assert_allclose(actions, by_hand(agent.model, observations), atol=1e-5)
+
+
+def test_loss_is_the_mean_squared_error_of_valid_timesteps():
+    model, random = make_agent().model.eval(), np.random.default_rng(1)
+    observations, actions = random.normal(size=(3, 5, 3)), random.uniform(LOW, HIGH, size=(3, 5, 2))
+    valid = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=bool)
+    width = (HIGH - LOW) / 2
+    expected = np.square((by_hand(model, observations) - actions) / width)[valid].mean()
+    zeros = torch.zeros(3, 5)
+    observed, taken = (torch.from_numpy(x).float() for x in (observations, actions))
+    window = Window(observed, taken, taken, zeros, zeros.long())
+    assert model.loss(window, torch.from_numpy(valid)).item() == pytest.approx(expected, rel=1e-5)
+
+
+# The best episodes ----------------------------------------------------------------------------------------
+
+
+def episodes(returns, lengths):
+    """Episodes of these returns; each observation holds its episode and its timestep."""
+    total = sum(lengths)
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    timestep = np.concatenate([np.arange(length) for length in lengths])
+    rewards = np.zeros(total)
+    rewards[np.cumsum(lengths) - 1] = returns
+    return build_episodes(
+        observations=np.stack((episode, timestep), axis=1), actions=episode[:, None], rewards=rewards,
+        episode_lengths=np.array(lengths), terminated=np.arange(len(lengths)) % 2 == 0, dataset_id="x",
+        where="x", notes=("first",),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fraction", "kept"),
+    [
+        (0.01, [3]),  # one at least, however long
+        (0.25, [3]),
+        (0.3, [3]),  # 10 of 40; episode 1 would make it 15
+        (0.375, [1, 3]),
+        (0.6, [1, 3]),  # 24: episode 0 would make it 25
+        (0.625, [0, 1, 3]),
+        (0.9, [0, 1, 3]),  # episode 2 is too long, and nothing worse is taken in its stead
+        (1.0, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_best_episodes_fill_the_share_of_timesteps(fraction, kept):
+    dataset = episodes([5, 9, 4, 30, 1], [10, 5, 14, 10, 1])
+    top = top_episodes(dataset, fraction)
+    rows = np.isin(dataset.observations[:, 0], kept)
+    for name in ("observations", "actions", "rewards", "returns_to_go", "timesteps"):
+        np.testing.assert_array_equal(getattr(top, name), getattr(dataset, name)[rows])
+    np.testing.assert_array_equal(top.episode_lengths, dataset.episode_lengths[kept])
+    np.testing.assert_array_equal(top.terminated, dataset.terminated[kept])
+    np.testing.assert_array_equal(top.observations[top.episode_starts], [[episode, 0] for episode in kept])
+    np.testing.assert_array_equal(top.episode_returns, dataset.episode_returns[kept])
+    assert top.sha256 == dataset.sha256  # the data it is a part of
+    if fraction == 1:
+        assert top is dataset
+    else:
+        assert top.dataset_id == f"x top {fraction:g}"
+        assert top.notes[0] == "first"
+        assert f"{len(kept)} of 5 episodes, {rows.sum()} of 40 transitions" in top.notes[1]
+
+
+def test_of_equal_returns_the_earlier_is_taken():
+    top = top_episodes(episodes([2, 7, 7, 7], [3, 3, 3, 3]), 0.5)
+    assert sorted({int(episode) for episode in top.observations[:, 0]}) == [1, 2]
+
+
+def test_any_agent_can_train_on_the_best_episodes_alone(tiny_dataset, tmp_path, monkeypatch):
+    """Whatever is drawn is one of them, and the statistics are theirs."""
+    dataset = load_episodes(str(tiny_dataset), "Hopper-v4")
+    best = int(np.argmax(dataset.episode_returns))
+    assert EPISODE_LENGTHS[best] == 30  # of 60
+    start = dataset.episode_starts[best]
+    expected = dataset.observations[start : start + 30]
+    drawn, real = [], WindowSampler.sample
+
+    def sample(sampler):
+        drawn.append(real(sampler))
+        return drawn[-1]
+
+    monkeypatch.setattr(WindowSampler, "sample", sample)
+    for agent in ("transformer", "bc"):
+        run = tmp_path / agent
+        options = {"agent": agent, "top-fraction": 0.5, "steps": 12, "eval-episodes": 0}
+        train_here(tiny_dataset, run, **options)
+        for batch in drawn:
+            same = batch.observations[..., None, :] == torch.from_numpy(expected)  # (batch, length, 30, 11)
+            assert same.all(-1).any(-1).all()
+        loaded = flowrl.load_agent(run)
+        np.testing.assert_allclose(loaded.model.observation_mean, expected.mean(0), atol=1e-5)
+        assert loaded.dataset_id.endswith(" top 0.5")
+        assert figures(run, "run")[0]["dataset_sha256"] == dataset.sha256
+    assert len(drawn) == 24
+
+
+# In the trainer -------------------------------------------------------------------------------------------
+
+
+def test_training_learns_evaluates_saves_and_resumes_exactly(tiny_dataset, tmp_path):
+    options = {"agent": "bc", "top-fraction": 0.8, "learning-rate": 0.01}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    results = train_here(tiny_dataset, whole, **options)
+    assert [result.target_return for result in results] == [30.0]  # it is blind to targets: one will do
+    losses = [line["loss"] for line in figures(whole, "train")]
+    assert losses[-1] < 0.9 * losses[0]
+    train_here(tiny_dataset, parts, **{**options, "steps": 23, "schedule": "constant", "warmup-steps": 0})
+    straight = tmp_path / "straight"
+    train_here(tiny_dataset, straight, **{**options, "schedule": "constant", "warmup-steps": 0})
+    resume_here(parts, steps=60)
+    name = "checkpoints/step-00000060/manifest.json"
+    files = [json.loads((run / name).read_text())["files"] for run in (parts, straight)]
+    assert files[0] == files[1]  # weights, optimiser and random states, bit for bit
+    with pytest.raises(UserError, match=r"--top-fraction 0\.5: .*--resume cannot change it"):
+        resume_here(parts, **{"top-fraction": 0.5})
+    with pytest.raises(UserError, match=r"--agent transformer: .*--resume cannot change it"):
+        resume_here(parts, agent="transformer")
+
+
+def test_a_loaded_agent_acts_as_the_trained_one(tiny_dataset, tmp_path):
+    run = tmp_path / "run"
+    train_here(tiny_dataset, run, agent="bc", attention="performer", **{"eval-episodes": 0, "steps": 5})
+    agent = flowrl.load_agent(run)
+    assert isinstance(agent.model, BehaviorCloningModel)
+    assert agent.config.model == BehaviorCloningConfig(11, 3, 1000, num_layers=2, embed_dim=8)
+    observations = np.random.default_rng(0).normal(size=(4, 11)).astype(np.float32)
+    actions = []
+    for acting in ("recurrent", "window"):
+        agent = flowrl.load_agent(run, acting=acting)
+        agent.reset(4, 0.0)
+        actions.append(agent.act(observations))
+    np.testing.assert_allclose(actions[0], actions[1], atol=1e-6)
+
+
+def test_configurations_survive_and_old_ones_still_load():
+    config = make_agent().config
+    data = json.loads(json.dumps(agent_config_to_dict(config)))
+    assert data["agent"] == "bc"
+    assert agent_config_from_dict(data, "RUN") == config
+    for place, value in [
+        ("num_layers", 0),
+        ("embed_dim", 1 << 21),
+        ("dropout", 1),
+        ("observation_dim", True),
+    ]:
+        with pytest.raises(UserError, match=f"RUN: '{place}'"):
+            agent_config_from_dict({**data, "model": {**data["model"], place: value}}, "RUN")
+    with pytest.raises(UserError, match="RUN: unknown entry 'attention'"):
+        agent_config_from_dict({**data, "model": {**data["model"], "attention": "flow"}}, "RUN")
+    with pytest.raises(UserError, match="RUN: missing entry 'attention'"):
+        agent_config_from_dict({**data, "agent": "transformer"}, "RUN")
+
+
+def test_a_file_from_before_the_choice_holds_a_transformer(tiny_dataset):
+    dataset = load_episodes(str(tiny_dataset), "Hopper-v4")
+    config = build_agent(TrainConfig(embed_dim=8, num_heads=2), dataset).config
+    data = agent_config_to_dict(config)
+    assert data.pop("agent") == "transformer"
+    assert agent_config_from_dict(data, "RUN") == config
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        ({"agent": "bc"}, "bc-seed0-"),
+        ({"agent": "bc", "top_fraction": 0.1, "attention": "linear"}, "bc-top0.1-seed0-"),
+        ({"top_fraction": 0.25, "seed": 3}, "flow-top0.25-seed3-"),
+    ],
+)
+def test_default_run_folder_is_named_after_the_method(options, folder):
+    assert default_run_dir(TrainConfig(env="hopper-medium", **options)).name.startswith(folder)
