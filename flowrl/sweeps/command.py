@@ -24,6 +24,7 @@ from flowrl.sweeps.plan import (
     write_plan,
 )
 from flowrl.sweeps.progress import SweepProgress
+from flowrl.sweeps.ray_cluster import run_on_ray
 from flowrl.sweeps.state import check_startable, is_finished
 
 EXIT_FAILED_RUNS = 1
@@ -54,10 +55,12 @@ class SweepConfig:
     """Choose each run's batch size so that an update sees this many timesteps on average."""
     runs_dir: Path | None = None
     """Folder of the runs, <dataset>/<method>/seed<k> each; by default runs/<name of the sweep>."""
-    on: Literal["local"] = "local"
-    """local: on this machine's cores or GPUs."""
+    on: Literal["local", "ray"] = "local"
+    """local: on this machine's cores or GPUs; ray: on a Ray cluster, run folders on shared storage."""
+    address: str | None = None
+    """With --on ray: HOST:PORT of the cluster; by default one is started on this machine."""
     jobs: int | None = None
-    """Runs at a time; by default one per GPU, or per core."""
+    """Runs at a time on a machine like this one; by default one per GPU, or per core."""
     dry_run: bool = False
     """Print the plan and how long it would take, measured from a few updates, and train nothing."""
 
@@ -89,7 +92,10 @@ def run_sweep(arguments: list[str] | None = None) -> int:
                 write_plan(runs, runs_dir)
                 progress = SweepProgress(runs, finished)
                 try:
-                    failures = run_local(unfinished, slots, progress, signals)
+                    if config.on == "ray":
+                        failures = run_on_ray(unfinished, slots, config.address, progress, signals)
+                    else:
+                        failures = run_local(unfinished, slots, progress, signals)
                 finally:
                     progress.close()
         except Timeout as error:
@@ -105,6 +111,8 @@ def _sweep_of(config: SweepConfig, train_arguments: tuple[str, ...]) -> Sweep:
         "--token-layout": config.token_layout,
         "--context-length": config.context_length,
     }
+    if config.address is not None and config.on != "ray":
+        raise UserError(f"--address {config.address}: only --on ray has one")
     if config.jobs is not None and config.jobs < 1:
         raise UserError(f"--jobs {config.jobs}: must be at least 1")
     if config.sweep is None:

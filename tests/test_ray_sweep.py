@@ -1,0 +1,127 @@
+"""A sweep on a Ray cluster: two nodes on this machine, one of them lost on the way."""
+
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_sweep import METHODS, TINY, start_sweep, write_sweep
+from tiny_training import REPOSITORY, assert_same_end, figures, finish, wait_for
+
+from flowrl.errors import UserError
+from flowrl.sweeps.command import run_sweep
+from flowrl.sweeps.plan import plan_runs, read_sweep
+from flowrl.sweeps.ray_cluster import train_on_node
+from flowrl.sweeps.state import is_finished, last_step, log_path
+from flowrl.training.config import parse_train_config
+from flowrl.training.trainer import train
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'"
+)
+STEPS = 300
+
+# Starts a head node and another with one core each, says where, and loses the other when told to.
+CLUSTER = """
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+other = cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+print("address", cluster.address, flush=True)
+for line in __import__("sys").stdin:
+    cluster.remove_node(other, allow_graceful=False)
+    print("lost", flush=True)
+cluster.shutdown()
+"""
+
+
+@needs_ray
+def test_runs_of_a_lost_node_go_on_elsewhere(tiny_dataset: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS, seeds=(0, 1))
+    runs = tmp_path / "runs"
+    plan = plan_runs(read_sweep(str(file)), runs)
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"},
+    )  # fmt: skip
+    assert cluster.stdin is not None
+    assert cluster.stdout is not None
+    try:
+        lines = iter(cluster.stdout.readline, "")
+        address = next(line.split()[1] for line in lines if line.startswith("address"))
+        sweep = start_sweep(file, runs, "--on", "ray", "--address", address)
+        wait_for(lambda: sum(30 < last_step(run.run_dir) < STEPS for run in plan) >= 2, sweep)
+        print("lose it", file=cluster.stdin, flush=True)
+        assert next(line for line in lines if line.startswith("lost"))
+        code, output, errors = finish(sweep)
+    finally:
+        cluster.communicate(timeout=60)
+    assert (code, "4 of 4 runs finished" in output) == (0, True), (output, errors)
+    starts = {run.name: log_path(run).read_text().count("\nrun folder ") for run in plan}
+    assert sorted(starts.values()) == [1, 1, 1, 2]  # the one that was lost, and none finished twice
+    for run in plan:
+        assert [line["step"] for line in figures(run.run_dir, "train")] == list(range(5, STEPS + 1, 5))
+    lost = next(run for run in plan if starts[run.name] == 2)
+    resumed_at = re.search(r"resuming .* at step (\d+)", log_path(lost).read_text())
+    assert resumed_at is not None
+    assert 0 < int(resumed_at[1]) < STEPS
+    words = ["--dataset", str(tiny_dataset), "--steps", str(STEPS), "--seed", str(lost.config.seed)]
+    for name, value in {**TINY, **METHODS[lost.method]}.items():
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    train(parse_train_config([*words, "--run-dir", str(tmp_path / "whole")]))
+    assert_same_end(lost.run_dir, tmp_path / "whole")
+
+
+@needs_ray
+def test_a_cluster_started_here_is_stopped_by_a_signal(tiny_dataset: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS)
+    runs = tmp_path / "runs"
+    plan = plan_runs(read_sweep(str(file)), runs)
+    process = start_sweep(file, runs, "--on", "ray")
+    wait_for(lambda: all(last_step(run.run_dir) > 20 for run in plan), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    for run in plan:
+        assert "continue with --resume" in log_path(run).read_text()
+        assert last_step(run.run_dir) < STEPS
+    code, output, _ = finish(start_sweep(file, runs))  # and goes on without Ray
+    assert (code, "2 of 2 runs finished" in output) == (0, True)
+
+
+@needs_ray
+def test_an_unreachable_address_is_one_error_at_once(tiny_dataset: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        started = time.monotonic()
+        process = start_sweep(file, tmp_path / "runs", "--on", "ray", "--address", address)
+        code, _, errors = finish(process)
+    assert code == 2
+    assert f"error: --address {address}: no Ray cluster can be reached there" in errors
+    assert time.monotonic() - started < 60  # on a busy machine; most of it is imports
+
+
+def test_a_finished_run_is_not_trained_again(tiny_dataset: Path, tmp_path: Path) -> None:
+    """What a task does that is given once more after its node was lost."""
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
+    run = plan_runs(read_sweep(str(file)), tmp_path / "runs")[0]
+    assert train_on_node(run, threads=1) is None
+    assert is_finished(run)
+    before = log_path(run).read_text()
+    assert train_on_node(run, threads=1) is None
+    assert log_path(run).read_text() == before
+
+
+def test_an_address_without_ray_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
+    with pytest.raises(UserError, match="only --on ray has one"):
+        run_sweep(["--sweep", str(file), "--address", "127.0.0.1:6379"])
