@@ -228,6 +228,15 @@ def test_returns_without_reference_scores_are_not_averaged_with_scores(tmp_path:
     assert row_of(text, "average of 1")[2] == "10.0"
 
 
+def test_behaviour_cloning_on_the_best_episodes_is_of_the_same_row(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", 10)
+    config = seeded(0, agent="bc", top_fraction=0.1)
+    write_run(tmp_path / "runs" / "b", 20, config=config, dataset="flowrl/hopper/medium-v0 top 0.1")
+    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
+    assert row_of(text, "dataset")[2:] == ["flow-interleaved-20", "bc-top0.1"]
+    assert row_of(text, "`flowrl/hopper/medium-v0`")[2:] == ["10.0 (1)", "**20.0** (1)"]
+
+
 def test_methods_are_chosen_and_ordered(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", 10)
     write_run(tmp_path / "runs" / "b", 20, config=seeded(0, attention="softmax"))

@@ -165,7 +165,7 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
         environment = identity[0]["environment"]
         result = RunResult(
             path=path,
-            dataset=identity[0]["dataset_id"],
+            dataset=identity[0]["dataset_id"].removesuffix(f" top {config.get('top_fraction', 1):g}"),
             sha256=identity[0]["dataset_sha256"],
             environment=environment["env_id"],
             method=method or method_name(config),
@@ -185,8 +185,11 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
 def method_name(config: dict[str, Any]) -> str:
     """Return a method's name from its options, for runs that are of no sweep."""
     if config.get("agent", "transformer") != "transformer":
-        return f"{config['agent']}-{config.get('top_fraction', 1.0):g}"
-    return f"{config['attention']}-{config['token_layout']}-{config['context_length']}"
+        name = config["agent"]
+    else:
+        name = f"{config['attention']}-{config['token_layout']}-{config['context_length']}"
+    fraction = config.get("top_fraction", 1)
+    return name if fraction == 1 else f"{name}-top{fraction:g}"
 
 
 def _labelled(name: str, labels: list[str]) -> str:

@@ -37,7 +37,8 @@ def measure_costs(runs: list[PlannedRun], threads: int) -> dict[tuple[str, str],
     dataset: EpisodeDataset | None = None
     loaded_from = None
     for run in sorted(runs, key=lambda run: run.dataset):
-        source = (run.config.dataset, run.config.env, run.config.reward_mode)
+        config = run.config
+        source = (config.dataset, config.env, config.reward_mode, config.top_fraction)
         if (run.dataset, run.method) in costs:
             continue
         if dataset is None or source != loaded_from:

@@ -127,9 +127,9 @@ def plan_runs(sweep: Sweep, runs_dir: Path) -> list[PlannedRun]:
             raise UserError(f"{argument}: the sweep gives each run its own; see --seeds and --runs-dir")
     cells = []
     for dataset in sweep.datasets:
-        lengths: dict[tuple[str | None, str | None], EpisodeDataset] = {}
+        loaded: dict[tuple, EpisodeDataset] = {}
         for method, options in sweep.methods.items():
-            config, timesteps = _cell_config(sweep, dataset, method, options, lengths)
+            config, timesteps = _cell_config(sweep, dataset, method, options, loaded)
             cells.append((dataset, method, config, timesteps))
     runs = []
     for seed, (dataset, method, config, timesteps) in product(sweep.seeds, cells):
@@ -181,7 +181,7 @@ def _cell_config(
     dataset: str,
     method: str,
     options: dict[str, Any],
-    loaded: dict[tuple[str | None, str | None], EpisodeDataset],
+    loaded: dict[tuple, EpisodeDataset],
 ) -> tuple[TrainConfig, int]:
     """The configuration of one dataset and method, seed and folder aside, and its timesteps per update."""
     where = f"method '{method}'"
@@ -208,7 +208,7 @@ def _cell_config(
         return config, 0
     length = float(config.context_length) if isinstance(config.context_length, int) else 0.0
     if config.context_length == "episode":
-        key = (config.env, config.dataset)
+        key = (config.env, config.dataset, config.top_fraction)
         if key not in loaded:
             loaded[key] = load_dataset(config)
         length = mean_drawn_episode_length(loaded[key].episode_lengths)
