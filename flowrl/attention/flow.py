@@ -136,6 +136,9 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: fl
         sizes.append(min(blocks * block, left))
         left -= sizes[-1]
     state: tuple[Tensor | None, ...] = (None,) * len(FlowState._fields)
+    if len(sizes) == 1:
+        inputs = (queries, keys, values)
+        return CausalFlowBlocks.apply(*inputs, max(length // block, 1), False, clamp, eps, *state)[0]
     outputs = []
     # split, not slices: the gradient of each slice would be as long as the whole sequence.
     parts = zip(*(x.split(sizes, dim=2) for x in (queries, keys, values)), strict=True)
@@ -143,7 +146,7 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: fl
         goes_on = index + 1 < len(sizes)
         output, *state = CausalFlowBlocks.apply(*part, max(size // block, 1), goes_on, clamp, eps, *state)
         outputs.append(output)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+    return torch.cat(outputs, dim=-2)
 
 
 def _bidirectional(q: Tensor, k: Tensor, v: Tensor, clamp: float, eps: float) -> Tensor:

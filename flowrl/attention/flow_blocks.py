@@ -79,7 +79,7 @@ class CausalFlowBlocks(torch.autograd.Function):
         allocation = conserved_sink.sigmoid()
         output = (allocation / incoming)[..., None] * aggregated
 
-        kept = (lower, upper) if blocks == 1 else (None, None)  # many blocks build theirs again
+        kept = (lower, upper, competed) if blocks == 1 else (None, None, None)  # many rebuild theirs
         ctx.save_for_backward(
             q, k, v, n, incoming, outgoing, conserved_source, exponential, normaliser, allocation, aggregated,
             past_k, past_q, past_wk, past_wq, past_memory, *kept,
@@ -96,7 +96,7 @@ class CausalFlowBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, n, incoming, outgoing, conserved_source, exponential, normaliser, *rest = ctx.saved_tensors
-        allocation, aggregated, past_k, past_q, past_wk, past_wq, past_memory, lower, upper = rest
+        allocation, aggregated, past_k, past_q, past_wk, past_wq, past_memory, lower, upper, competed = rest
         blocks, clamp, eps, queries_shape, values_shape = ctx.constants
         g_output, _, g_sum_k, g_sum_q, g_sum_wk, g_sum_wq, g_sum_exp, g_memory = grads
         if g_output is None:  # only the state was used
@@ -107,12 +107,14 @@ class CausalFlowBlocks(torch.autograd.Function):
         key_mass, query_mass = k.sum(-1), q.sum(-1)
         source_weight, sink_weight = n / outgoing, n / incoming
         competition = n * exponential / normaliser
-        competed = competition[..., None] * v
+        if competed is None:
+            competed = competition[..., None] * v
 
         # result: R = (allocation / I) (tril(G) (C v) + q M)
         scale = allocation / incoming
-        g_scale = (g_output * aggregated).sum(-1)
-        g_aggregated = scale[..., None] * g_output
+        product = g_output * aggregated
+        g_scale = product.sum(-1)
+        g_aggregated = torch.mul(g_output, scale[..., None], out=product)  # fresh memory costs more than sums
         g_sink = g_scale * scale * (1 - allocation) / n  # of n times the conserved sink
         g_incoming = -g_scale * scale / incoming
         later_memory, g_memory = _suffix(lambda: torch.bmm(q.mT, g_aggregated), g_memory, past_memory, blocks)
@@ -121,8 +123,9 @@ class CausalFlowBlocks(torch.autograd.Function):
             g_competed.baddbmm_(k, later_memory)
 
         # competition: C = n exp(S) / (past sum of exp(S))
-        g_v = competition[..., None] * g_competed
-        g_competition = (g_competed * v).sum(-1)
+        product = g_competed * v
+        g_competition = product.sum(-1)
+        g_v = torch.mul(g_competed, competition[..., None], out=product)
         g_normaliser = -g_competition * competition / normaliser
         later_exp, g_sum_exp = _suffix(lambda: g_normaliser.sum(-1), g_sum_exp, past_k, blocks)
         g_exponential = g_competition * n / normaliser + _reverse_cumsum(g_normaliser)
@@ -164,8 +167,9 @@ class CausalFlowBlocks(torch.autograd.Function):
             g_k.baddbmm_(competed, later_memory.mT)
             _add_outer(g_q, (sink_weight, later_wq), (ones, later_q))
             _add_outer(g_k, (source_weight, later_wk), (ones, later_k))
-        g_queries = torch.ops.aten.sigmoid_backward(g_q, q).view(queries_shape)
-        g_keys = torch.ops.aten.sigmoid_backward(g_k, k).view(queries_shape)
+        sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+        g_queries = sigmoid_backward(g_q, q, grad_input=g_q).view(queries_shape)
+        g_keys = sigmoid_backward(g_k, k, grad_input=g_k).view(queries_shape)
         g_state = (g_sum_k, g_sum_q, g_sum_wk, g_sum_wq, g_sum_exp, g_memory)
         needed = zip(g_state, ctx.needs_input_grad[8:], strict=True)
         shaped = (
