@@ -199,7 +199,7 @@ def test_the_gpu_section_runs_on_whatever_device(monkeypatch):
     monkeypatch.setattr(gpu, "BATCH", 1)
     monkeypatch.setattr(gpu, "LENGTH_GOALS", {16: 1.0})
     section = gpu.measure_gpu(TINY, 1, device="cpu")
-    assert [row.unit for row in section.rows] == ["ms", "ms", "x", "%"]
+    assert [row.unit for row in section.rows] == ["ms", "x", "ms", "x", "x", "%"]
     assert all(row.measured is not None and row.measured.median > 0 for row in section.rows)
 
 

@@ -19,6 +19,7 @@ SMALLEST = 16  # side of a matrix product that the tensor cores take
 WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_WARPS = 8  # for kernels that would otherwise spill registers
+LARGE_SHARED_MEMORY = (9, 10)  # compute capabilities; 128 columns take 192 KiB of it, 64 take 96
 SUMS = "tf32x3"  # three products of TensorFloat-32 parts: as exact as float32
 
 
@@ -29,16 +30,18 @@ def triton_supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         and values.shape[-1] == queries.shape[-1]
         and queries.shape[-1] in WIDTHS
         and {queries.dtype, keys.dtype, values.dtype} <= set(DTYPES)
-        and _device_supports(queries.device)
+        and _device_supports(queries.device, queries.shape[-1])
     )
 
 
+@torch.compiler.disable
 @cache
-def _device_supports(device: torch.device) -> bool:
-    """TensorFloat-32 and bfloat16 came with compute capability 8.0."""
+def _device_supports(device: torch.device, width: int) -> bool:
+    """Whether triton is there, and the device has TensorFloat-32 and, for wide heads, the shared memory."""
     if importlib.util.find_spec("triton") is None or torch.version.cuda is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    generation = torch.cuda.get_device_capability(device)[0]
+    return generation >= 8 if width <= 64 else generation in LARGE_SHARED_MEMORY
 
 
 @torch.compiler.disable

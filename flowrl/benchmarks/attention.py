@@ -11,6 +11,7 @@ from flowrl.benchmarks.report import Goal, Measurement, Row, Section
 from flowrl.benchmarks.timing import Spread, Timing, interleaved, peak_memory
 from flowrl.benchmarks.workload import Sizes
 
+Inputs = tuple[Tensor, Tensor, Tensor]  # queries, keys, values
 Shape = tuple[int, int, int, int]  # batch, heads, tokens, head_dim
 LONGEST_AUTHORS = 3_072  # beyond it a (heads, length, d, d) tensor takes 0.8 GB and more, several at a time
 LONGEST_SOFTMAX = 12_288  # beyond it a single call takes minutes
@@ -48,16 +49,14 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def make_inputs(
-    shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
     """Random queries, keys and values that want gradients."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(3, *shape, generator=generator).to(device, dtype)
     return tuple(tensor.detach().requires_grad_() for tensor in drawn)
 
 
-def forward_backward(form: str, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def forward_backward(form: str, inputs: Inputs) -> None:
     """One call of the named form and its gradients by all three inputs."""
     outputs = FORMS[form](*inputs)
     torch.autograd.grad(outputs, inputs, torch.ones_like(outputs))

@@ -1,21 +1,31 @@
-"""What is measured on a CUDA device: whole updates, and attention in bfloat16 against flash attention."""
+"""What is measured on a CUDA device: whole updates, and attention in bfloat16 against flash attention.
+
+Updates go through the trainer's CUDA graph, attention is called eagerly: the launches of its kernels count.
+"""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowrl.benchmarks.attention import forward_backward, make_inputs
+from flowrl.attention.flow_triton import triton_supports
+from flowrl.attention.kinds import AttentionName
+from flowrl.benchmarks.attention import Inputs, forward_backward, make_inputs
 from flowrl.benchmarks.report import Goal, Measurement, Row, Section
 from flowrl.benchmarks.timing import Spread, interleaved, nothing
 from flowrl.benchmarks.workload import Sizes, open_trainer, paper_config, training_data
 
+ATTENTIONS: tuple[AttentionName, ...] = ("flow", "softmax")
 LENGTH_GOALS = {3_072: 1.0, 12_288: 4.0}  # times as fast as flash attention
 BATCH, HEADS, HEAD_DIM = 16, 4, 64
 # Tensors of the inputs' size that forward and backward must move: q, k, v in and the output out, then
 # these three and the output's gradient in and three gradients out.
 TENSORS_MOVED = 4 + 7
 COPIED_BYTES = 1 << 30
+WARM_UPS = 8  # updates before the clock runs: the trainer records its graph during the first few
+RUN_UPDATES, RUN_MINUTES = 100_000, 6.0  # a whole training, its five evaluations included
 
 
 def measure_gpu(sizes: Sizes, repetitions: int, device: str = "cuda") -> Section:
@@ -32,13 +42,28 @@ def measure_gpu(sizes: Sizes, repetitions: int, device: str = "cuda") -> Section
 
 def _measure_updates(section: Section, sizes: Sizes, repetitions: int, device: str) -> None:
     for full_episodes, goal in ((False, Goal(1.5, at_least=False)), (True, None)):
-        config = paper_config(sizes, full_episodes=full_episodes)
+        with ExitStack() as stack:
+            contenders: dict[str, Callable[[], None]] = {}
+            for attention in ATTENTIONS:
+                config = paper_config(sizes, attention, full_episodes=full_episodes)
+                trainer = stack.enter_context(open_trainer(config, training_data(sizes, config), device))
+                for _ in range(WARM_UPS):
+                    trainer.update()
+                contenders[attention] = trainer.update
+            timings = interleaved(contenders, repetitions, wait=_waiting(device))
         windows, timesteps = config.batch_size, sizes.episode_length if full_episodes else 20
-        with open_trainer(config, training_data(sizes, config), device) as trainer:
-            timing = interleaved({"flow": trainer.update}, repetitions, wait=_waiting(device))["flow"]
         case = f"GPU update, {windows} x {timesteps:,} timesteps"
-        section.measurements.append(Measurement("flow", case, windows * timesteps, timing))
-        section.rows.append(Row(case, "time", "ms", timing.spread.scaled(1e3), goal))
+        for form, timing in timings.items():
+            section.measurements.append(Measurement(form, case, windows * timesteps, timing))
+        section.rows.append(Row(case, "time", "ms", timings["flow"].spread.scaled(1e3), goal))
+        faster = timings["softmax"].ratio_to(timings["flow"])
+        section.rows.append(Row(case, "the same model with softmax", "x", faster))
+        if not full_episodes:
+            minutes = timings["flow"].spread.scaled(RUN_UPDATES / 60).median
+            section.notes.append(
+                f"{RUN_UPDATES:,} such updates take {minutes:.1f} minutes; the goal for a run on "
+                f"hopper-medium with five evaluations is {RUN_MINUTES:g}."
+            )
 
 
 def _measure_attention(section: Section, sizes: Sizes, repetitions: int, device: str) -> None:
@@ -48,9 +73,10 @@ def _measure_attention(section: Section, sizes: Sizes, repetitions: int, device:
             continue
         shape = (BATCH, HEADS, length, HEAD_DIM)
         inputs = make_inputs(shape, device, torch.bfloat16)
-        contenders = {form: partial(forward_backward, form, inputs) for form in ("flow", "softmax")}
+        contenders = {"flow": partial(forward_backward, "flow", inputs), "softmax": partial(_flash, inputs)}
         timings = interleaved(contenders, repetitions, wait=_waiting(device))
-        case = f"GPU attention forward + backward, bf16, {BATCH} x {HEADS} x {length:,} x {HEAD_DIM}"
+        kernels = "" if triton_supports(*inputs) else ", without Triton"
+        case = f"GPU attention forward + backward{kernels}, bf16, {BATCH} x {HEADS} x {length:,} x {HEAD_DIM}"
         for form, timing in timings.items():
             section.measurements.append(Measurement(form, case, BATCH * length, timing))
         faster = timings["softmax"].ratio_to(timings["flow"])
@@ -60,6 +86,12 @@ def _measure_attention(section: Section, sizes: Sizes, repetitions: int, device:
         share = 100 * moved / bandwidth
         part = Spread(share / seconds.median, share / seconds.high, share / seconds.low)
         section.rows.append(Row(case, "bandwidth bound of its bytes", "%", part, Goal(50.0)))
+
+
+def _flash(inputs: Inputs) -> None:
+    """Softmax by flash attention and nothing else; the device must have it (a CPU does, too)."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        forward_backward("softmax", inputs)
 
 
 def _copy_bandwidth(repetitions: int, device: str) -> float:

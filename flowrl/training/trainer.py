@@ -3,6 +3,8 @@
 import json
 import math
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +32,7 @@ from flowrl.model.checkpoint import (
 from flowrl.model.network import Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model, pick_device
 from flowrl.signals import StopSignals
+from flowrl.training.capture import CapturedStep
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
 from flowrl.training.setup import build_agent, load_dataset
@@ -149,8 +152,18 @@ class Trainer:
             self._check_same_data(resumed, dataset)
             self.agent.model = build_model(self.agent.config.model, resumed.model, where=f"{run_dir}: model")
         self.model = self.agent.model.to(device)
+        on_cuda = device.type == "cuda"
+        if on_cuda:
+            if device.index is not None:
+                torch.cuda.set_device(device)  # its streams are the current ones
+            # The first updates are not captured; afterwards the optimiser is part of a graph.
+            warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            self.model.parameters(),
+            lr=torch.tensor(config.learning_rate, device=device) if on_cuda else config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+            capturable=on_cuda,
         )
         self.sampler = WindowSampler(
             dataset, self.agent.config.context_length, config.batch_size, config.seed, device
@@ -171,6 +184,9 @@ class Trainer:
             self.metrics.write_text("config", f"```\n{to_yaml(config)}```")
             self.metrics.write_text("dataset", f"{dataset.dataset_id} sha256 {dataset.sha256}")
         self._loss = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self._gradient_step: Callable[..., Tensor] = self._step_eagerly
+        if on_cuda:
+            self._gradient_step = CapturedStep(self._step_eagerly, self.agent.config.context_length)
         self._last_log = time.perf_counter()
 
     def run(self) -> list[TargetResult]:
@@ -199,21 +215,29 @@ class Trainer:
         """One gradient step. Nothing here waits for the device."""
         self.model.train()
         batch = self.sampler.sample()
-        window = Window(*batch[:5])
+        learning_rate = learning_rate_at(self.step, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.config)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self._loss(window, batch.valid)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._pending.append(torch.stack((loss.detach(), norm)))
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        self._pending.append(self._gradient_step(*batch[:5], batch.valid))
         self._pending_tokens += batch.num_timesteps * (
             1 if self.agent.config.model.token_layout == "fused" else 3
         )
         self._recent.append(batch.starts)
         self.step += 1
+
+    def _step_eagerly(self, *inputs: Tensor) -> Tensor:
+        """Learn from a window's five tensors and ``valid``; return (loss, gradient norm)."""
+        *window, valid = inputs
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = self._loss(Window(*window), valid)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack((loss.detach(), norm))
 
     def log(self) -> float:
         """Write a line of metrics about the updates since the last one; return their mean loss."""
