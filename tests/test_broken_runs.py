@@ -6,6 +6,7 @@ import math
 import shutil
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import pytest
 import torch
 from broken_inputs import MARKER, PICKLES, ending, refusal
 from safetensors.torch import load_file, save_file
-from tiny_training import resume_here, train_here
+from tiny_training import train_here
 
 import flowrl
 from flowrl.evaluation.evaluate import EvaluateConfig, evaluate_run
+from flowrl.training.config import TrainConfig, parse_train_config
 from flowrl.training.curves import CurvesConfig, draw_curves
 from flowrl.training.metrics import METRICS_FILE
+from flowrl.training.trainer import train
 
 STEP = "checkpoints/step-00000004"
 WRONG = (
@@ -46,7 +49,9 @@ WRONG = (
 def whole(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four updates with one checkpoint; not to be changed."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    train_here(tiny_dataset, run, steps=4, checkpoint_every=4, log_every=3, keep_checkpoints=1, targets="30")
+    train_here(
+        tiny_dataset, run, steps=4, checkpoint_every=4, log_every=3, keep_checkpoints=1, eval_episodes=0
+    )
     return run
 
 
@@ -56,6 +61,12 @@ def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def config(whole: Path) -> TrainConfig:
+    """What --resume reads from the run's own config.yaml; four more updates are asked for."""
+    return parse_train_config(["--resume", str(whole), "--steps", "8"])
 
 
 def reseal(run: Path) -> None:
@@ -180,8 +191,13 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_broken_safetensors_header_is_refused(run: Path, tmp_path: Path, case: str) -> None:
-    for name, use in (("model", lambda: flowrl.load_agent(run)), ("training", lambda: resume_here(run))):
+def test_a_broken_safetensors_header_is_refused(
+    run: Path, config: TrainConfig, tmp_path: Path, case: str
+) -> None:
+    for name, use in (
+        ("model", lambda: flowrl.load_agent(run)),
+        ("training", lambda: train(replace(config, resume=run))),
+    ):
         before = (run / STEP / f"{name}.safetensors").read_bytes()
         (run / STEP / f"{name}.safetensors").write_bytes(HEADERS[case])
         reseal(run)
@@ -241,15 +257,15 @@ STATE = {
 
 
 @pytest.mark.parametrize("case", STATE)
-def test_a_training_state_that_does_not_fit_is_refused(run: Path, case: str) -> None:
+def test_a_training_state_that_does_not_fit_is_refused(run: Path, config: TrainConfig, case: str) -> None:
     path = run / STEP / "training.safetensors"
     save_file(STATE[case](load_file(path)), path)
     reseal(run)
-    assert "training.safetensors" in refusal(lambda: resume_here(run, steps=8))
+    assert "training.safetensors" in refusal(lambda: train(replace(config, resume=run)))
 
 
 @pytest.mark.parametrize("key", ["evaluated_step", "pending_tokens", None])
-def test_training_json_with_wrong_values(run: Path, key: str | None) -> None:
+def test_training_json_with_wrong_values(run: Path, config: TrainConfig, key: str | None) -> None:
     path = run / STEP / "training.json"
     data = json.loads(path.read_text())
     kept = sorted(file.name for file in run.iterdir())
@@ -261,7 +277,7 @@ def test_training_json_with_wrong_values(run: Path, key: str | None) -> None:
             del changed[key]
         path.write_text(json.dumps(changed))
         reseal(run)
-        assert "training." in refusal(lambda: resume_here(run, steps=8)), value
+        assert "training." in refusal(lambda: train(replace(config, resume=run))), value
     assert sorted(file.name for file in run.iterdir()) == kept
 
 
@@ -293,14 +309,14 @@ LINES = {
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_a_broken_line_of_metrics_ends_in_one_line(run: Path, case: str) -> None:
+def test_a_broken_line_of_metrics_ends_in_one_line(run: Path, config: TrainConfig, case: str) -> None:
     path = run / METRICS_FILE
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join((*lines[:1], LINES[case], *lines[1:], b"")))
     line = ending(lambda: draw_curves(CurvesConfig((run,), run / "curves.png")))
     assert line is None or METRICS_FILE in line
     assert (line is None) == (run / "curves.png").exists()
-    line = ending(lambda: resume_here(run))
+    line = ending(lambda: train(replace(config, resume=run)))
     assert line is None or METRICS_FILE in line
 
 

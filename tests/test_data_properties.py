@@ -29,7 +29,7 @@ OFFSETS = ("episode_starts", "episode_lengths", "terminated")
 
 # The same examples on every machine: a failure here is never bad luck.
 PROPERTY = settings(
-    derandomize=True, deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow]
+    derandomize=True, deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow]
 )
 
 

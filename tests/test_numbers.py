@@ -28,9 +28,8 @@ def extreme(tmp_path_factory: pytest.TempPathFactory) -> EpisodeDataset:
 @pytest.mark.parametrize("layout", ["interleaved", "fused"])
 @pytest.mark.parametrize("attention", ["flow", "softmax"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("return_scale", [None, 1.0], ids=["scaled", "unscaled"])
 def test_300_updates_stay_finite(
-    extreme: EpisodeDataset, layout: str, attention: str, precision: str, return_scale: float | None
+    extreme: EpisodeDataset, layout: str, attention: str, precision: str
 ) -> None:
     """Whole episodes; unscaled returns of 1e5 enter the network as they are."""
     torch.manual_seed(0)
@@ -38,7 +37,7 @@ def test_300_updates_stay_finite(
         attention=attention,  # type: ignore[arg-type]
         token_layout=layout,  # type: ignore[arg-type]
         context_length="episode",
-        return_scale=return_scale,
+        return_scale=1.0,
         embed_dim=8,
         num_heads=2,
         num_layers=2,
