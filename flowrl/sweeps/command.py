@@ -24,7 +24,7 @@ from flowrl.sweeps.plan import (
     write_plan,
 )
 from flowrl.sweeps.progress import SweepProgress
-from flowrl.sweeps.ray_cluster import run_on_ray
+from flowrl.sweeps.ray_cluster import check_ray, run_on_ray
 from flowrl.sweeps.state import check_startable, is_finished
 
 EXIT_FAILED_RUNS = 1
@@ -76,6 +76,8 @@ def run_sweep(arguments: list[str] | None = None) -> int:
     runs_dir = config.runs_dir or Path("runs") / (Path(config.sweep).stem if config.sweep else "sweep")
     with StopSignals() as signals:
         with signals.interruptible():
+            if config.on == "ray":
+                check_ray(config.address)
             runs = plan_runs(_sweep_of(config, tuple(train_arguments)), runs_dir.absolute())
             finished = [run for run in runs if is_finished(run)]
             unfinished = [run for run in runs if run not in finished]

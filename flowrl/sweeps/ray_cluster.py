@@ -3,8 +3,11 @@
 Run folders must be on storage that all nodes share; so must the data, where it is not downloaded.
 """
 
+import importlib.util
 import os
 import socket
+import subprocess
+import sys
 import time
 from signal import SIGTERM
 from typing import Any
@@ -19,10 +22,36 @@ from flowrl.sweeps.progress import SweepProgress
 from flowrl.sweeps.state import TRAIN_SCRIPT, failure_of, is_finished, start_training
 
 _CONNECT_SECONDS = 5.0
+_HEALTH_SECONDS = 20.0
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 _RETRY_FOREVER = -1
 _PASSED_ON = ("MINARI_DATASETS_PATH", "D4RL_DATASET_DIR", "MUJOCO_GL")
+
+
+def check_ray(address: str | None) -> None:
+    """Raise a UserError, within seconds, where Ray is not installed or no cluster answers at HOST:PORT.
+
+    Ray itself would go on trying for minutes, or for ever at an address where something else listens.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("--on ray needs Ray: pip install -e '.[ray]'")
+    if address is None:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--address {address}: must be HOST:PORT, such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"--address {address}: no Ray cluster can be reached there: {error}") from error
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        healthy = subprocess.run(command, capture_output=True, timeout=_HEALTH_SECONDS).returncode == 0
+    except subprocess.TimeoutExpired:
+        healthy = False
+    if not healthy:
+        raise UserError(f"--address {address}: what listens there does not answer as a Ray cluster")
 
 
 def run_on_ray(
@@ -37,7 +66,7 @@ def run_on_ray(
         One line for each run that failed.
 
     Raises:
-        UserError: Ray is not installed, or the cluster cannot be reached.
+        UserError: the cluster cannot be joined (see also :func:`check_ray`, to be called before).
         Stopped: after SIGINT or SIGTERM, once the trainings were told to save and end.
     """
     with signals.interruptible():
@@ -107,11 +136,9 @@ def wait_until_free(run: PlannedRun) -> None:
 
 def _connect(address: str | None, slots: Slots) -> Any:
     """Return the ray module, connected."""
+    import ray  # an extra: only --on ray needs it
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray  # an extra: only --on ray needs it
-    except ImportError as error:
-        raise UserError("--on ray needs Ray: pip install -e '.[ray]'") from error
     variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     variables["PYTHONPATH"] = os.pathsep.join(
         path for path in (str(TRAIN_SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")) if path
@@ -122,21 +149,9 @@ def _connect(address: str | None, slots: Slots) -> Any:
     if address is None:
         ray.init(address="local", num_cpus=slots.jobs * slots.threads, include_dashboard=False, **settings)
         return ray
-    _check_reachable(address)
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--address {address}: no Ray cluster answers there: {reason}") from error
     return ray
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself would go on trying for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--address {address}: must be HOST:PORT, such as 10.0.0.1:6379")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise UserError(f"--address {address}: no Ray cluster can be reached there: {error}") from error
