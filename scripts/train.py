@@ -2,7 +2,7 @@
 
 from flowrl.errors import exit_on_user_error
 from flowrl.training.config import parse_train_config
-from flowrl.training.trainer import train
+from flowrl.training.run import train
 
 if __name__ == "__main__":
     with exit_on_user_error():

@@ -23,7 +23,7 @@ from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate
 from flowrl.evaluation.rollout import NonFiniteError
 from flowrl.model.network import SequenceModel, Window
-from flowrl.training import trainer
+from flowrl.training import run
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import build_agent, default_targets, load_dataset, observation_statistics
 from flowrl.training.trainer import NonFiniteLossError, Trainer, learning_rate_at
@@ -358,7 +358,7 @@ def test_the_default_folder_names_the_run(tiny_dataset, tmp_path, monkeypatch):
         (TrainConfig(dataset="minari:mujoco/hopper/medium-v0"), "mujoco-hopper-medium-v0/flow-seed0-"),
         (TrainConfig(dataset="/data/../my.hdf5", attention="softmax"), "data-my/softmax-seed0-"),
     ):
-        assert str(trainer.default_run_dir(config)).startswith(os.path.join("runs", folder))
+        assert str(run.default_run_dir(config)).startswith(os.path.join("runs", folder))
 
 
 def test_nothing_waits_for_the_device_in_an_update(tiny_dataset, tmp_path, monkeypatch):

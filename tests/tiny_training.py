@@ -12,7 +12,7 @@ from typing import Any
 from flowrl.evaluation.evaluate import TargetResult
 from flowrl.training.config import parse_train_config
 from flowrl.training.metrics import METRICS_FILE
-from flowrl.training.trainer import train
+from flowrl.training.run import train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {

@@ -66,7 +66,8 @@ class LoopSampler:
             for name, values in window.items():
                 columns[name].append(_padded(values, self._context_length))
         tensors = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
-        return Batch(**tensors, starts=torch.tensor(starts), num_timesteps=int(tensors["valid"].sum()))
+        num_timesteps = int(tensors["valid"].sum())
+        return Batch(**tensors, starts=torch.tensor(starts), num_timesteps=num_timesteps, share=1.0)
 
     def _returns_to_go(self, episode: dict[str, np.ndarray], offset: int, end: int) -> np.ndarray:
         if not self._sums_returns:

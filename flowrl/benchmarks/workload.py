@@ -110,7 +110,7 @@ def open_trainer(config: TrainConfig, dataset: EpisodeDataset, device: str = "cp
         try:
             yield trainer
         finally:
-            trainer.metrics.close()
+            trainer.close()
 
 
 def make_agent(sizes: Sizes, config: TrainConfig) -> Agent:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowrl.data.episodes import EpisodeDataset
+from flowrl.ranks import ALONE, Ranks
 
 
 class Batch(NamedTuple):
@@ -21,7 +22,8 @@ class Batch(NamedTuple):
     timesteps: Tensor  # (batch, length) int64
     valid: Tensor  # (batch, length) bool
     starts: Tensor  # (batch,) int64 on the CPU: each window's first transition in the dataset
-    num_timesteps: int  # valid ones
+    num_timesteps: int  # valid ones, those of other ranks included
+    share: float  # of num_timesteps that are in this batch; 1 but for several ranks
 
 
 class WindowSampler:
@@ -29,7 +31,8 @@ class WindowSampler:
 
     Long episodes thus weigh by their length. An episode no longer than ``context_length`` is taken whole.
     Random numbers come from a generator of the sampler's own on the CPU, so that batches are the same on
-    every device; :attr:`generator_state` is all there is to save.
+    every device; :attr:`generator_state` is all there is to save. Of several ranks each draws the whole
+    batch, and gathers its own share of the windows.
     """
 
     def __init__(
@@ -39,10 +42,12 @@ class WindowSampler:
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.context_length = context_length
         self.batch_size = batch_size
         self.device = torch.device(device)
+        self.ranks = ranks
         self._generator = torch.Generator().manual_seed(seed)
         self._num_transitions = dataset.num_transitions
         starts = torch.from_numpy(dataset.episode_starts)
@@ -71,11 +76,13 @@ class WindowSampler:
         return self.gather(drawn)
 
     def gather(self, drawn: Tensor) -> Batch:
-        """Return the windows that start at the (batch,) transitions ``drawn``."""
+        """Return this rank's windows of those that start at the (batch,) transitions ``drawn``."""
         episodes = self._episode_of[drawn].long()
         episode_starts, episode_lengths = self._episode_starts[episodes], self._episode_lengths[episodes]
         starts = torch.where(episode_lengths <= self.context_length, episode_starts, drawn)
         lengths = (episode_starts + episode_lengths - starts).clamp(max=self.context_length)
+        num_timesteps, mine = int(lengths.sum()), self.ranks.mine
+        starts, lengths = starts[mine], lengths[mine]
         offsets = torch.arange(int(lengths.max()))
         valid = offsets < lengths[:, None]  # (batch, length)
         index = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
@@ -88,7 +95,8 @@ class WindowSampler:
             timesteps=self._timesteps[index],
             valid=valid,
             starts=starts,
-            num_timesteps=int(lengths.sum()),
+            num_timesteps=num_timesteps,
+            share=int(lengths.sum()) / num_timesteps,
         )
 
     def _to_device(self, tensor: Tensor) -> Tensor:

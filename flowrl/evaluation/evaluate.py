@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import tyro
 
 import flowrl
@@ -19,6 +20,7 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.rollout import BatchedAgent, rollout
 from flowrl.evaluation.video import check_video, write_video
+from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import StopSignals
 
 MOST_EPISODES = 100_000  # each has an environment of its own
@@ -85,11 +87,13 @@ def evaluate(
     episodes: int,
     seed: int,
     reference: ReferenceScores | None,
+    ranks: Ranks = ALONE,
 ) -> list[TargetResult]:
     """Run ``episodes`` episodes for each target, all in one batch, and return one result per target.
 
     Episode ``e`` of every target starts from environment seed ``seed + e``: targets are compared on the
-    same starts, and the same call gives the same starts again.
+    same starts, and the same call gives the same starts again. Several ranks share the episodes out, and
+    all return the results of all.
 
     Raises:
         UserError: no target, no episode, too many of them, or a target or seed out of range.
@@ -105,20 +109,21 @@ def evaluate(
         raise UserError(
             f"--targets {' '.join(map(str, targets))}: at least one finite target return is needed"
         )
-    rollouts = rollout(
-        agent,
-        environment,
-        target_returns=np.repeat(np.asarray(targets, dtype=np.float64), episodes),
-        seeds=np.tile(seed + np.arange(episodes), len(targets)),
-    )
-    returns = rollouts.returns.reshape(len(targets), episodes)
-    lengths = rollouts.lengths.reshape(len(targets), episodes)
+    target_returns = np.repeat(np.asarray(targets, dtype=np.float64), episodes)  # (slots,)
+    seeds = np.tile(seed + np.arange(episodes), len(targets))  # (slots,)
+    outcomes = np.zeros((2, len(seeds)))  # returns and lengths; each rank fills in its own, 0 elsewhere
+    if len(seeds[ranks.mine]):
+        rollouts = rollout(agent, environment, target_returns[ranks.mine], seeds[ranks.mine])
+        outcomes[:, ranks.mine] = rollouts.returns, rollouts.lengths
+    outcomes = ranks.sum(torch.from_numpy(outcomes)).numpy()
+    returns = outcomes[0].reshape(len(targets), episodes)
+    lengths = outcomes[1].astype(np.int64).reshape(len(targets), episodes)
     results = []
-    for target, target_returns, target_lengths in zip(targets, returns, lengths, strict=True):
+    for target, its_returns, its_lengths in zip(targets, returns, lengths, strict=True):
         scores = None
         if reference is not None:
-            scores = np.array([reference.normalized_score(float(value)) for value in target_returns])
-        results.append(TargetResult(float(target), target_returns, target_lengths, scores))
+            scores = np.array([reference.normalized_score(float(value)) for value in its_returns])
+        results.append(TargetResult(float(target), its_returns, its_lengths, scores))
     return results
 
 

@@ -143,10 +143,15 @@ def _model_config(model: Any, agent: AgentName, where: str) -> ModelConfig | Beh
     return kind(**model)
 
 
-def pick_device(device: str) -> torch.device:
-    """Turn a --device value into a device; ``auto`` takes a GPU when there is one."""
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """Turn a --device value into a device; ``auto`` takes a GPU when there is one.
+
+    A GPU without a number is that of ``local_rank``, this process' number among those on this machine.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
     try:
         picked = torch.device(device)
     except RuntimeError as error:

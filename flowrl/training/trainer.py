@@ -5,22 +5,23 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from flowrl.atomic import remove_temporaries, write_text
+from flowrl.atomic import write_text
 from flowrl.data import EpisodeDataset
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
+from flowrl.model.action_model import ActionModel
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import (
     TRAINING_TENSORS,
@@ -30,86 +31,19 @@ from flowrl.model.checkpoint import (
     save_checkpoint,
 )
 from flowrl.model.network import Window
-from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model, pick_device
+from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model
+from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import StopSignals
 from flowrl.training.capture import CapturedStep
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
-from flowrl.training.setup import build_agent, load_dataset
+from flowrl.training.setup import build_agent
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
 
 
 class NonFiniteLossError(UserError):
     """The loss became NaN or infinite; the run folder holds the batch that did it."""
-
-
-def train(config: TrainConfig) -> list[TargetResult]:
-    """Run or continue the training that ``config`` describes; return the last evaluation.
-
-    Raises:
-        UserError: unusable input, or a run folder that is in use, not empty, or damaged.
-        NonFiniteLossError: see there; the last checkpoint is from before it.
-        Stopped: after SIGINT or SIGTERM, once a checkpoint is saved.
-    """
-    run_dir = config.resume or config.run_dir or default_run_dir(config)
-    _check_run_dir(config, run_dir)
-    device = pick_device(config.device)
-    with StopSignals() as signals:
-        with signals.interruptible():  # the first use of a dataset may collect or download it
-            dataset = load_dataset(config)
-            describe(dataset)
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(run_dir / ".lock", timeout=0):
-                _check_run_dir(config, run_dir)  # again: loading took a while
-                remove_temporaries(run_dir)
-                trainer = Trainer(config, run_dir, dataset, device, signals)
-                try:
-                    return trainer.run()
-                finally:
-                    trainer.metrics.close()
-        except Timeout as error:
-            raise UserError(f"{run_dir}: another process is training in this folder") from error
-        except OSError as error:
-            raise UserError(f"{run_dir}: cannot be written: {error}") from error
-
-
-def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
-    """Refuse to start a new run where there is something; a hidden file is what a killed start leaves."""
-    if config.resume is not None or not run_dir.exists():
-        return
-    if not run_dir.is_dir() or any(not path.name.startswith(".") for path in run_dir.iterdir()):
-        raise UserError(
-            f"--run-dir {run_dir}: already there and not empty; continue it with --resume {run_dir}"
-        )
-
-
-def default_run_dir(config: TrainConfig) -> Path:
-    """runs/<env>/<attention or bc>-seed<k>-<time>; a dataset's own name where no --env is given.
-
-    A --top-fraction below 1 follows the method: bc-top0.1-seed0-...
-    """
-    name = config.env or (config.dataset or "").removeprefix("minari:").removesuffix(".hdf5")
-    folder = "-".join(part for part in Path(name).parts if part not in ("/", "..", "."))
-    method = config.attention if config.agent == "transformer" else config.agent
-    part = "" if config.top_fraction == 1 else f"-top{config.top_fraction:g}"
-    return Path("runs") / folder / f"{method}{part}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def describe(dataset: EpisodeDataset) -> None:
-    """Say which data this is."""
-    returns = dataset.episode_returns
-    scores = ""
-    if dataset.reference is not None:
-        scores = f" (normalised {dataset.reference.normalized_score(float(returns.mean())):.1f})"
-    print(
-        f"dataset {dataset.dataset_id} sha256 {dataset.sha256[:12]}: {dataset.num_transitions} transitions, "
-        f"{dataset.num_episodes} episodes, mean return {returns.mean():.1f}{scores}, "
-        f"environment {dataset.environment.env_id if dataset.environment else 'unknown'}"
-    )
-    for note in dataset.notes:
-        print(f"note: {note}")
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -133,8 +67,10 @@ class Trainer:
         dataset: EpisodeDataset,
         device: torch.device,
         signals: StopSignals,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.run_dir, self.device, self.signals = config, run_dir, device, signals
+        self.config, self.run_dir, self.device = config, run_dir, device
+        self.signals, self.ranks = signals, ranks
         torch.manual_seed(config.seed)
         self.agent: Agent = build_agent(config, dataset)
         self.step = 0
@@ -166,41 +102,55 @@ class Trainer:
             capturable=on_cuda,
         )
         self.sampler = WindowSampler(
-            dataset, self.agent.config.context_length, config.batch_size, config.seed, device
+            dataset, self.agent.config.context_length, config.batch_size, config.seed, device, ranks
         )
+        if ranks.rank > 0:  # each process draws its own dropout
+            torch.manual_seed(config.seed + ranks.rank)
         if resumed is not None:
             self._restore(resumed)
+        self.metrics = self._open_metrics(dataset, started=resumed is not None) if ranks.is_first else None
+        self._loss: Callable[[Window, Tensor], Tensor] = _Loss(self.model)
+        if ranks.size > 1:
+            self._loss = DistributedDataParallel(_Loss(self.model))
+        if config.compile:
+            self._loss = torch.compile(self._loss)
+        self._gradient_step: Callable[..., Tensor] = self._step_eagerly
+        if on_cuda and ranks.size == 1:
+            self._gradient_step = CapturedStep(self._step_eagerly, self.agent.config.context_length)
+        self._last_log = time.perf_counter()
+
+    def _open_metrics(self, dataset: EpisodeDataset, started: bool) -> MetricsLog:
+        """Write the configuration and make the figures on disk those of updates before this moment."""
+        config, run_dir = self.config, self.run_dir
+        if started:
             rewind(run_dir, self.step, self.evaluated_step)
             print(f"resuming {run_dir} at step {self.step}")
         elif config.resume:
             rewind(run_dir, -1, -1)
             print(f"resuming {run_dir} at its beginning: it was stopped before its first checkpoint")
         write_text(run_dir / "config.yaml", to_yaml(replace(config, run_dir=run_dir)))
-        self.metrics = MetricsLog(run_dir, purge_step=self.step + 1 if config.resume else None)
-        if resumed is None:
+        metrics = MetricsLog(run_dir, purge_step=self.step + 1 if config.resume else None)
+        if not started:
             identity = {"dataset_id": dataset.dataset_id, "dataset_sha256": dataset.sha256}
             environment = {"environment": dataset.environment and dataset.environment.to_dict()}
-            self.metrics.write("run", 0, {**identity, **environment})
-            self.metrics.write_text("config", f"```\n{to_yaml(config)}```")
-            self.metrics.write_text("dataset", f"{dataset.dataset_id} sha256 {dataset.sha256}")
-        self._loss = torch.compile(self.model.loss) if config.compile else self.model.loss
-        self._gradient_step: Callable[..., Tensor] = self._step_eagerly
-        if on_cuda:
-            self._gradient_step = CapturedStep(self._step_eagerly, self.agent.config.context_length)
-        self._last_log = time.perf_counter()
+            metrics.write("run", 0, {**identity, **environment})
+            metrics.write_text("config", f"```\n{to_yaml(config)}```")
+            metrics.write_text("dataset", f"{dataset.dataset_id} sha256 {dataset.sha256}")
+        return metrics
 
     def run(self) -> list[TargetResult]:
         """Train to the last step, evaluating, logging and saving on the way."""
         config = self.config
         print(f"run folder {self.run_dir}, device {self.device}")
-        with tqdm(total=config.steps, initial=self.step, unit="update", disable=None) as progress:
+        quiet = None if self.ranks.is_first else True
+        with tqdm(total=config.steps, initial=self.step, unit="update", disable=quiet) as progress:
             while True:
                 if self._evaluation_due():
                     self._evaluate(progress)
                 at_end = self.step >= config.steps
                 if at_end or self.step % config.checkpoint_every == 0:
                     self.save()
-                if self.signals.received is not None:
+                if self.ranks.any(self.signals.received is not None):
                     self.save()
                     print(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
                     self.signals.stop()
@@ -221,23 +171,27 @@ class Trainer:
                 group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
-        self._pending.append(self._gradient_step(*batch[:5], batch.valid))
+        if self.ranks.size == 1:
+            figures = self._gradient_step(*batch[:5], batch.valid)
+        else:
+            figures = self._step_eagerly(*batch[:5], batch.valid, share=batch.share)
+        self._pending.append(figures)
         self._pending_tokens += batch.num_timesteps * (
             1 if self.agent.config.model.token_layout == "fused" else 3
         )
         self._recent.append(batch.starts)
         self.step += 1
 
-    def _step_eagerly(self, *inputs: Tensor) -> Tensor:
-        """Learn from a window's five tensors and ``valid``; return (loss, gradient norm)."""
+    def _step_eagerly(self, *inputs: Tensor, share: float = 1.0) -> Tensor:
+        """Learn from a window's five tensors and ``valid``; return (loss, gradient norm) of all ranks."""
         *window, valid = inputs
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self._loss(Window(*window), valid)
-        loss.backward()
+            loss = self._loss(Window(*window), valid) * share
+        (loss * self.ranks.size).backward()  # DistributedDataParallel averages over ranks
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.stack((loss.detach(), norm))
+        return torch.stack((self.ranks.sum(loss.detach()), norm))
 
     def log(self) -> float:
         """Write a line of metrics about the updates since the last one; return their mean loss."""
@@ -252,19 +206,21 @@ class Trainer:
             "tokens_per_second": self._pending_tokens / elapsed,
             "updates_per_second": updates / elapsed,
         }
-        self.metrics.write("train", self.step, figures)
+        self._write("train", figures)
         self._pending, self._pending_tokens, self._last_log = [], 0, now
         return loss
 
     def save(self) -> None:
         """Write a checkpoint of this very moment."""
         self._check_finite()
-        self.metrics.sync()
         tensors = {f"optimizer.{name}": value for name, value in self._optimizer_tensors().items()}
-        tensors["random.torch"] = torch.get_rng_state()
         tensors["random.sampler"] = self.sampler.generator_state
+        tensors["random.torch"] = torch.stack(self.ranks.gather(torch.get_rng_state()))
         if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            tensors["random.cuda"] = torch.stack(self.ranks.gather(torch.cuda.get_rng_state(self.device)))
+        if self.metrics is None:
+            return
+        self.metrics.sync()
         if self._pending:
             tensors["pending"] = torch.stack(self._pending)
         training = {"evaluated_step": self.evaluated_step, "pending_tokens": self._pending_tokens}
@@ -273,6 +229,15 @@ class Trainer:
         save_checkpoint(
             self.run_dir, Checkpoint(self.step, agent, model, training, tensors), self.config.keep_checkpoints
         )
+
+    def close(self) -> None:
+        """Close the files of figures."""
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _write(self, kind: str, figures: dict[str, Any], group: str | None = None) -> None:
+        if self.metrics is not None:
+            self.metrics.write(kind, self.step, figures, group)
 
     def _evaluation_due(self) -> bool:
         every, at_end = self.config.eval_every, self.step >= self.config.steps
@@ -286,12 +251,20 @@ class Trainer:
         self._check_finite()
         targets, reference = self.agent.config.targets, self.agent.reference
         try:
-            with self.signals.interruptible():
+            # Several processes finish an evaluation together, and stop after it.
+            with self.signals.interruptible() if self.ranks.size == 1 else nullcontext():
                 results = evaluate(
-                    self.agent, environment, targets, self.config.eval_episodes, self.config.seed, reference
+                    self.agent,
+                    environment,
+                    targets,
+                    self.config.eval_episodes,
+                    self.config.seed,
+                    reference,
+                    self.ranks,
                 )
         except BaseException:  # stopped, or an environment that fails: neither may cost any update
-            self.save()
+            if self.ranks.size == 1:  # several cannot meet any more
+                self.save()
             raise
         seconds = time.perf_counter() - started
         if self.evaluated_step < self.step:
@@ -299,10 +272,10 @@ class Trainer:
                 figures = {"target_return": result.target_return, "seconds": seconds, **result.summary()}
                 finite = {name: value for name, value in figures.items() if math.isfinite(value)}
                 group = f"evaluation/target-{result.target_return:g}"
-                self.metrics.write("evaluation", self.step, finite, group)
+                self._write("evaluation", finite, group)
         self.evaluated_step, self.results = self.step, results
-        progress.write(f"step {self.step}, {environment.env_id}, acting {self.agent.acting}, {seconds:.1f} s")
-        progress.write(format_table(results))
+        where = f"step {self.step}, {environment.env_id}, acting {self.agent.acting}, {seconds:.1f} s"
+        progress.write(f"{where}\n{format_table(results)}")
         self._last_log += time.perf_counter() - started  # speeds count training alone
 
     def _check_finite(self) -> None:
@@ -341,10 +314,13 @@ class Trainer:
         where = f"{self.run_dir}: {TRAINING_TENSORS}"
         tensors = dict(resumed.training_tensors)
         try:
-            torch.set_rng_state(tensors.pop("random.torch"))
+            states = tensors.pop("random.torch")
+            if len(states) != self.ranks.size:
+                raise ValueError(f"{len(states)} processes trained it, these are {self.ranks.size}")
+            torch.set_rng_state(states[self.ranks.rank].clone())  # it ignores where a view begins
             self.sampler.generator_state = tensors.pop("random.sampler")
             if "random.cuda" in tensors and self.device.type == "cuda":
-                torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+                torch.cuda.set_rng_state(tensors["random.cuda"][self.ranks.rank].clone(), self.device)
             pending = tensors.pop("pending", torch.empty(0, 2))
             if pending.shape[1:] != (2,) or pending.dtype != torch.float32 or not pending.isfinite().all():
                 raise ValueError("'pending' must hold pairs of finite numbers")
@@ -364,6 +340,17 @@ def _count(training: dict[str, Any], name: str, lowest: int, highest: int) -> in
     if type(value) is not int or not lowest <= value <= highest:
         raise ValueError(f"'{name}' cannot be {short_repr(value)}")
     return value
+
+
+class _Loss(nn.Module):
+    """A model's loss as a module's forward, which is what DistributedDataParallel hooks into."""
+
+    def __init__(self, model: ActionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, window: Window, valid: Tensor) -> Tensor:
+        return self.model.loss(window, valid)
 
 
 def _optimizer_state(

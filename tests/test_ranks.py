@@ -1,0 +1,134 @@
+"""Two processes under torchrun compute what one computes, resume exactly, and share out evaluations."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny_training import (
+    REPOSITORY,
+    arguments,
+    assert_same_end,
+    figures,
+    finish,
+    start,
+    steps_on_disk,
+    train_here,
+    wait_for,
+)
+
+from flowrl.data.sampler import WindowSampler
+from flowrl.model.checkpoint import load_checkpoint
+from flowrl.ranks import Ranks
+from flowrl.training.config import parse_train_config
+from flowrl.training.setup import load_dataset
+
+SAME = {"dropout": 0.0, "steps": 30, "batch_size": 7, "eval_episodes": 3, "log_every": 1}
+
+
+def start_two(words: list[str], processes: int = 2) -> subprocess.Popen:
+    """``torchrun`` with processes on this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(REPOSITORY / "scripts" / "train.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run_two(words: list[str]) -> None:
+    process = start_two(words)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, (output + errors)[:3000]
+
+
+@pytest.mark.parametrize("options", [{}, {"context_length": "episode", "token_layout": "fused"}])
+def test_two_processes_are_one_with_the_doubled_batch(tiny_dataset, tmp_path, options):
+    """The whole batch is 7 windows: 4 of them in one process, 3 in the other."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_here(tiny_dataset, one, **SAME, **options)
+    run_two(arguments(tiny_dataset, two, **SAME, **options))
+    losses = [[line["loss"] for line in figures(run, "train")] for run in (one, two)]
+    assert len(losses[0]) == 30
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    weights = [load_checkpoint(run, for_training=True).model for run in (one, two)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-4)
+    # Acting with those weights differs in the last digits, which a falling robot amplifies.
+    for ours, theirs in zip(*(figures(run, "evaluation") for run in (two, one)), strict=True):
+        assert ours["return_mean"] == pytest.approx(theirs["return_mean"], rel=0.05)
+        assert ours["length_mean"] == pytest.approx(theirs["length_mean"], rel=0.05)
+
+
+def test_a_killed_pair_resumes_exactly(tiny_dataset, tmp_path):
+    """With dropout, whose random numbers are each process' own."""
+    options = {"steps": 200, "eval_every": 0, "eval_episodes": 2, "dropout": 0.2}
+    run_two(arguments(tiny_dataset, tmp_path / "reference", **options))
+    run = tmp_path / "run"
+    process = start_two(arguments(tiny_dataset, run, **options))
+    wait_for(lambda: (run / "checkpoints" / "step-00000020").exists(), process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    for number in (process.pid, *map(int, children.stdout.split())):
+        os.kill(number, signal.SIGKILL)
+    process.communicate()
+    assert "step-00000200" not in steps_on_disk(run)
+    run_two(["--resume", str(run)])
+    assert_same_end(run, tmp_path / "reference")
+
+    alone = subprocess.run(
+        [sys.executable, "scripts/train.py", "--resume", str(run), "--steps", "210"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 2
+    assert "2 processes trained it" in alone.stderr
+    assert "Traceback" not in alone.stderr
+
+
+def test_a_signal_saves_once_and_stops_both(tiny_dataset, tmp_path):
+    run = tmp_path / "run"
+    process = start_two(arguments(tiny_dataset, run, steps=100_000, eval_every=0, checkpoint_every=50_000))
+    wait_for(lambda: len(figures(run)) > 3 if (run / "metrics.jsonl").exists() else False, process)
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert time.monotonic() - started < 60
+    (saved,) = steps_on_disk(run)[1:]  # after that of step 0
+    assert load_checkpoint(run, for_training=True).step == int(saved.removeprefix("step-")) > 0
+
+
+def test_fewer_windows_than_processes_are_refused(tiny_dataset, tmp_path):
+    process = start_two(arguments(tiny_dataset, tmp_path / "run", batch_size=1))
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "--batch-size 1: fewer windows than 2 processes" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_environment_of_torchrun_without_its_fellows_is_one_error(tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = finish(start(arguments(tiny_dataset, tmp_path / "run")))
+    assert code == 2
+    assert "cannot find one another" in errors
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_draw_the_same_batches_and_share_them_out(tiny_dataset, tmp_path, size):
+    dataset = load_dataset(parse_train_config(arguments(tiny_dataset, tmp_path / "run")))
+    whole = WindowSampler(dataset, 6, 7, seed=3)
+    parts = [WindowSampler(dataset, 6, 7, seed=3, ranks=Ranks(rank, size)) for rank in range(size)]
+    for _ in range(5):
+        batch, shares = whole.sample(), [part.sample() for part in parts]
+        assert sorted(batch.starts.tolist()) == sorted(torch.cat([share.starts for share in shares]).tolist())
+        assert sum(share.share for share in shares) == pytest.approx(1)
+        for share in shares:
+            assert share.num_timesteps == batch.num_timesteps
+            assert int(share.valid.sum()) == pytest.approx(share.share * batch.num_timesteps)
