@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from flowrl.behavior.assets import (
@@ -325,3 +326,14 @@ def test_a_shipped_hopper_policy_earns_what_its_index_says(name: str) -> None:
     measured = measure_returns(policy, asset.episodes, seed=5)  # not the seed of the index
     standard_error = float(np.hypot(asset.return_std, measured.std)) / asset.episodes**0.5
     assert measured.mean == pytest.approx(asset.return_mean, abs=4 * standard_error)
+
+
+def test_equal_policies_are_equal_files(tmp_path: Path) -> None:
+    """Though safetensors orders metadata by chance."""
+    policy = load_behavior("hopper", "25k")
+    files = {tmp_path / f"{number}.safetensors" for number in range(8)}
+    for path in files:
+        save_policy(policy, path, np.float16)
+    assert len({path.read_bytes() for path in files}) == 1
+    with safe_open(files.pop(), framework="numpy") as file:
+        assert file.metadata() == {"env_id": "Hopper-v5", "steps": "25000"}

@@ -1,12 +1,13 @@
 """Behaviour policies: small tanh-Gaussian actors that act with numpy alone, the same on every machine."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from flowrl.atomic import atomic_path
 from flowrl.errors import UserError
@@ -92,7 +93,19 @@ def save_policy(policy: BehaviorPolicy, path: Path, dtype: type[np.floating] = n
     tensors = {name: np.ascontiguousarray(array, dtype=dtype) for name, array in policy.to_tensors().items()}
     metadata = {"env_id": policy.env_id, "steps": str(policy.steps)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        temporary.write_bytes(_with_sorted_metadata(save(tensors, metadata)))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in order, so that equal policies have equal hashes.
+
+    A file begins with its header's length, 8 bytes, and the header, JSON; safetensors writes the metadata in
+    an order of chance.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    return data[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + data[end:]
 
 
 def load_policy(path: Path) -> BehaviorPolicy:

@@ -68,7 +68,7 @@ EMBEDDED = {
     ),
     "halfcheetah-medium-expert": Embedded(
         Recipe("halfcheetah", (Part("medium"), Part("expert")), seed=3),
-        "94bd39b7ef744f7061d9e80a63917b6cc485fde23bc6c245e2c433682f6de47f",
+        "a20872ba8d71e8398f73626a4f37071cb6de1e0db6e0762d5cc4f8cd08fbce64",
     ),
     "walker2d-medium": Embedded(
         Recipe("walker2d", (Part("medium"),), seed=1),
