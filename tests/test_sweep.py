@@ -22,7 +22,7 @@ from flowrl.sweeps.plan import PlannedRun, Sweep, plan_runs, product_methods, re
 from flowrl.sweeps.progress import SweepProgress
 from flowrl.sweeps.state import last_step
 from flowrl.training.config import parse_train_config
-from flowrl.training.trainer import train
+from flowrl.training.run import train
 
 TINY = {
     "device": "cpu",

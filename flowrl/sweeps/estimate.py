@@ -104,7 +104,7 @@ def _measure(config: TrainConfig, dataset: EpisodeDataset) -> Cost:
                     trainer.agent
                 )
         finally:
-            trainer.metrics.close()
+            trainer.close()
     return Cost(update, evaluation)
 
 
