@@ -23,7 +23,7 @@ from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate
 from flowrl.evaluation.rollout import NonFiniteError
 from flowrl.model.network import SequenceModel, Window
-from flowrl.training import run
+from flowrl.training import run, trainer
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import build_agent, default_targets, load_dataset, observation_statistics
 from flowrl.training.trainer import NonFiniteLossError, Trainer, learning_rate_at
