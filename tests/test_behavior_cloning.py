@@ -17,8 +17,8 @@ from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorClon
 from flowrl.model.network import Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict
 from flowrl.training.config import TrainConfig
+from flowrl.training.run import default_run_dir
 from flowrl.training.setup import build_agent
-from flowrl.training.trainer import default_run_dir
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 

@@ -20,7 +20,7 @@ from flowrl.sweeps.plan import plan_runs, read_sweep
 from flowrl.sweeps.ray_cluster import train_on_node
 from flowrl.sweeps.state import is_finished, last_step, log_path
 from flowrl.training.config import parse_train_config
-from flowrl.training.trainer import train
+from flowrl.training.run import train
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'"

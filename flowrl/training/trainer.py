@@ -21,8 +21,8 @@ from flowrl.data import EpisodeDataset
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
-from flowrl.model.action_model import ActionModel
 from flowrl.model.agent import Agent
+from flowrl.model.behavior_cloning import BehaviorCloningModel
 from flowrl.model.checkpoint import (
     TRAINING_TENSORS,
     Checkpoint,
@@ -30,7 +30,7 @@ from flowrl.model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from flowrl.model.network import Window
+from flowrl.model.network import SequenceModel, Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model
 from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import StopSignals
@@ -345,7 +345,7 @@ def _count(training: dict[str, Any], name: str, lowest: int, highest: int) -> in
 class _Loss(nn.Module):
     """A model's loss as a module's forward, which is what DistributedDataParallel hooks into."""
 
-    def __init__(self, model: ActionModel) -> None:
+    def __init__(self, model: SequenceModel | BehaviorCloningModel) -> None:
         super().__init__()
         self.model = model
 
