@@ -143,7 +143,9 @@ def _add_legend(figure: "Figure", colors: dict[str, str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, marker="o", label=method) for method, color in colors.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(colors), 4), frameon=False)
+    inches = 0.7 + 0.09 * max(map(len, colors))  # of an entry
+    columns = min(len(colors), max(1, int(figure.get_figwidth() / inches)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _save(figure: "Figure", path: Path) -> Path:
