@@ -237,6 +237,16 @@ def test_behaviour_cloning_on_the_best_episodes_is_of_the_same_row(tmp_path: Pat
     assert row_of(text, "`flowrl/hopper/medium-v0`")[2:] == ["10.0 (1)", "**20.0** (1)"]
 
 
+def test_runs_from_before_an_option_was_added_have_its_default(tmp_path: Path) -> None:
+    older = write_run(tmp_path / "runs" / "a", 10)
+    config = yaml.safe_load((older / "config.yaml").read_text())
+    del config["top_fraction"]
+    (older / "config.yaml").write_text(yaml.safe_dump(config))
+    write_run(tmp_path / "runs" / "b", 20, config=seeded(1))
+    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
+    assert row_of(text, "`flowrl/hopper/medium-v0`")[2:] == ["**15.0 ± 5.0** (2)"]
+
+
 def test_methods_are_chosen_and_ordered(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", 10)
     write_run(tmp_path / "runs" / "b", 20, config=seeded(0, attention="softmax"))
@@ -258,7 +268,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give one of them"):
         write_report(ReportConfig(twins, tmp_path / "out", mixed=True))
     config = yaml.safe_load((twins[0] / "config.yaml").read_text())
-    del config["attention"]
+    config["steps"] = "many"
     (twins[0] / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="not those of a run"):
         load_runs([twins[0]])

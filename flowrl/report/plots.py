@@ -34,7 +34,7 @@ def draw_report(results: Results, folder: Path, file_format: str) -> list[Path]:
     columns = min(_COLUMNS, len(results.datasets))
     pictures = []
     for name, draw in (("learning-curves", _draw_curves), ("achieved-returns", _draw_achieved)):
-        figure = Figure(figsize=(1 + 3.6 * columns, 0.8 + 2.8 * rows), layout="constrained")
+        figure = Figure(figsize=(max(1 + 3.6 * columns, 7), 0.8 + 2.8 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for dataset, axes in zip(results.datasets, panels, strict=False):
             draw(axes, results, dataset, colors)

@@ -1,13 +1,13 @@
 """What a report is about: finished runs read from their folders, and a list of those that are not."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flowrl.errors import UserError
 from flowrl.sweeps.plan import PLAN_FILE, read_plan
-from flowrl.training.config import read_yaml_mapping
+from flowrl.training.config import TrainConfig, read_yaml_mapping
 from flowrl.training.metrics import METRICS_FILE, read_metrics
 
 # Options in which runs of one cell of the table may differ.
@@ -153,7 +153,8 @@ def _find_runs(paths: Iterable[Path]) -> list[tuple[Path, str | None]]:
 def _load_run(path: Path, method: str | None) -> RunResult | str:
     if not (path / METRICS_FILE).is_file() or not (path / "config.yaml").is_file():
         return f"{path}: missing"
-    config = read_yaml_mapping(path / "config.yaml")
+    # A run from before an option was there has what is its default now.
+    config = asdict(TrainConfig()) | read_yaml_mapping(path / "config.yaml")
     identity = read_metrics(path, "run")
     train, evaluations = read_metrics(path, "train"), read_metrics(path, "evaluation")
     try:
