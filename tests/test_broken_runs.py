@@ -22,7 +22,7 @@ from flowrl.evaluation.evaluate import EvaluateConfig, evaluate_run
 from flowrl.training.config import TrainConfig, parse_train_config
 from flowrl.training.curves import CurvesConfig, draw_curves
 from flowrl.training.metrics import METRICS_FILE
-from flowrl.training.trainer import train
+from flowrl.training.run import train
 
 STEP = "checkpoints/step-00000004"
 WRONG = (
