@@ -94,5 +94,6 @@ def joined_ranks() -> Iterator[Ranks]:
         raise UserError(f"the processes of this training cannot find one another: {reason}") from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # nobody hangs up while another still speaks
     finally:
         dist.destroy_process_group()
