@@ -231,7 +231,8 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Close the files of figures."""
+        """Close the files of figures, and let go of what must not outlive the process group."""
+        del self._loss, self._gradient_step  # bound to this object in a circle, it would stay until the exit
         if self.metrics is not None:
             self.metrics.close()
 
