@@ -45,9 +45,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank: the same answer everywhere."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))).item())
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers: the same answer everywhere."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor.item())
 
     def first(self, value: T) -> T:
         """Rank 0's value, on every rank."""

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,24 @@ def test_a_signal_saves_once_and_stops_both(tiny_dataset, tmp_path):
     assert time.monotonic() - started < 60
     (saved,) = steps_on_disk(run)[1:]  # after that of step 0
     assert load_checkpoint(run, for_training=True).step == int(saved.removeprefix("step-")) > 0
+
+
+def test_a_signal_to_one_process_is_the_exit_code_of_all(tiny_dataset, tmp_path):
+    """Without torchrun's own ways of ending its processes: it is given to the second alone."""
+    run = tmp_path / "run"
+    words = arguments(tiny_dataset, run, steps=100_000, eval_every=0, checkpoint_every=50_000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    both = [
+        start(words, hook=f"import os; os.environ.update({ {**group, 'RANK': str(rank)} })")
+        for rank in (0, 1)
+    ]
+    wait_for(lambda: len(figures(run)) > 3 if (run / "metrics.jsonl").exists() else False, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    assert [finish(process)[0] for process in both] == [128 + signal.SIGTERM] * 2
+    assert load_checkpoint(run, for_training=True).step > 0
 
 
 def test_fewer_windows_than_processes_are_refused(tiny_dataset, tmp_path):

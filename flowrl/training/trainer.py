@@ -33,7 +33,7 @@ from flowrl.model.checkpoint import (
 from flowrl.model.network import SequenceModel, Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model
 from flowrl.ranks import ALONE, Ranks
-from flowrl.signals import StopSignals
+from flowrl.signals import Stopped, StopSignals
 from flowrl.training.capture import CapturedStep
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
@@ -150,10 +150,10 @@ class Trainer:
                 at_end = self.step >= config.steps
                 if at_end or self.step % config.checkpoint_every == 0:
                     self.save()
-                if self.ranks.any(self.signals.received is not None):
+                if received := self.ranks.largest(self.signals.received or 0):
                     self.save()
                     print(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
-                    self.signals.stop()
+                    raise Stopped(128 + received)  # of whichever rank got it
                 if at_end:
                     return self.results
                 self.update()
@@ -285,14 +285,13 @@ class Trainer:
         finite = torch.stack(unchecked).isfinite().all(dim=1).tolist() if unchecked else []
         if not all(finite):
             index = finite.index(False)
-            step, starts = self.step - len(finite) + index + 1, self._recent[index]
+            step, loss = self.step - len(finite) + index + 1, str(unchecked[index][0].item())
+            # All ranks come here together, as the loss is of all.
+            starts = torch.cat(self.ranks.gather(self._recent[index]))
             path = self.run_dir / "nonfinite.json"
-            record = {
-                "step": step,
-                "loss": str(unchecked[index][0].item()),
-                "window_starts": starts.tolist(),
-            }
-            write_text(path, json.dumps(record) + "\n")
+            if self.ranks.is_first:
+                record = {"step": step, "loss": loss, "window_starts": starts.tolist()}
+                write_text(path, json.dumps(record) + "\n")
             raise NonFiniteLossError(
                 f"step {step}: the loss or its gradient is not finite; the batch is in {path}"
             )
