@@ -62,7 +62,7 @@ class MetricsLog:
 def read_metrics(run: Path, kind: str, figures: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Return the lines of one kind (run, train, evaluation) of a run, in the order they were written.
 
-    Each line has a step and these ``figures``, which are numbers.
+    Each line has a step and these ``figures``, which are numbers. A last line cut off by a crash is left out.
 
     Raises:
         UserError: no such run, or a line that is not one of metrics.
@@ -70,8 +70,8 @@ def read_metrics(run: Path, kind: str, figures: tuple[str, ...] = ()) -> list[di
     path = run / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{run}: not a run folder, it has no {METRICS_FILE}")
-    entries = []
-    for number, line in enumerate(_lines(run), start=1):
+    entries, lines = [], _lines(run)
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             if entry["kind"] != kind:
@@ -80,6 +80,8 @@ def read_metrics(run: Path, kind: str, figures: tuple[str, ...] = ()) -> list[di
                 raise TypeError("not a number")
             entries.append(entry)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if 1 < number == len(lines) and not path.read_bytes().endswith(b"\n"):
+                break
             raise UserError(f"{path}: line {number} is not a line of metrics") from error
     return entries
 
