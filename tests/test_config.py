@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_training import train_here
 
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS
 from flowrl.errors import UserError
@@ -328,3 +329,11 @@ def run_main(folder, monkeypatch, arguments):
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     return caught.value.code
+
+
+@pytest.mark.parametrize("options", [{"embed_dim": 1 << 20}, {"embed_dim": 1 << 14, "num_layers": 1000}])
+@pytest.mark.parametrize("agent", ["transformer", "bc"])
+def test_a_model_beyond_this_machine_is_refused_before_it_is_made(tiny_dataset, tmp_path, options, agent):
+    with pytest.raises(UserError, match=r"--embed-dim \d+, --num-layers \d+: .* GiB of memory") as raised:
+        train_here(tiny_dataset, tmp_path / "run", agent=agent, **options)
+    assert "\n" not in str(raised.value)

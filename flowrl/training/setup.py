@@ -1,5 +1,7 @@
 """What a run starts from: the data, the environment, and an agent that knows the data's statistics."""
 
+import os
+
 import gymnasium
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from flowrl.model.storage import untrained_model
 from flowrl.training.config import TrainConfig
 
 _ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need
+_TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments
 _SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
 
 
@@ -38,13 +41,19 @@ def load_dataset(config: TrainConfig) -> EpisodeDataset:
 
 
 def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
-    """Make an untrained agent whose normalisation, return scale and action bounds come from the data."""
+    """Make an untrained agent whose normalisation, return scale and action bounds come from the data.
+
+    Raises:
+        UserError: a model that cannot be trained in this machine's memory.
+    """
     longest = dataset.max_episode_length
     whole = config.context_length == "episode"
     context_length = (
         longest if isinstance(config.context_length, str) else min(config.context_length, longest)
     )
-    model = untrained_model(_model_config(config, dataset))
+    model_config = _model_config(config, dataset)
+    _check_memory(config, model_config)
+    model = untrained_model(model_config)
     mean, std = observation_statistics(dataset.observations)
     low, high = _bounds(dataset)
     largest_return = float(np.abs(dataset.returns_to_go).max())
@@ -92,6 +101,18 @@ def _model_config(config: TrainConfig, dataset: EpisodeDataset) -> ModelConfig |
         num_heads=config.num_heads,
         dropout=config.dropout,
     )
+
+
+def _check_memory(config: TrainConfig, model_config: ModelConfig | BehaviorCloningConfig) -> None:
+    with torch.device("meta"):  # which takes no memory itself
+        parameters = list(untrained_model(model_config).parameters())
+    needed = _TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in parameters)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"--embed-dim {config.embed_dim}, --num-layers {config.num_layers}: to train this model takes "
+            f"{needed / 2**30:,.1f} GiB of memory, this machine has {memory / 2**30:,.1f}"
+        )
 
 
 def default_targets(dataset: EpisodeDataset) -> tuple[float, ...]:
