@@ -195,6 +195,35 @@ def test_large_honest_chunks_are_read(tmp_path: Path, compression: str | None) -
         np.testing.assert_array_equal(getattr(dataset, key), values.astype(np.float32))
 
 
+def write_one_chunk(path: Path, compression: str, chunk: bytes, filter_mask: int) -> None:
+    """A file whose 100,000 observations are stored as one chunk of these bytes."""
+    steps = 100_000
+    with h5py.File(path, "w") as file:
+        shape = (steps, 11)
+        observations = file.create_dataset("observations", shape, "f4", chunks=shape, compression=compression)
+        observations.id.write_direct_chunk((0, 0), chunk, filter_mask)
+        file["actions"], file["rewards"] = np.zeros((steps, 3), np.float32), np.ones(steps, np.float32)
+        file["terminals"] = file["timeouts"] = np.zeros(steps, bool)
+
+
+@pytest.mark.parametrize("compression", ["gzip", "lzf"])
+def test_a_chunk_that_was_left_uncompressed_is_read(tmp_path: Path, compression: str) -> None:
+    """Its bytes are the values: as lzf's, so many would be refused for what they may become."""
+    values = np.random.default_rng(0).normal(size=(100_000, 11)).astype(np.float32)
+    write_one_chunk(tmp_path / "large.hdf5", compression, values.tobytes(), filter_mask=1)
+    np.testing.assert_array_equal(load(tmp_path / "large.hdf5").observations, values)
+
+
+def test_a_chunk_of_damaged_deflate_is_refused(tmp_path: Path, inflating: bytes) -> None:
+    for name, chunk in (
+        ("noise", np.random.default_rng(0).bytes(1 << 20)),
+        ("head", bytes(9) + inflating[9:]),
+    ):
+        path = tmp_path / f"{name}.hdf5"
+        write_one_chunk(path, "gzip", chunk, filter_mask=0)
+        assert "not a readable HDF5 file" in refusal(lambda path=path: load(path))
+
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "contiguous": {},
     "compressed": {"compression": "gzip", "chunks": True, "shuffle": True},
