@@ -14,8 +14,9 @@ import torch
 from flowrl.attention import naive_flow_attention
 from flowrl.benchmarks import gpu
 from flowrl.benchmarks.attention import authors_flow_attention, make_inputs
+from flowrl.benchmarks.plots import draw_report
 from flowrl.benchmarks.products import ProductRunner, needed_products
-from flowrl.benchmarks.report import Goal, Row, format_row
+from flowrl.benchmarks.report import Goal, Measurement, Row, Section, format_row
 from flowrl.benchmarks.rollouts import (
     RawPhysics,
     evaluate_batch,
@@ -193,6 +194,16 @@ def test_a_tiny_run_writes_json_and_table(tmp_path):
     rows = sum(len(section.rows) for section in sections)
     assert all(line.count("|") == 6 for line in table[header : header + 2 + rows])
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("peak_memory", [None, 0, 1 << 20])
+def test_pictures_show_what_was_measured(tmp_path, peak_memory):
+    pytest.importorskip("matplotlib")
+    timing = Timing((0.25, 0.5))
+    measured = [Measurement(form, "1 x 4 x 16 x 8", 16, timing, peak_memory) for form in ("flow", "softmax")]
+    for name, measurements in (("whole", measured), ("empty", [])):
+        assert draw_report(tmp_path / name, [Section("attention", measurements=measurements)])
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 def test_the_gpu_section_runs_on_whatever_device(monkeypatch):

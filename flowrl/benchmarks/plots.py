@@ -35,20 +35,20 @@ def draw_report(path: Path, sections: list[Section]) -> bool:
 
 def _draw_lengths(time_axes: "Axes", memory_axes: "Axes", measurements: list[Measurement]) -> None:
     for form, color in COLORS.items():
-        points = [m for m in measurements if m.contender == form and m.timing and m.peak_memory]
-        tokens = [m.size for m in points]
-        time_axes.plot(
-            tokens, [m.timing.spread.median for m in points if m.timing], "o-", color=color, label=form
-        )
-        memory_axes.plot(
-            tokens, [m.peak_memory / 2**20 for m in points if m.peak_memory], "o-", color=color, label=form
-        )
+        of_form = [m for m in measurements if m.contender == form]
+        times = [(m.size, m.timing.spread.median) for m in of_form if m.timing]
+        # tiny inputs add no page to the process: nothing that a logarithmic axis could show
+        memory = [(m.size, m.peak_memory / 2**20) for m in of_form if m.peak_memory]
+        for axes, points in ((time_axes, times), (memory_axes, memory)):
+            if points:
+                axes.loglog(*zip(*points, strict=True), "o-", color=color, label=form)
     time_axes.set(ylabel="seconds", title="attention, forward + backward")
     memory_axes.set(ylabel="peak memory, MiB", title="attention, forward + backward")
     for axes in (time_axes, memory_axes):
-        axes.set(xscale="log", yscale="log", xlabel="tokens")
+        axes.set(xlabel="tokens")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
 
 
 def _draw_bars(axes: "Axes", measurements: list[Measurement], unit: str) -> None:
