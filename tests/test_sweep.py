@@ -23,6 +23,7 @@ from flowrl.sweeps.progress import SweepProgress
 from flowrl.sweeps.state import last_step
 from flowrl.training.config import parse_train_config
 from flowrl.training.run import train
+from flowrl.training.trainer import Trainer
 
 TINY = {
     "device": "cpu",
@@ -146,6 +147,19 @@ def test_shipped_sweeps_are_of_known_options(name: str, tmp_path: Path) -> None:
             [],
             "not both",
         ),
+        (
+            "datasets: [hopper-medium]\nmethods: {a: {}}",
+            ["--env", "ant-medium"],
+            "is not the sweep's dataset",
+        ),
+        ("datasets: [hopper-medium]\nmethods: {a: {env: ant-medium}}", [], "is not the sweep's dataset"),
+        (
+            "datasets: [hopper-medium]\nmethods: {a: {}}",
+            ["--dataset", "x.hdf5"],
+            "is not the sweep's dataset",
+        ),
+        ("datasets: [x.hdf5]\nmethods: {a: {}}", ["--dataset", "y.hdf5"], "is not the sweep's dataset"),
+        ("datasets: [ant-medium, ant-medium.hdf5]\nmethods: {a: {}}", [], "two of them have one folder name"),
         ("datasets: [hopper-medium]\nmethods: {a: {timesteps_per_update: no}}", [], "whole number"),
         ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--jobs", "0"], "at least 1"),
     ],
@@ -177,6 +191,25 @@ def test_dry_run_prints_the_plan_and_makes_nothing(
     assert output.count("1000") == 4
     assert "4 runs, 0 finished, 4 to do: about" in output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_signal_ends_a_dry_run_at_once(
+    tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = []
+
+    def update(trainer: Trainer) -> None:
+        updates.append(trainer)
+        if len(updates) == 1:  # a second would end this process
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, steps=1000)
+    with pytest.raises(SystemExit) as stopped:
+        run_sweep(["--sweep", str(file), "--runs-dir", str(tmp_path / "runs"), "--dry-run"])
+    assert stopped.value.code == 130
+    assert len(updates) == 1
 
 
 def test_a_failed_run_stops_no_other_and_is_tried_again(tiny_dataset: Path, tmp_path: Path) -> None:

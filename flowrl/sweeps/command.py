@@ -85,7 +85,7 @@ def run_sweep(arguments: list[str] | None = None) -> int:
                 check_startable(run)
             slots = local_slots(config.jobs, runs[0].config.device)
             if config.dry_run:
-                costs = measure_costs(unfinished, slots.threads)
+                costs = measure_costs(unfinished, slots.threads, signals)
                 print(format_plan(runs, {run.name for run in finished}, costs, slots.jobs))
                 return 0
         try:

@@ -30,7 +30,7 @@ class Cost:
     evaluation: float
 
 
-def measure_costs(runs: list[PlannedRun], threads: int) -> dict[tuple[str, str], Cost]:
+def measure_costs(runs: list[PlannedRun], threads: int, signals: StopSignals) -> dict[tuple[str, str], Cost]:
     """Time a few updates and acting steps for each (dataset, method) of the runs, on ``threads`` threads."""
     torch.set_num_threads(threads)
     costs: dict[tuple[str, str], Cost] = {}
@@ -43,7 +43,7 @@ def measure_costs(runs: list[PlannedRun], threads: int) -> dict[tuple[str, str],
             continue
         if dataset is None or source != loaded_from:
             dataset, loaded_from = load_dataset(run.config), source
-        costs[run.dataset, run.method] = _measure(run.config, dataset)
+        costs[run.dataset, run.method] = _measure(run.config, dataset, signals)
     return costs
 
 
@@ -84,8 +84,8 @@ def format_plan(
     return "\n".join([*lines, summary])
 
 
-def _measure(config: TrainConfig, dataset: EpisodeDataset) -> Cost:
-    with tempfile.TemporaryDirectory() as folder, StopSignals() as signals:
+def _measure(config: TrainConfig, dataset: EpisodeDataset, signals: StopSignals) -> Cost:
+    with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         trainer = Trainer(
             replace(config, run_dir=run_dir), run_dir, dataset, pick_device(config.device), signals
@@ -100,9 +100,8 @@ def _measure(config: TrainConfig, dataset: EpisodeDataset) -> Cost:
             update = (time.perf_counter() - started) / _UPDATES
             evaluation = 0.0
             if config.eval_episodes:
-                evaluation = _seconds_per_act(trainer.agent, config.eval_episodes) * _time_limit(
-                    trainer.agent
-                )
+                acts = trainer.agent.config.model.max_timesteps
+                evaluation = acts * _seconds_per_act(trainer.agent, config.eval_episodes)
         finally:
             trainer.close()
     return Cost(update, evaluation)
@@ -121,10 +120,6 @@ def _seconds_per_act(agent: Agent, episodes: int) -> float:
     for _ in range(_ACTS):
         agent.act(observations, rewards)
     return (time.perf_counter() - started) / _ACTS
-
-
-def _time_limit(agent: Agent) -> int:
-    return agent.config.model.max_timesteps
 
 
 def _wait(device: torch.device) -> None:

@@ -136,6 +136,9 @@ def plan_runs(sweep: Sweep, runs_dir: Path) -> list[PlannedRun]:
         name = f"{_folder_of(dataset)}/{method}/seed{seed}"
         seeded = replace(config, seed=seed, run_dir=runs_dir / name)
         runs.append(PlannedRun(name, dataset, method, seeded, timesteps))
+    folders = {run.dataset: _folder_of(run.dataset) for run in runs}
+    if len(set(folders.values())) < len(folders):
+        raise UserError(f"--datasets {' '.join(folders)}: two of them have one folder name")
     return runs
 
 
@@ -200,10 +203,15 @@ def _cell_config(
         raise UserError(f"{where}: '{TIMESTEPS_PER_UPDATE}' must be a whole number above 0, not {wanted}")
     arguments = [*_data_arguments(dataset), *options_to_arguments(merged, where)]
     config = parse_train_config([*arguments, *sweep.arguments])
+    if _is_file(dataset):
+        is_its_own = config.dataset == dataset
+    else:
+        is_its_own = config.env == dataset and config.dataset in (None, SOURCE)
+    if not is_its_own:
+        given = f"--env {config.env} --dataset {config.dataset}"
+        raise UserError(f"{where}: {given} is not the sweep's dataset '{dataset}'; see --datasets")
     if config.dataset == SOURCE:
-        embedded_named(config.env or "")
-    elif _is_file(dataset) and config.dataset != dataset:
-        raise UserError(f"--dataset {config.dataset}: the sweep's dataset '{dataset}' is another")
+        embedded_named(dataset)
     if wanted is None:
         return config, 0
     length = float(config.context_length) if isinstance(config.context_length, int) else 0.0
