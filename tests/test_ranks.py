@@ -48,7 +48,6 @@ def run_two(words: list[str]) -> None:
     assert process.returncode == 0, (output + errors)[:3000]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"context_length": "episode", "token_layout": "fused"}])
 def test_two_processes_are_one_with_the_doubled_batch(tiny_dataset, tmp_path, options):
     """The whole batch is 7 windows: 4 of them in one process, 3 in the other."""
@@ -67,7 +66,6 @@ def test_two_processes_are_one_with_the_doubled_batch(tiny_dataset, tmp_path, op
         assert ours["length_mean"] == pytest.approx(theirs["length_mean"], rel=0.05)
 
 
-@pytest.mark.slow
 def test_a_killed_pair_resumes_exactly(tiny_dataset, tmp_path):
     """With dropout, whose random numbers are each process' own."""
     options = {"steps": 200, "eval_every": 0, "eval_episodes": 2, "dropout": 0.2}
