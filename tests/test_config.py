@@ -219,8 +219,8 @@ def test_written_configuration_reads_back_the_same(tmp_path):
         attention="softmax", token_layout="fused", context_length="episode", num_layers=2, embed_dim=64,
         num_heads=2, dropout=0.0, steps=7, batch_size=3, learning_rate=1e-05, weight_decay=1e-22,
         warmup_steps=3, schedule="constant", gradient_clip=1e16, return_scale=123.456, reward_mode="delayed",
-        seed=9, device="cpu", compile=True, targets=(-1.5, 1e-07), eval_every=0, eval_episodes=1,
-        acting="window", log_every=2, checkpoint_every=3, keep_checkpoints=4,
+        seed=9, device="cpu", precision="float32", compile=True, targets=(-1.5, 1e-07), eval_every=0,
+        eval_episodes=1, acting="window", log_every=2, checkpoint_every=3, keep_checkpoints=4,
     )  # fmt: skip
     default = TrainConfig(env="hopper-random")
     for field in fields(TrainConfig):
@@ -246,7 +246,7 @@ def another(value):
     """A valid value other than this one, for any field."""
     choices = {
         None: "1", "flow": "softmax", "interleaved": "fused", "cosine": "constant", "dense": "delayed",
-        "hopper-medium": "walker2d-medium", "auto": "cpu", "transformer": "bc",
+        "hopper-medium": "walker2d-medium", "auto": "bfloat16", "transformer": "bc",
     }  # fmt: skip
     if isinstance(value, float):
         return str(value / 2)

@@ -9,7 +9,7 @@ from flowrl.benchmarks.report import Measurement, Section
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = {"flow": "tab:blue", "softmax": "tab:orange", "authors": "tab:red"}
+COLORS = {"flow": "tab:blue", "flow, bfloat16": "tab:cyan", "softmax": "tab:orange", "authors": "tab:red"}
 
 
 def draw_report(path: Path, sections: list[Section]) -> bool:

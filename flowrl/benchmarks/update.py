@@ -1,6 +1,7 @@
 """Whole training updates: sampling, forward, backward, clipping and optimiser, as the trainer does them."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 from torch import nn
 
@@ -12,7 +13,9 @@ from flowrl.benchmarks.report import Goal, Measurement, Row, Section
 from flowrl.benchmarks.timing import interleaved, peak_memory
 from flowrl.benchmarks.workload import Sizes, open_trainer, paper_config, training_data
 from flowrl.model.network import SelfAttention, SequenceModel
+from flowrl.training.config import TrainConfig
 
+BFLOAT16 = "flow, bfloat16"
 AUTHORS = AttentionKind(authors_flow_attention, flow_attention_step)
 TINY = Sizes(
     num_layers=1, embed_dim=8, batch_size=1, episode_batch_size=1, episode_length=30, transitions=400
@@ -40,7 +43,7 @@ def measure_update(sizes: Sizes, repetitions: int) -> Section:
 
 def update_once(sizes: Sizes, form: str, full_episodes: bool) -> None:
     """Two updates, the second with the optimiser's state: what a process is measured on."""
-    config = paper_config(sizes, _attention_of(form), full_episodes=full_episodes)
+    config = _config(sizes, form, full_episodes=full_episodes)
     with open_trainer(config, training_data(sizes, config)) as trainer:
         if form == "authors":
             use_authors_attention(trainer.model)
@@ -49,14 +52,14 @@ def update_once(sizes: Sizes, form: str, full_episodes: bool) -> None:
 
 
 def _measure_case(section: Section, sizes: Sizes, repetitions: int, *, full_episodes: bool) -> None:
-    forms = ("flow", "softmax") if full_episodes else ("flow", "softmax", "authors")
+    forms = ("flow", BFLOAT16, "softmax") if full_episodes else ("flow", BFLOAT16, "softmax", "authors")
     timesteps = sizes.episode_length if full_episodes else 20
     batch_size = sizes.episode_batch_size if full_episodes else sizes.batch_size
     case = f"{batch_size} x {timesteps:,} timesteps, {3 * timesteps:,} tokens"
     with ExitStack() as stack:
         trainers = {}
         for form in forms:
-            config = paper_config(sizes, _attention_of(form), full_episodes=full_episodes)
+            config = _config(sizes, form, full_episodes=full_episodes)
             dataset = training_data(sizes, config)
             trainers[form] = stack.enter_context(open_trainer(config, dataset))
         if "authors" in trainers:
@@ -81,10 +84,14 @@ def _measure_case(section: Section, sizes: Sizes, repetitions: int, *, full_epis
     if "authors" in timings:
         against_authors = timings["authors"].ratio_to(timings["flow"])
         section.rows.append(Row(what, "the same with the authors' form", "x", against_authors, Goal(20.0)))
+    against_float32 = timings["flow"].ratio_to(timings[BFLOAT16])
+    section.rows.append(Row(f"{what}: in bfloat16", "in float32", "x", against_float32))
     share = timings["products"].ratio_to(timings["flow"], factor=100.0)
     goal = None if full_episodes else Goal(70.0)
     section.rows.append(Row(f"{what}: share of its matrix products", "100%", "%", share, goal))
 
 
-def _attention_of(form: str) -> AttentionName:
-    return "softmax" if form == "softmax" else "flow"
+def _config(sizes: Sizes, form: str, *, full_episodes: bool) -> TrainConfig:
+    attention: AttentionName = "softmax" if form == "softmax" else "flow"
+    config = paper_config(sizes, attention, full_episodes=full_episodes)
+    return replace(config, precision="bfloat16" if form == BFLOAT16 else "float32")

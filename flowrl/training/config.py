@@ -86,7 +86,10 @@ class TrainConfig:
     seed: int = 0
     """Seed of initial weights, batches, dropout and evaluation episodes."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ...; bf16 autocast on CUDA."""
+    """auto, cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of training's matrix products; weights and sums stay float32. auto: bfloat16 on CUDA, float32 on a CPU
+    (one with AMX may train up to twice as fast in bfloat16)."""
     compile: bool = False
     """torch.compile the training loss."""
 

@@ -89,6 +89,7 @@ class Trainer:
             self.agent.model = build_model(self.agent.config.model, resumed.model, where=f"{run_dir}: model")
         self.model = self.agent.model.to(device)
         on_cuda = device.type == "cuda"
+        self._in_bfloat16 = {"auto": on_cuda, "float32": False, "bfloat16": True}[config.precision]
         if on_cuda:
             if device.index is not None:
                 torch.cuda.set_device(device)  # its streams are the current ones
@@ -185,7 +186,7 @@ class Trainer:
     def _step_eagerly(self, *inputs: Tensor, share: float = 1.0) -> Tensor:
         """Learn from a window's five tensors and ``valid``; return (loss, gradient norm) of all ranks."""
         *window, valid = inputs
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._in_bfloat16):
             loss = self._loss(Window(*window), valid) * share
         (loss * self.ranks.size).backward()  # DistributedDataParallel averages over ranks
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
