@@ -1,13 +1,14 @@
 """The linear kinds of attention: each form against the naive one, and what makes each kind itself."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from attention_forms import assert_all_close, saved_by, stepped, tokens, with_gradients
 
-from flowrl.attention import causal_linear, cosformer, naive_linear, performer
-from flowrl.attention.kinds import ATTENTION_KINDS
+from flowrl.attention import causal_linear, performer
+from flowrl.attention.kinds import ATTENTION_KINDS, attention_kind
 from flowrl.attention.naive_linear import (
     naive_cosformer_attention,
     naive_linear_attention,
@@ -23,14 +24,6 @@ NAIVE = {
 NAMES = list(NAIVE)
 FIRST_DIRECTIONS = [[0.007634183479121073, 1.0986133188034695], [2.032999461575345, -0.014127164341612443]]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-@pytest.fixture(params=[300, 4096])
-def max_tokens(request, monkeypatch):
-    """cosFormer's M: its own, and one that sequences of these tests fill."""
-    monkeypatch.setattr(cosformer, "MAX_TOKENS", request.param)
-    monkeypatch.setattr(naive_linear, "MAX_TOKENS", request.param)
-    return request.param
 
 
 def parallel(name):
@@ -269,14 +262,16 @@ def test_directions_first_asked_for_while_acting_serve_training():
 # cosFormer ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("max_tokens", [300, 4096])
 def test_cosformer_reweights_by_distance(max_tokens):
     """Forms agree within M, at it and beyond it, where no weight is negative."""
+    kind = attention_kind("cosformer", max_tokens)
     inputs = tokens(700)
-    expected = with_gradients(naive_cosformer_attention, *inputs)
-    assert_all_close(with_gradients(parallel("cosformer"), *inputs), expected, 1e-10)
-    assert (by_steps("cosformer")(*inputs[:3]) - expected[0]).abs().max() < 1e-10
+    expected = with_gradients(partial(naive_cosformer_attention, max_tokens=max_tokens), *inputs)
+    assert_all_close(with_gradients(kind.parallel, *inputs), expected, 1e-10)
+    assert (stepped(*inputs[:3], step=kind.step) - expected[0]).abs().max() < 1e-10
     ones, values = torch.ones(1, 1, 700, 4).double(), torch.eye(700).double()[None, None]
-    weights = parallel("cosformer")(ones, ones, values)[0, 0]  # row i: the weights of the past, summing to 1
+    weights = kind.parallel(ones, ones, values)[0, 0]  # row i: the weights of the past, summing to 1
     relative = weights / weights.diagonal()[:, None]
     for i, j in ((5, 0), (250, 10), (299, 0), (300, 0), (301, 1), (699, 0), (699, 298), (699, 500)):
         distance = min(i, max_tokens) - min(j, max_tokens)

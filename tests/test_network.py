@@ -1,6 +1,7 @@
 """The sequence model against the same model written out plainly, without any of its shortcuts."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,8 +21,15 @@ KINDS = tuple(ATTENTION_KINDS)
 def make_model(layout="interleaved", attention="flow", seed=0, dtype=torch.float64, **options):
     """A model whose weights are large enough that every input matters, with uneven action bounds."""
     torch.manual_seed(seed)
-    sizes = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "dropout": 0.1, "max_timesteps": 40, **options}
-    config = ModelConfig(3, 2, attention=attention, token_layout=layout, **sizes)
+    sizes = {
+        "num_layers": 2,
+        "embed_dim": 16,
+        "num_heads": 2,
+        "dropout": 0.1,
+        "max_timesteps": 40,
+        "context_tokens": 12,
+    }
+    config = ModelConfig(3, 2, attention=attention, token_layout=layout, **{**sizes, **options})
     model = SequenceModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,7 +65,7 @@ PLAIN = {
     "softmax": plain_softmax,
     "linear": naive_linear_attention,
     "performer": naive_performer_attention,
-    "cosformer": naive_cosformer_attention,
+    "cosformer": partial(naive_cosformer_attention, max_tokens=12),
 }
 
 

@@ -5,6 +5,7 @@ Adding a kind takes one file with its two functions and one line in ``ATTENTION_
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -58,6 +59,16 @@ ATTENTION_KINDS: dict[AttentionName, AttentionKind] = {
     "performer": AttentionKind(performer_attention, performer_attention_step),
     "cosformer": AttentionKind(cosformer_attention, cosformer_attention_step),
 }
+
+
+def attention_kind(name: AttentionName, max_tokens: int) -> AttentionKind:
+    """The kind in a model whose contexts have at most ``max_tokens``, by which cosFormer measures distance."""
+    if name != "cosformer":
+        return ATTENTION_KINDS[name]
+    return AttentionKind(
+        partial(cosformer_attention, max_tokens=max_tokens),
+        partial(cosformer_attention_step, max_tokens=max_tokens),
+    )
 
 
 def select_rows(state: State, rows: Tensor) -> State:

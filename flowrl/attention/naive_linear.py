@@ -30,13 +30,15 @@ def naive_performer_attention(queries: Tensor, keys: Tensor, values: Tensor) -> 
     return _weighted_mean(query_features @ key_features.mT, values)
 
 
-def naive_cosformer_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def naive_cosformer_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, *, max_tokens: int = MAX_TOKENS
+) -> Tensor:
     """relu(q) . relu(k) cos(pi/2 (i - j) / M) as weights."""
     positions = torch.arange(queries.shape[-2], dtype=queries.dtype, device=queries.device)
-    positions = positions.clamp(max=MAX_TOKENS)
+    positions = positions.clamp(max=max_tokens)
     distances = positions[:, None] - positions  # (length, length), i - j
     return _weighted_mean(
-        queries.relu() @ keys.relu().mT * torch.cos(math.pi / 2 * distances / MAX_TOKENS), values
+        queries.relu() @ keys.relu().mT * torch.cos(math.pi / 2 * distances / max_tokens), values
     )
 
 

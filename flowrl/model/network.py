@@ -15,11 +15,13 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flowrl.attention.kinds import ATTENTION_KINDS, AttentionName, State
+from flowrl.attention.cosformer import MAX_TOKENS
+from flowrl.attention.kinds import AttentionName, State, attention_kind
 from flowrl.model.action_model import ActionModel
 from flowrl.model.dropout import Dropout
 
 TokenLayout = Literal["interleaved", "fused"]
+TOKENS_PER_TIMESTEP: dict[TokenLayout, int] = {"interleaved": 3, "fused": 1}
 INIT_STD = 0.02
 
 
@@ -37,6 +39,8 @@ class ModelConfig:
     embed_dim: int = 256
     num_heads: int = 4
     dropout: float = 0.1
+    context_tokens: int = MAX_TOKENS
+    """Tokens of the longest context in training: cosFormer's M, of no effect on other kinds."""
 
 
 class Window(NamedTuple):
@@ -54,7 +58,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.kind = ATTENTION_KINDS[config.attention]
+        self.kind = attention_kind(config.attention, config.context_tokens)
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.project = nn.Linear(config.embed_dim, config.embed_dim)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from flowrl.attention.cosformer import MAX_TOKENS
 from flowrl.attention.kinds import ATTENTION_KINDS
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
@@ -20,7 +21,15 @@ from flowrl.model.network import ModelConfig, SequenceModel, TokenLayout
 LARGEST_DIMENSION = 1 << 20  # a stored size beyond this is damage or malice, not a model
 LARGEST_NUM_LAYERS = 1000
 AgentName = Literal["transformer", "bc"]
-_SIZES = ("observation_dim", "action_dim", "max_timesteps", "num_layers", "embed_dim", "num_heads")
+_SIZES = (
+    "observation_dim",
+    "action_dim",
+    "max_timesteps",
+    "num_layers",
+    "embed_dim",
+    "num_heads",
+    "context_tokens",
+)
 
 
 def load_agent(
@@ -129,6 +138,8 @@ def _model_config(model: Any, agent: AgentName, where: str) -> ModelConfig | Beh
     kind = BehaviorCloningConfig if agent == "bc" else ModelConfig
     if not isinstance(model, dict):
         raise UserError(f"{where}: 'model' must be an object")
+    if agent == "transformer":
+        model = {"context_tokens": MAX_TOKENS, **model}  # agents saved before this entry had that constant
     _check_keys(model, kind, where)
     _check_sizes(where, {name: model[name] for name in _SIZES if name in model})
     if model["num_layers"] > LARGEST_NUM_LAYERS or model["embed_dim"] % model.get("num_heads", 1):

@@ -12,8 +12,8 @@ from flowrl.envs.spaces import action_bounds, check_environment
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig
-from flowrl.model.network import ModelConfig, SequenceModel
-from flowrl.model.storage import untrained_model
+from flowrl.model.network import TOKENS_PER_TIMESTEP, ModelConfig, SequenceModel
+from flowrl.model.storage import LARGEST_DIMENSION, untrained_model
 from flowrl.training.config import TrainConfig
 
 _ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need
@@ -51,7 +51,7 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
     context_length = (
         longest if isinstance(config.context_length, str) else min(config.context_length, longest)
     )
-    model_config = _model_config(config, dataset)
+    model_config = _model_config(config, dataset, context_length)
     _check_memory(config, model_config)
     model = untrained_model(model_config)
     mean, std = observation_statistics(dataset.observations)
@@ -79,7 +79,9 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
     return Agent(model, agent_config, acting=config.acting)
 
 
-def _model_config(config: TrainConfig, dataset: EpisodeDataset) -> ModelConfig | BehaviorCloningConfig:
+def _model_config(
+    config: TrainConfig, dataset: EpisodeDataset, context_length: int
+) -> ModelConfig | BehaviorCloningConfig:
     max_timesteps = max(dataset.max_episode_length, _time_limit(dataset))
     if config.agent == "bc":
         return BehaviorCloningConfig(
@@ -90,6 +92,7 @@ def _model_config(config: TrainConfig, dataset: EpisodeDataset) -> ModelConfig |
             embed_dim=config.embed_dim,
             dropout=config.dropout,
         )
+    tokens = context_length * TOKENS_PER_TIMESTEP[config.token_layout]
     return ModelConfig(
         observation_dim=dataset.observation_dim,
         action_dim=dataset.action_dim,
@@ -100,6 +103,7 @@ def _model_config(config: TrainConfig, dataset: EpisodeDataset) -> ModelConfig |
         embed_dim=config.embed_dim,
         num_heads=config.num_heads,
         dropout=config.dropout,
+        context_tokens=min(tokens, LARGEST_DIMENSION),
     )
 
 

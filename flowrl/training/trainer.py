@@ -30,7 +30,7 @@ from flowrl.model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from flowrl.model.network import SequenceModel, Window
+from flowrl.model.network import TOKENS_PER_TIMESTEP, SequenceModel, Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model
 from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import Stopped, StopSignals
@@ -177,9 +177,8 @@ class Trainer:
         else:
             figures = self._step_eagerly(*batch[:5], batch.valid, share=batch.share)
         self._pending.append(figures)
-        self._pending_tokens += batch.num_timesteps * (
-            1 if self.agent.config.model.token_layout == "fused" else 3
-        )
+        layout = self.agent.config.model.token_layout
+        self._pending_tokens += batch.num_timesteps * TOKENS_PER_TIMESTEP[layout]
         self._recent.append(batch.starts)
         self.step += 1
 
