@@ -220,14 +220,15 @@ def test_no_window_crosses_an_episode(
         batch = sampler.sample()
         assert batch.valid.shape == batch.timesteps.shape == (batch_size, batch.valid.shape[1])
         assert batch.num_timesteps == int(batch.valid.sum())
-        for row, start in enumerate(batch.starts.tolist()):
+        for row, (start, stop) in enumerate(batch.spans.tolist()):
             length = int(batch.valid[row].sum())
+            assert stop - start == length
             end = next(end for end in ends if end > start)  # of the episode that the window begins in
             episode_length = episodes.lengths[ends.index(end)]
             assert 1 <= length <= context_length
             assert start + length <= end
-            # It ends early only where its episode does, and a short episode is taken whole.
-            assert length == min(context_length, end - start)
+            # It is shorter only at its episode's beginning or end, and a short episode is taken whole.
+            assert length == context_length or start + episode_length == end or stop == end
             assert length == episode_length or episode_length > context_length
             assert batch.valid[row].tolist() == [True] * length + [False] * (batch.valid.shape[1] - length)
             window = slice(start, start + length)

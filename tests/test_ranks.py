@@ -146,7 +146,7 @@ def test_ranks_draw_the_same_batches_and_share_them_out(tiny_dataset, tmp_path, 
     parts = [WindowSampler(dataset, 6, 7, seed=3, ranks=Ranks(rank, size)) for rank in range(size)]
     for _ in range(5):
         batch, shares = whole.sample(), [part.sample() for part in parts]
-        assert sorted(batch.starts.tolist()) == sorted(torch.cat([share.starts for share in shares]).tolist())
+        assert sorted(batch.spans.tolist()) == sorted(torch.cat([share.spans for share in shares]).tolist())
         assert sum(share.share for share in shares) == pytest.approx(1)
         for share in shares:
             assert share.num_timesteps == batch.num_timesteps

@@ -1,5 +1,7 @@
 """Training windows against the episodes they are cut from."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -33,47 +35,62 @@ def windows(batch):
     ]
 
 
+def every_window(context_length):
+    """The windows by their definition: lists of transitions, and what their number of them is for each."""
+    for start, length in zip(STARTS.tolist(), LENGTHS.tolist(), strict=True):
+        if length <= context_length:
+            yield from [range(start, start + length)] * length  # the episode fits: all of it
+        else:
+            for begin in range(1 - context_length, length):
+                yield [start + t for t in range(begin, begin + context_length) if 0 <= t < length]
+
+
 @pytest.mark.parametrize("context_length", [1, 2, 6, 9, 10, 30, 1000])
-def test_windows_from_every_transition(context_length):
-    """Exhaustive: each transition as the drawn start, every entry of the batch against the arrays."""
+def test_every_window_there_is(context_length):
+    """Exhaustive: each window's number, every entry of the batch against the arrays."""
     dataset = make_dataset()
     sampler = WindowSampler(dataset, context_length, 60, seed=0)
-    batch = sampler.gather(torch.arange(60))
+    batch = sampler.gather(torch.arange(sampler.num_windows))
     assert batch.valid.shape[1] == min(context_length, 30)
-    for drawn, window in enumerate(windows(batch)):
-        episode = EPISODE_OF[drawn]
-        first, stop = STARTS[episode], STARTS[episode] + LENGTHS[episode]
-        if LENGTHS[episode] <= context_length:
-            expected = list(range(first, stop))  # the episode fits: all of it
-        else:
-            expected = list(range(drawn, min(drawn + context_length, stop)))
-        assert window == expected
-        assert batch.starts[drawn] == expected[0]
+    for number, (window, expected) in enumerate(
+        zip(windows(batch), every_window(context_length), strict=True)
+    ):
+        first = STARTS[EPISODE_OF[expected[0]]]
+        assert window == list(expected)
+        assert batch.spans[number].tolist() == [expected[0], expected[-1] + 1]
         padded = batch.valid.shape[1] - len(expected)
-        assert batch.valid[drawn].tolist() == [True] * len(expected) + [False] * padded
+        assert batch.valid[number].tolist() == [True] * len(expected) + [False] * padded
         size = len(expected)
-        assert batch.timesteps[drawn, :size].tolist() == [index - first for index in expected]
-        np.testing.assert_array_equal(batch.actions[drawn, :size, 0], np.array(expected) + 1000)
-        np.testing.assert_array_equal(batch.returns_to_go[drawn, :size], dataset.returns_to_go[expected])
+        assert batch.timesteps[number, :size].tolist() == [index - first for index in expected]
+        np.testing.assert_array_equal(batch.actions[number, :size, 0], np.array(expected) + 1000)
+        np.testing.assert_array_equal(batch.returns_to_go[number, :size], dataset.returns_to_go[expected])
         for place, index in enumerate(expected):
             if index > first:  # at an episode's start nobody reads it
-                assert batch.previous_actions[drawn, place, 0] == index - 1 + 1000
+                assert batch.previous_actions[number, place, 0] == index - 1 + 1000
     assert batch.num_timesteps == int(batch.valid.sum())
     assert all(tensor.isfinite().all() for tensor in batch[:5])
 
 
+def test_every_timestep_of_an_episode_is_in_as_many_windows():
+    sampler = WindowSampler(make_dataset(), 6, 60, seed=0)
+    batch = sampler.gather(torch.arange(sampler.num_windows))
+    counts = np.bincount(np.concatenate(windows(batch)), minlength=60)
+    longer = LENGTHS[EPISODE_OF] > 6
+    assert (counts[longer] == 6).all()
+    assert (counts[~longer] == LENGTHS[EPISODE_OF][~longer]).all()  # whole, as often as it has timesteps
+
+
 @pytest.mark.parametrize("context_length", [4, 100])
-def test_draws_are_uniform_over_transitions(context_length):
-    """A chi-square statistic on the drawn starts: of windows where episodes are cut, else of episodes."""
+def test_draws_are_uniform_over_windows(context_length):
+    """A chi-square statistic on the drawn windows: of those cut from episodes, or of whole episodes."""
     draws = 60_000
     sampler = WindowSampler(make_dataset(), context_length, draws, seed=1)
-    starts = sampler.sample().starts.numpy()
-    if context_length == 4:
-        counts, expected = np.bincount(starts, minlength=60), np.full(60, draws / 60)
-    else:
-        counts, expected = np.bincount(EPISODE_OF[starts], minlength=5), draws * LENGTHS / 60
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    freedom = len(counts) - 1
+    counts, expected = Counter(map(tuple, sampler.sample().spans.tolist())), Counter()
+    for window in every_window(context_length):
+        expected[window[0], window[-1] + 1] += draws / sampler.num_windows
+    assert set(counts) <= set(expected)
+    statistic = sum((counts[span] - count) ** 2 / count for span, count in expected.items())
+    freedom = len(expected) - 1
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5  # mean and deviation of chi-square
 
 
@@ -88,16 +105,17 @@ def test_generator_state_brings_the_same_batches_back():
         for before in expected:
             assert all(torch.equal(a, b) for a, b in zip(before[:7], restored.sample()[:7], strict=True))
     same_seed, other_seed = (WindowSampler(make_dataset(), 4, 8, seed) for seed in (3, 4))
-    first = WindowSampler(make_dataset(), 4, 8, seed=3).sample().starts
-    assert torch.equal(same_seed.sample().starts, first)
-    assert not torch.equal(other_seed.sample().starts, first)
+    first = WindowSampler(make_dataset(), 4, 8, seed=3).sample().spans
+    assert torch.equal(same_seed.sample().spans, first)
+    assert not torch.equal(other_seed.sample().spans, first)
 
 
 def test_batches_take_no_memory_beyond_the_arrays():
     """The dataset's own arrays are read in place: no windows are laid out, no copy is made."""
     dataset = make_dataset()
     sampler = WindowSampler(dataset, 4, 8, seed=0)
-    before = sampler.gather(torch.tensor([20]))
+    (number,) = (n for n, window in enumerate(every_window(4)) if window[0] == 20 and len(window) == 4)
+    before = sampler.gather(torch.tensor([number]))
     dataset.observations[20] = -5
-    assert (sampler.gather(torch.tensor([20])).observations[0, 0] == -5).all()
+    assert (sampler.gather(torch.tensor([number])).observations[0, 0] == -5).all()
     assert (before.observations[0, 0] != -5).any()

@@ -158,14 +158,16 @@ def test_a_hostile_configuration_is_refused_by_name(place, value):
 
 def test_missing_and_unknown_entries_are_named():
     data = agent_config_to_dict(make_agent().config)
-    required = [name for name in data if name != "agent"]  # which old files lack
+    required = [name for name in data if name != "agent"]  # this and context_tokens, old files lack
     for holder, name in [(data, name) for name in required] + [
-        (data["model"], name) for name in data["model"]
+        (data["model"], name) for name in data["model"] if name != "context_tokens"
     ]:
         value = holder.pop(name)
         with pytest.raises(UserError, match=f"missing entry '{name}'"):
             agent_config_from_dict(data, "RUN")
         holder[name] = value
+    del data["model"]["context_tokens"]
+    assert agent_config_from_dict(data, "RUN").model.context_tokens == 4096
     for holder in (data, data["model"]):
         holder["extra"] = 1
         with pytest.raises(UserError, match="unknown entry 'extra'"):

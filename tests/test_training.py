@@ -206,7 +206,7 @@ def test_a_non_finite_loss_stops_the_run_with_its_batch(tiny_dataset, tmp_path, 
     assert "\n" not in str(caught.value)
     record = json.loads((run / "nonfinite.json").read_text())
     assert record["step"] == 23
-    assert record["window_starts"] == batches[22].starts.tolist()
+    assert record["windows"] == batches[22].spans.tolist()
     assert steps_on_disk(run)[-1] == "step-00000020"
     assert flowrl.load_agent(run).checkpoint_step == 20  # which refuses tensors that are not finite
     resume_here(run)

@@ -62,7 +62,7 @@ ATTENTION_KINDS: dict[AttentionName, AttentionKind] = {
 
 
 def attention_kind(name: AttentionName, max_tokens: int) -> AttentionKind:
-    """The kind in a model whose contexts have at most ``max_tokens``, by which cosFormer measures distance."""
+    """The kind in a model of contexts up to ``max_tokens``, by which cosFormer measures distance."""
     if name != "cosformer":
         return ATTENTION_KINDS[name]
     return AttentionKind(

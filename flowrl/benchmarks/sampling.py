@@ -48,13 +48,14 @@ class LoopSampler:
     def gather(self, episodes: list[int], offsets: list[int]) -> Batch:
         """Return the windows that start ``offsets`` timesteps into these episodes."""
         columns: dict[str, list[np.ndarray]] = {name: [] for name in Batch._fields[:6]}
-        starts = []
+        spans = []
         for number, offset in zip(episodes, offsets, strict=True):
             episode = self._episodes[number]
             if len(episode["rewards"]) <= self._context_length:
                 offset = 0
             end = min(offset + self._context_length, len(episode["rewards"]))
-            starts.append(int(self._starts[number]) + offset)
+            start = int(self._starts[number])
+            spans.append((start + offset, start + end))
             window = {
                 "observations": episode["observations"][offset:end],
                 "actions": episode["actions"][offset:end],
@@ -67,7 +68,7 @@ class LoopSampler:
                 columns[name].append(_padded(values, self._context_length))
         tensors = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
         num_timesteps = int(tensors["valid"].sum())
-        return Batch(**tensors, starts=torch.tensor(starts), num_timesteps=num_timesteps, share=1.0)
+        return Batch(**tensors, spans=torch.tensor(spans), num_timesteps=num_timesteps, share=1.0)
 
     def _returns_to_go(self, episode: dict[str, np.ndarray], offset: int, end: int) -> np.ndarray:
         if not self._sums_returns:

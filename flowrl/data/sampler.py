@@ -21,15 +21,19 @@ class Batch(NamedTuple):
     returns_to_go: Tensor  # (batch, length) float32
     timesteps: Tensor  # (batch, length) int64
     valid: Tensor  # (batch, length) bool
-    starts: Tensor  # (batch,) int64 on the CPU: each window's first transition in the dataset
+    spans: Tensor  # (batch, 2) int64 on the CPU: each window's first transition in the dataset, and its end
     num_timesteps: int  # valid ones, those of other ranks included
     share: float  # of num_timesteps that are in this batch; 1 but for several ranks
 
 
 class WindowSampler:
-    """Draws windows of ``context_length`` timesteps, the start uniform over all transitions.
+    """Draws windows of ``context_length`` timesteps; an episode no longer than that is taken whole.
 
-    Long episodes thus weigh by their length. An episode no longer than ``context_length`` is taken whole.
+    A window may begin before its episode or end after it, and loses what lies outside: every timestep of an
+    episode is in as many windows as any other. (Were starts uniform over transitions, as in the Decision
+    Transformer's code, an episode's first timestep would be in one window, its twentieth in twenty; but it is
+    the first ones that acting begins with.) Long episodes weigh by their length.
+
     Random numbers come from a generator of the sampler's own on the CPU, so that batches are the same on
     every device; :attr:`generator_state` is all there is to save. Of several ranks each draws the whole
     batch, and gathers its own share of the windows.
@@ -49,13 +53,11 @@ class WindowSampler:
         self.device = torch.device(device)
         self.ranks = ranks
         self._generator = torch.Generator().manual_seed(seed)
-        self._num_transitions = dataset.num_transitions
-        starts = torch.from_numpy(dataset.episode_starts)
-        lengths = torch.from_numpy(dataset.episode_lengths)
-        self._episode_starts, self._episode_lengths = starts, lengths
-        self._episode_of = torch.repeat_interleave(
-            torch.arange(len(starts), dtype=torch.int32), lengths, output_size=dataset.num_transitions
-        )
+        self._episode_starts = torch.from_numpy(dataset.episode_starts)
+        self._episode_lengths = torch.from_numpy(dataset.episode_lengths)
+        overhang = torch.where(self._episode_lengths <= context_length, 0, context_length - 1)
+        self._ends = (self._episode_lengths + overhang).cumsum(0)  # the windows' numbers, episode by episode
+        self.num_windows = int(self._ends[-1])
         self._observations = torch.from_numpy(dataset.observations).to(self.device)
         self._actions = torch.from_numpy(dataset.actions).to(self.device)
         self._returns_to_go = torch.from_numpy(dataset.returns_to_go).to(self.device)
@@ -72,15 +74,18 @@ class WindowSampler:
 
     def sample(self) -> Batch:
         """Draw the next batch."""
-        drawn = torch.randint(self._num_transitions, (self.batch_size,), generator=self._generator)
-        return self.gather(drawn)
+        numbers = torch.randint(self.num_windows, (self.batch_size,), generator=self._generator)
+        return self.gather(numbers)
 
-    def gather(self, drawn: Tensor) -> Batch:
-        """Return this rank's windows of those that start at the (batch,) transitions ``drawn``."""
-        episodes = self._episode_of[drawn].long()
+    def gather(self, numbers: Tensor) -> Batch:
+        """Return this rank's share of the windows with these (batch,) numbers, below ``num_windows``."""
+        episodes = torch.searchsorted(self._ends, numbers, right=True)
         episode_starts, episode_lengths = self._episode_starts[episodes], self._episode_lengths[episodes]
-        starts = torch.where(episode_lengths <= self.context_length, episode_starts, drawn)
-        lengths = (episode_starts + episode_lengths - starts).clamp(max=self.context_length)
+        first = numbers - self._ends[episodes] + episode_lengths  # timestep; below 0 before the episode
+        last = torch.minimum(first + self.context_length, episode_lengths)
+        whole = episode_lengths <= self.context_length
+        first = torch.where(whole, 0, first.clamp(min=0))
+        starts, lengths = episode_starts + first, torch.where(whole, episode_lengths, last - first)
         num_timesteps, mine = int(lengths.sum()), self.ranks.mine
         starts, lengths = starts[mine], lengths[mine]
         offsets = torch.arange(int(lengths.max()))
@@ -94,7 +99,7 @@ class WindowSampler:
             returns_to_go=self._returns_to_go[index],
             timesteps=self._timesteps[index],
             valid=valid,
-            starts=starts,
+            spans=torch.stack((starts, starts + lengths), dim=1),
             num_timesteps=num_timesteps,
             share=int(lengths.sum()) / num_timesteps,
         )

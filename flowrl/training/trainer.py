@@ -80,7 +80,7 @@ class Trainer:
             Tensor
         ] = []  # (loss, gradient norm) of each update since the last line of metrics
         self._pending_tokens = 0
-        self._recent: list[Tensor] = []  # window starts of batches not yet known to give a finite loss
+        self._recent: list[Tensor] = []  # windows of batches not yet known to give a finite loss
         resumed = None
         if config.resume and (has_checkpoint(run_dir) or has_figures(run_dir)):
             resumed = load_checkpoint(run_dir, for_training=True)
@@ -179,7 +179,7 @@ class Trainer:
         self._pending.append(figures)
         layout = self.agent.config.model.token_layout
         self._pending_tokens += batch.num_timesteps * TOKENS_PER_TIMESTEP[layout]
-        self._recent.append(batch.starts)
+        self._recent.append(batch.spans)
         self.step += 1
 
     def _step_eagerly(self, *inputs: Tensor, share: float = 1.0) -> Tensor:
@@ -287,10 +287,10 @@ class Trainer:
             index = finite.index(False)
             step, loss = self.step - len(finite) + index + 1, str(unchecked[index][0].item())
             # All ranks come here together, as the loss is of all.
-            starts = torch.cat(self.ranks.gather(self._recent[index]))
+            spans = torch.cat(self.ranks.gather(self._recent[index]))
             path = self.run_dir / "nonfinite.json"
             if self.ranks.is_first:
-                record = {"step": step, "loss": loss, "window_starts": starts.tolist()}
+                record = {"step": step, "loss": loss, "windows": spans.tolist()}
                 write_text(path, json.dumps(record) + "\n")
             raise NonFiniteLossError(
                 f"step {step}: the loss or its gradient is not finite; the batch is in {path}"
