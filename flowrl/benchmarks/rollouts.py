@@ -164,10 +164,15 @@ def measure_rollouts(sizes: Sizes, repetitions: int) -> Section:
     alone = min(sizes.baseline_episodes, sizes.episodes)
     config = paper_config(sizes)
     recurrent, window = make_agent(sizes, config), make_agent(sizes, config)
-    recurrent.acting, window.acting = "recurrent", "window"
-    names = ("batch, recurrent", "one at a time, window", "environments alone", "raw physics")
+    fused = make_agent(sizes, paper_config(sizes, token_layout="fused"))
+    recurrent.acting, fused.acting, window.acting = "recurrent", "recurrent", "window"
+    names = (
+        *("batch, recurrent", "batch, recurrent, fused"),
+        *("one at a time, window", "environments alone", "raw physics"),
+    )
     contenders = (
         partial(evaluate_batch, recurrent, episodes),
+        partial(evaluate_batch, fused, episodes),
         partial(evaluate_one_by_one, window, episodes, alone),
         partial(evaluate_batch, None, episodes),
         RawPhysics(episodes).run,
@@ -178,13 +183,17 @@ def measure_rollouts(sizes: Sizes, repetitions: int) -> Section:
     for name, timing in timings.items():
         section.measurements.append(Measurement(name, "Hopper episodes", steps[name], timing))
 
-    batch, one, environments, physics = (timings[name] for name in names)
+    interleaved_tokens, fused_tokens, one, environments, physics = (timings[name] for name in names)
     what = f"evaluation, {sizes.episodes} Hopper episodes, recurrent"
-    faster = one.ratio_to(batch, factor=steps["batch, recurrent"] / steps["one at a time, window"])
     baseline = "one environment at a time, recomputed 20-step window"
+    for layout, batch in ((what, interleaved_tokens), (f"{what}, fused layout", fused_tokens)):
+        faster = one.ratio_to(batch, factor=steps["batch, recurrent"] / steps["one at a time, window"])
+        share = physics.ratio_to(batch, factor=100)
+        section.rows += [
+            Row(layout, baseline, "x", faster, Goal(30.0)),
+            Row(layout, "raw physics, all cores", "%", share, Goal(60.0)),
+        ]
     section.rows += [
-        Row(what, baseline, "x", faster, Goal(30.0)),
-        Row(what, "raw physics, all cores", "%", physics.ratio_to(batch, factor=100), Goal(60.0)),
         Row(
             "the vector environment alone",
             "raw physics, all cores",
