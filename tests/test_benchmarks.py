@@ -82,7 +82,7 @@ def test_the_loop_samples_the_same_windows(sums_returns):
         np.where(dataset.episode_lengths > context, context - 1, 0)
     )  # windows that begin early
     numbers = drawn + torch.from_numpy(before[episodes])
-    expected = WindowSampler(dataset, context, len(drawn), seed=0).gather(numbers)
+    expected = WindowSampler(dataset, context, len(drawn), seed=0).gather(numbers.numpy())
     offsets = drawn.numpy() - dataset.episode_starts[episodes]
     loop = LoopSampler(dataset, context, len(drawn), 0, sums_returns=sums_returns)
     batch = loop.gather(episodes.tolist(), offsets.tolist())
@@ -143,7 +143,7 @@ def test_needed_products_of_linear_layers_are_those_of_a_hooked_model():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(count)
     dataset = make_episodes(2_000)
-    model(Window(*WindowSampler(dataset, 20, 4, seed=0).gather(torch.arange(19, 23))[:5]))
+    model(Window(*WindowSampler(dataset, 20, 4, seed=0).gather(np.arange(19, 23))[:5]))
     products = needed_products(model, 4, 20)
     attention = [product for product in products if product.batch > 1]
     assert sum(product.flops for product in products if product.batch == 1) == counted

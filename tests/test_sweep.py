@@ -105,7 +105,7 @@ def test_timesteps_per_update_become_a_batch_size(tiny_dataset: Path, tmp_path: 
     runs = plan_runs(Sweep((str(tiny_dataset),), methods, (0,), common), tmp_path)
     dataset = load_episodes(str(tiny_dataset))
     sampler = WindowSampler(dataset, dataset.max_episode_length, 1, seed=0)
-    every_draw = sampler.gather(torch.arange(dataset.num_transitions))
+    every_draw = sampler.gather(torch.arange(dataset.num_transitions).numpy())
     per_episode = every_draw.num_timesteps / dataset.num_transitions  # 20.2, where the plain mean is 12
     assert runs[0].config.batch_size == round(1280 / per_episode) == 63
     assert runs[0].timesteps == round(63 * per_episode)

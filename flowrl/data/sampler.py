@@ -54,12 +54,18 @@ class WindowSampler:
         self.device = torch.device(device)
         self.ranks = ranks
         self._generator = torch.Generator().manual_seed(seed)
-        self._windows = _every_window(dataset, context_length)  # (windows, 2) int32: 8 bytes a transition
+        self._windows = _every_window(dataset, context_length)  # (windows, 3) int32: 12 bytes a transition
         self.num_windows = len(self._windows)
-        self._observations = torch.from_numpy(dataset.observations).to(self.device)
-        self._actions = torch.from_numpy(dataset.actions).to(self.device)
-        self._returns_to_go = torch.from_numpy(dataset.returns_to_go).to(self.device)
-        self._timesteps = torch.from_numpy(dataset.timesteps).to(self.device)
+        self._drawn = torch.empty(batch_size, dtype=torch.int64)
+        self._numbers = self._drawn.numpy()  # the same memory
+        self._offsets = np.arange(min(context_length, dataset.max_episode_length))
+        # The observations, by far the widest, are read in place; all else is copied into one row for each
+        # transition, so that a batch takes two gathers.
+        self._observations = dataset.observations
+        self._others, self._action_dim = _packed(dataset), dataset.action_dim
+        if self.device.type == "cuda":
+            tables = (self._observations, self._others)
+            self._on_device = tuple(torch.from_numpy(table).to(self.device) for table in tables)
 
     @property
     def generator_state(self) -> Tensor:
@@ -72,39 +78,56 @@ class WindowSampler:
 
     def sample(self) -> Batch:
         """Draw the next batch."""
-        numbers = torch.randint(self.num_windows, (self.batch_size,), generator=self._generator)
-        return self.gather(numbers)
+        torch.randint(self.num_windows, self._drawn.shape, generator=self._generator, out=self._drawn)
+        return self.gather(self._numbers)
 
-    def gather(self, numbers: Tensor) -> Batch:
+    def gather(self, numbers: np.ndarray) -> Batch:
         """Return this rank's share of the windows with these (batch,) numbers, below ``num_windows``."""
-        spans = self._windows.index_select(0, numbers).long()
-        lengths = spans[:, 1] - spans[:, 0]
-        num_timesteps = int(lengths.sum())
+        # In NumPy, whose calls take half as long as torch's on arrays as small as these.
+        windows = self._windows.take(numbers, axis=0).astype(np.int64)
+        starts, ends, first_timesteps = windows.T  # (batch,) each
+        lengths = ends - starts
+        num_timesteps, share = int(lengths.sum()), 1.0
         if self.ranks.size > 1:
-            spans, lengths = spans[self.ranks.mine], lengths[self.ranks.mine]
-        offsets = torch.arange(int(lengths.max()))
-        valid = self._to_device(offsets < lengths[:, None])  # (batch, length)
-        index = self._to_device(spans[:, :1] + torch.minimum(offsets, lengths[:, None] - 1))
+            windows, lengths = windows[self.ranks.mine], lengths[self.ranks.mine]
+            starts, ends, first_timesteps = windows.T
+            share = int(lengths.sum()) / num_timesteps
+        offsets, column = self._offsets[: lengths.max()], lengths[:, None]
+        valid = offsets < column  # (batch, length)
+        offsets = np.minimum(offsets, column - 1)
+        observations, actions, previous_actions, returns_to_go = self._rows(offsets + starts[:, None])
         return Batch(
-            observations=_rows(self._observations, index),
-            actions=_rows(self._actions, index),
-            previous_actions=_rows(self._actions, (index - 1).clamp(min=0)),
-            returns_to_go=_rows(self._returns_to_go, index),
-            timesteps=_rows(self._timesteps, index),
-            valid=valid,
-            spans=spans,
+            observations=observations,
+            actions=actions,
+            previous_actions=previous_actions,
+            returns_to_go=returns_to_go,
+            timesteps=self._to_device(offsets + first_timesteps[:, None]),
+            valid=self._to_device(valid),
+            spans=torch.from_numpy(windows[:, :2]),
             num_timesteps=num_timesteps,
-            share=int(lengths.sum()) / num_timesteps if self.ranks.size > 1 else 1.0,
+            share=share,
         )
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
+    def _rows(self, index: np.ndarray) -> list[Tensor]:
+        """Observations, actions, previous actions and returns-to-go of the transitions (batch, length)."""
+        width = self._action_dim
+        if self.device.type == "cuda":
+            places = self._to_device(index)
+            observations, others = (table[places] for table in self._on_device)
+            return [observations, others[..., :width], others[..., width:-1], others[..., -1]]
+        observed, rest = self._observations.take(index, axis=0), self._others.take(index, axis=0)
+        parts = (observed, rest[..., :width], rest[..., width:-1], rest[..., -1])
+        return [torch.from_numpy(part) for part in parts]
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
 
-def _every_window(dataset: EpisodeDataset, context_length: int) -> Tensor:
-    """Return the (windows, 2) int32 first transition and end of every window that may be drawn."""
+def _every_window(dataset: EpisodeDataset, context_length: int) -> np.ndarray:
+    """Return every window that may be drawn: (windows, 3) int32 first transition, end, first timestep."""
     starts, lengths = dataset.episode_starts, dataset.episode_lengths
     whole = lengths <= context_length
     counts = lengths + np.where(whole, 0, context_length - 1)
@@ -114,10 +137,10 @@ def _every_window(dataset: EpisodeDataset, context_length: int) -> Tensor:
     )  # timestep, below 0 before episodes
     last = np.where(whole[episode], lengths[episode], np.minimum(first + context_length, lengths[episode]))
     first = np.where(whole[episode], 0, first.clip(min=0))
-    spans = starts[episode, None] + np.stack((first, last), axis=1)
-    return torch.from_numpy(spans.astype(np.int32))
+    return np.stack((starts[episode] + first, starts[episode] + last, first), axis=1).astype(np.int32)
 
 
-def _rows(array: Tensor, index: Tensor) -> Tensor:
-    """``array[index]`` for a (batch, length) index: index_select copies whole rows, several times faster."""
-    return array.index_select(0, index.flatten()).view(*index.shape, *array.shape[1:])
+def _packed(dataset: EpisodeDataset) -> np.ndarray:
+    """(N, 2 action_dim + 1) float32: of each transition its action, the one before it, the return-to-go."""
+    previous = np.concatenate((dataset.actions[:1], dataset.actions[:-1]))
+    return np.concatenate((dataset.actions, previous, dataset.returns_to_go[:, None]), axis=1)
