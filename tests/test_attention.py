@@ -125,7 +125,8 @@ def use_short_blocks(monkeypatch, block, group):
     """Blocks of so many tokens and groups of so many put every kind of boundary into a few tokens."""
     monkeypatch.setattr(flow, "ONE_BLOCK", block)
     monkeypatch.setattr(flow, "SHORTEST_BLOCK", block)
-    monkeypatch.setattr(flow, "GROUP_TOKENS", group)
+    for name in ("ONE_GROUP", "GROUP_TOKENS"):
+        monkeypatch.setattr(flow, name, group)
 
 
 @pytest.mark.parametrize("length", [3, 4, 5, 8, 12, 13, 36, 47])

@@ -37,7 +37,8 @@ def forward_and_backward(attention, length):
 
 @pytest.mark.parametrize("group", [64, 128])
 def test_work_grows_as_the_length_however_many_groups_there_are(monkeypatch, group):
-    monkeypatch.setattr(flow, "GROUP_TOKENS", group)  # one or two blocks of 32 tokens of both sequences
+    for name in ("ONE_GROUP", "GROUP_TOKENS"):  # one or two blocks of 32 tokens of both sequences
+        monkeypatch.setattr(flow, name, group)
     gradient, short = forward_and_backward(flow_attention, 1024)
     _, long = forward_and_backward(flow_attention, 4096)
     assert long < 4.1 * short  # a gradient of full length per group would make it eight and more

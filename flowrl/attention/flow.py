@@ -14,7 +14,8 @@ from flowrl.attention.flow_triton import triton_flow_attention, triton_supports
 
 ONE_BLOCK = 128  # tokens up to which one block does the whole job
 SHORTEST_BLOCK = 32  # otherwise blocks as long as head_dim: the Gram matrix then costs what the memory does
-GROUP_TOKENS = 12_288  # tokens times sequences handled together: more overflow the cache, fewer amortise less
+ONE_GROUP = 12_288  # tokens times sequences up to which all are handled together
+GROUP_TOKENS = 4_096  # otherwise groups of so many: more overflow the cache, fewer amortise less
 
 
 class FlowState(NamedTuple):
@@ -129,7 +130,8 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: fl
     """Walk over groups of whole blocks, then the shorter last block: nothing is ever padded."""
     batch, heads, length, head_dim = queries.shape
     block = length if length <= ONE_BLOCK else max(head_dim, SHORTEST_BLOCK)
-    group = max(GROUP_TOKENS // (batch * heads * block), 1)  # blocks
+    together = ONE_GROUP if batch * heads * length <= ONE_GROUP else GROUP_TOKENS
+    group = max(together // (batch * heads * block), 1)  # blocks
     sizes, left = [], length  # tokens of each group
     while left > 0:
         blocks = max(min(left // block, group), 1)
