@@ -91,8 +91,8 @@ class TrainConfig:
     """Of training's matrix products; weights and sums stay float32. auto: bfloat16 on CUDA, float32 on a CPU
     (one with AMX may train up to twice as fast in bfloat16)."""
     compile: bool = False
-    """torch.compile the training loss. Off by default: on a CPU updates of the paper's size measured 1.2 times
-    as long, after a minute of compiling."""
+    """torch.compile the training loss; off, as updates of the paper's size measured 1.2 times as long with it
+    on a CPU."""
 
     targets: tuple[float, ...] = ()
     """Target returns to evaluate at; by default the best return in the data and half of it."""
