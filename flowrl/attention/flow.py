@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowrl.attention.flow_blocks import CausalFlowBlocks
+from flowrl.attention.flow_native import native_flow_attention, native_supports
 from flowrl.attention.flow_triton import triton_flow_attention, triton_supports
 
 ONE_BLOCK = 128  # tokens up to which one block does the whole job
@@ -77,7 +78,9 @@ def flow_attention(
     with torch.autocast(queries.device.type, enabled=False):
         dtype = _accumulation_dtype(queries.dtype)
         q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
-        if causal:
+        if causal and native_supports(q, k, v):
+            outputs = native_flow_attention(q, k, v, clamp=clamp, eps=eps)
+        elif causal:
             outputs = _causal(q, k, v, clamp, eps)
         else:
             outputs = _bidirectional(q.sigmoid(), k.sigmoid(), v, clamp, eps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowrl.attention.flow import FlowState, empty_flow_state
+from flowrl.attention.flow_native import MOST_STEPS, native_flow_attention_steps, native_supports
 
 
 def flow_attention_steps(
@@ -30,9 +31,13 @@ def flow_attention_steps(
         if state is None:
             state = empty_flow_state(queries[:, :, 0], values[:, :, 0])
         tokens, dtype = queries.shape[2], state.memory.dtype
+        inputs = (queries.to(dtype), keys.to(dtype), values.to(dtype))
+        if tokens <= MOST_STEPS and native_supports(*inputs) and all(x.is_contiguous() for x in state):
+            outputs = native_flow_attention_steps(*inputs, state, clamp=clamp, eps=eps)
+            return outputs.to(values.dtype), state
         # All (tokens, batch, heads, width) from here on.
-        q, k = (x.to(dtype).sigmoid().permute(2, 0, 1, 3) for x in (queries, keys))
-        v = values.to(dtype).permute(2, 0, 1, 3)
+        q, k, v = (x.permute(2, 0, 1, 3) for x in inputs)
+        q, k = q.sigmoid(), k.sigmoid()
         qe, ke = q + eps, k + eps
         query_mass, key_mass = eps * qe.sum(-1), eps * ke.sum(-1)
         n = state.num_tokens + torch.arange(1, tokens + 1, dtype=dtype, device=q.device)[:, None, None]

@@ -1,0 +1,133 @@
+"""Causal Flow-Attention on CPUs, as C++ with its gradient: see ``flow_native.cpp`` for how it works.
+
+:func:`native_supports` says where it applies; torch does the rest. Normalisers, flows and all sums are
+float32 (float64 for float64 input), as everywhere.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flowrl.attention.native_library import NUMBERS, Layout, native_library
+
+BLOCK = 64  # tokens, as in flow_native.cpp
+WIDTHS = (16, 32, 64, 128)
+FLOWS, SUMS = 5, 4  # kept for the gradient: numbers per token, vectors per block
+MOST_STEPS = 4
+
+
+def native_supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the C++ form can do causal attention on these (batch, heads, length, head_dim) tensors.
+
+    A sequence is one thread's work: where there are more threads than long sequences, torch is faster.
+    """
+    batch, heads, length, width = queries.shape
+    return (
+        queries.device.type == "cpu"
+        and width in WIDTHS
+        and values.shape[-1] == width
+        and (length <= BLOCK or batch * heads >= torch.get_num_threads())
+        and queries.dtype == keys.dtype == values.dtype
+        and queries.dtype in NUMBERS
+        and _library(queries) is not None
+    )
+
+
+@torch.compiler.disable
+def native_flow_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, *, clamp: float = 10.0, eps: float = 1e-6
+) -> Tensor:
+    """Causal Flow-Attention of (batch, heads, length, head_dim) tensors, queries and keys before the sigmoid.
+
+    Returns (batch, heads, length, head_dim), tokens before heads in memory. Inputs are those that
+    :func:`native_supports` accepts; slices of one projection are read where they lie.
+    """
+    inputs = _same_strides(queries, keys, values)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _NativeFlow.apply(*inputs, clamp, eps)
+    outputs = _results(values)
+    _call("flow_forward", _layout(inputs[0], outputs, clamp, eps), *inputs, outputs, None, None, None)
+    return outputs
+
+
+@torch.compiler.disable
+def native_flow_attention_steps(
+    queries: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor, ...], *, clamp: float, eps: float
+) -> Tensor:
+    """Feed up to ``MOST_STEPS`` tokens, (batch, heads, tokens, head_dim); changes the FlowState ``state``.
+
+    Inputs and state have one dtype that :func:`native_supports` accepts; the state is contiguous.
+    """
+    inputs = _same_strides(queries, keys, values)
+    batch, heads, tokens, width = queries.shape
+    outputs = values.new_empty(tokens, batch, heads, width).permute(1, 2, 0, 3)
+    num_tokens, sum_k, sum_q, sum_wk, sum_wq, exponentials, memory = state
+    layout = _layout(inputs[0], outputs, clamp, eps)
+    sums = (sum_k, sum_q, sum_wk, sum_wq)
+    _call("flow_steps", layout, *inputs, outputs, num_tokens, *sums, exponentials, memory)
+    return outputs
+
+
+class _NativeFlow(torch.autograd.Function):
+    """``apply(queries, keys, values, clamp, eps)`` -> outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
+        batch, heads, length, width = queries.shape
+        outputs = _results(values)
+        flows = queries.new_empty(batch * heads, FLOWS, length)
+        blocks = -(-length // BLOCK)
+        sums = memories = None
+        if blocks > 1:
+            sums = queries.new_empty(batch * heads, blocks, SUMS, width)
+            memories = queries.new_empty(batch * heads, blocks, width, width)
+        layout = _layout(queries, outputs, clamp, eps)
+        _call("flow_forward", layout, queries, keys, values, outputs, flows, sums, memories)
+        ctx.save_for_backward(queries, keys, values, outputs, flows, sums, memories)
+        ctx.constants = (clamp, eps)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, outputs, flows, sums, memories = ctx.saved_tensors
+        g_queries, g_keys, g_values = grads = tuple(_results(x) for x in (queries, keys, values))
+        if g_outputs.stride() != outputs.stride():
+            g_outputs = _results(outputs).copy_(g_outputs)
+        layout = _layout(queries, outputs, *ctx.constants)
+        kept = (flows, sums, memories)
+        _call("flow_backward", layout, queries, keys, values, outputs, g_outputs, *kept, *grads)
+        return g_queries, g_keys, g_values, None, None
+
+
+@torch.compiler.disable
+def _library(like: Tensor) -> ctypes.CDLL | None:
+    return native_library(like.dtype, like.shape[-1])
+
+
+def _call(name: str, layout: Layout, *tensors: Tensor | None) -> None:
+    assert tensors[0] is not None
+    library = _library(tensors[0])
+    assert library is not None
+    pointers = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
+    getattr(library, name)(ctypes.byref(layout), *pointers)
+
+
+def _layout(inputs: Tensor, outputs: Tensor, clamp: float, eps: float) -> Layout:
+    strides = (*inputs.stride()[:3], *outputs.stride()[:3])
+    return Layout(*inputs.shape[:3], *strides, eps, clamp, torch.get_num_threads())
+
+
+def _results(x: Tensor) -> Tensor:
+    """An empty tensor of x's shape with tokens before heads in memory, as a projection wants to read it."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, copied unless they share one memory layout whose last dimension is dense."""
+    if len({x.stride() for x in tensors}) == 1 and tensors[0].stride(-1) == 1:
+        return tensors
+    return tuple(x.contiguous() for x in tensors)
