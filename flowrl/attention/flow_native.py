@@ -26,17 +26,17 @@ def native_supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """
     batch, heads, length, width = queries.shape
     return (
-        queries.device.type == "cpu"
+        not torch.compiler.is_compiling()  # a compiler of torch code cannot see into C++
+        and queries.device.type == "cpu"
         and width in WIDTHS
         and values.shape[-1] == width
         and (length <= BLOCK or batch * heads >= torch.get_num_threads())
         and queries.dtype == keys.dtype == values.dtype
         and queries.dtype in NUMBERS
-        and _library(queries) is not None
+        and native_library(queries.dtype, width) is not None
     )
 
 
-@torch.compiler.disable
 def native_flow_attention(
     queries: Tensor, keys: Tensor, values: Tensor, *, clamp: float = 10.0, eps: float = 1e-6
 ) -> Tensor:
@@ -53,7 +53,6 @@ def native_flow_attention(
     return outputs
 
 
-@torch.compiler.disable
 def native_flow_attention_steps(
     queries: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor, ...], *, clamp: float, eps: float
 ) -> Tensor:
@@ -103,15 +102,10 @@ class _NativeFlow(torch.autograd.Function):
         return g_queries, g_keys, g_values, None, None
 
 
-@torch.compiler.disable
-def _library(like: Tensor) -> ctypes.CDLL | None:
-    return native_library(like.dtype, like.shape[-1])
-
-
 def _call(name: str, layout: Layout, *tensors: Tensor | None) -> None:
+    """Call ``name`` of the library for the first tensor's type and width, which is there."""
     assert tensors[0] is not None
-    library = _library(tensors[0])
-    assert library is not None
+    library = native_library(tensors[0].dtype, tensors[0].shape[-1])
     pointers = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
     getattr(library, name)(ctypes.byref(layout), *pointers)
 
