@@ -6,6 +6,8 @@
 // the pairs of tokens of a block and the memory matrix take matrix products. Sums run over a block first and
 // are then added to the past, which keeps them exact over long sequences.
 
+#include <initializer_list>
+
 #include "vector_math.h"
 
 // Where tensors (batch, heads, length, width) lie, in elements; the last dimension is dense. Mirrors flow_native.py.
@@ -54,9 +56,20 @@ inline T dot(const Row& x, const Row& y) {
     for (int w = 1; w < W; w++) sum += x.v[w] * y.v[w];
     return total(sum);
 }
-void opened(const T* from, int64_t stride, int tokens, T* to) {
-    for (int t = 0; t < tokens; t++)
+// Ask for a row before it is needed: those of one head lie too far apart for the processor to guess.
+inline void fetch(const T* from) {
+    for (int w = 0; w < W; w++) __builtin_prefetch(from + w * L, 0, 2);
+}
+
+// Rows after their sigmoid; meanwhile the rows of ``next`` are asked for.
+void opened(const T* from, int64_t stride, int tokens, T* to, std::initializer_list<const T*> next = {},
+            int64_t next_stride = 0) {
+    constexpr int AHEAD = 8;
+    for (int t = 0; t < tokens; t++) {
+        if (t + AHEAD < tokens) fetch(from + (t + AHEAD) * stride);
+        for (const T* other : next) fetch(other + t * next_stride);
         for (int w = 0; w < W; w++) store(to + t * D + w * L, sigmoid(load(from + t * stride + w * L)));
+    }
 }
 void exponentials(const T* source, T clamp, int tokens, T* to) {  // buffers of BLOCK
     for (int t = 0; t < tokens; t += L) {
@@ -83,8 +96,9 @@ void forward(Buffer& buffer, const Layout& at, const T* queries, const T* keys, 
     for (int64_t start = 0, block = 0; start < at.length; start += BLOCK, block++) {
         const int tokens = std::min<int64_t>(BLOCK, at.length - start);
         const bool goes_on = start + BLOCK < at.length;
-        opened(queries + start * at.in_token, at.in_token, tokens, q);
-        opened(keys + start * at.in_token, at.in_token, tokens, k);
+        const int64_t in = start * at.in_token;
+        opened(queries + in, at.in_token, tokens, q, {keys + in}, at.in_token);
+        opened(keys + in, at.in_token, tokens, k, {values + in}, at.in_token);
         if (sums)
             for (int s = 0; s < SUMS; s++) put(sums + (block * SUMS + s) * D, past[s]);
         if (memories) std::copy(memory, memory + D * D, memories + block * D * D);
@@ -161,8 +175,9 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         const T *incoming = flows + INCOMING * at.length + start, *outgoing = flows + OUTGOING * at.length + start,
                 *sink = flows + SINK * at.length + start, *source = flows + SOURCE * at.length + start,
                 *normaliser = flows + NORMALISER * at.length + start;
-        opened(queries + start * at.in_token, at.in_token, tokens, q);
-        opened(keys + start * at.in_token, at.in_token, tokens, k);
+        const int64_t in = start * at.in_token, out = start * at.out_token;
+        opened(queries + in, at.in_token, tokens, q, {keys + in, values + in}, at.in_token);
+        opened(keys + in, at.in_token, tokens, k, {outputs + out, g_outputs + out}, at.out_token);
         std::copy(source, source + tokens, exps);
         exponentials(exps, clamp, tokens, exps);
         std::copy(sink, sink + tokens, allocation);
