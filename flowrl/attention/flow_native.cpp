@@ -10,7 +10,8 @@
 
 #include "vector_math.h"
 
-// Where tensors (batch, heads, length, width) lie, in elements; the last dimension is dense. Mirrors flow_native.py.
+// Where tensors (batch, heads, length, width) lie, in elements; the last dimension is dense. Mirrors
+// native_library.py.
 struct Layout {
     int64_t batch, heads, length;
     int64_t in_batch, in_head, in_token;     // of queries, keys and values
@@ -83,13 +84,14 @@ void exponentials(const T* source, T clamp, int tokens, T* to) {  // buffers of 
 // One sequence forward. flows (FLOWS, length), sums (blocks, SUMS, D) and memories (blocks, D, D) may be null.
 constexpr int FORWARD_BUFFER = 5 * ROW + SQUARE + D * D + 7 * BLOCK;
 void forward(Buffer& buffer, const Layout& at, const T* queries, const T* keys, const T* values, T* outputs, T* flows,
-                    T* sums, T* memories) {
+             T* sums, T* memories) {
     const T eps = at.eps, clamp = at.clamp;
     buffer.restart();
     T *q = buffer.take(ROW), *k = buffer.take(ROW), *k_across = buffer.take(ROW), *competed = buffer.take(ROW),
       *result = buffer.take(ROW), *gram = buffer.take(SQUARE), *memory = buffer.take(D * D);
     T *incoming = buffer.take(BLOCK), *outgoing = buffer.take(BLOCK), *sink = buffer.take(BLOCK),
-      *source = buffer.take(BLOCK), *normaliser = buffer.take(BLOCK), *exps = buffer.take(BLOCK), *allocation = buffer.take(BLOCK);
+      *source = buffer.take(BLOCK), *normaliser = buffer.take(BLOCK), *exps = buffer.take(BLOCK),
+      *allocation = buffer.take(BLOCK);
     std::fill(memory, memory + D * D, T(0));
     Row past[SUMS] = {};
     T past_exps = 0;
@@ -340,8 +342,10 @@ extern "C" void flow_forward(const Layout* layout, const T* q, const T* k, const
 #pragma omp for schedule(dynamic)
         for (int64_t s = 0; s < at.batch * at.heads; s++) {
             const int64_t in = in_corner(at, s);
-            forward(buffer, at, q + in, k + in, v + in, out + out_corner(at, s), flows ? flows + s * FLOWS * at.length : nullptr,
-                    sums ? sums + s * blocks * SUMS * D : nullptr, memories ? memories + s * blocks * D * D : nullptr);
+            forward(buffer, at, q + in, k + in, v + in, out + out_corner(at, s),
+                    flows ? flows + s * FLOWS * at.length : nullptr,
+                    sums ? sums + s * blocks * SUMS * D : nullptr,
+                    memories ? memories + s * blocks * D * D : nullptr);
         }
     }
 }
@@ -357,7 +361,8 @@ extern "C" void flow_backward(const Layout* layout, const T* q, const T* k, cons
         for (int64_t s = 0; s < at.batch * at.heads; s++) {
             const int64_t in = in_corner(at, s), to = out_corner(at, s);
             backward(buffer, at, q + in, k + in, v + in, out + to, g_out + to, flows + s * FLOWS * at.length,
-                     sums ? sums + s * blocks * SUMS * D : nullptr, memories ? memories + s * blocks * D * D : nullptr,
+                     sums ? sums + s * blocks * SUMS * D : nullptr,
+                     memories ? memories + s * blocks * D * D : nullptr,
                      g_q + to, g_k + to, g_v + to);
         }
     }

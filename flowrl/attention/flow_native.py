@@ -45,10 +45,10 @@ def native_flow_attention(
     Returns (batch, heads, length, head_dim), tokens before heads in memory. Inputs are those that
     :func:`native_supports` accepts; slices of one projection are read where they lie.
     """
-    inputs = _same_strides(queries, keys, values)
+    inputs = same_strides(queries, keys, values)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _NativeFlow.apply(*inputs, clamp, eps)
-    outputs = _results(values)
+    outputs = results_like(values)
     _call("flow_forward", _layout(inputs[0], outputs, clamp, eps), *inputs, outputs, None, None, None)
     return outputs
 
@@ -60,7 +60,7 @@ def native_flow_attention_steps(
 
     Inputs and state have one dtype that :func:`native_supports` accepts; the state is contiguous.
     """
-    inputs = _same_strides(queries, keys, values)
+    inputs = same_strides(queries, keys, values)
     batch, heads, tokens, width = queries.shape
     outputs = values.new_empty(tokens, batch, heads, width).permute(1, 2, 0, 3)
     num_tokens, sum_k, sum_q, sum_wk, sum_wq, exponentials, memory = state
@@ -76,7 +76,7 @@ class _NativeFlow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
         batch, heads, length, width = queries.shape
-        outputs = _results(values)
+        outputs = results_like(values)
         flows = queries.new_empty(batch * heads, FLOWS, length)
         blocks = -(-length // BLOCK)
         sums = memories = None
@@ -93,9 +93,9 @@ class _NativeFlow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_outputs: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, outputs, flows, sums, memories = ctx.saved_tensors
-        g_queries, g_keys, g_values = grads = tuple(_results(x) for x in (queries, keys, values))
+        g_queries, g_keys, g_values = grads = tuple(results_like(x) for x in (queries, keys, values))
         if g_outputs.stride() != outputs.stride():
-            g_outputs = _results(outputs).copy_(g_outputs)
+            g_outputs = results_like(outputs).copy_(g_outputs)
         layout = _layout(queries, outputs, *ctx.constants)
         kept = (flows, sums, memories)
         _call("flow_backward", layout, queries, keys, values, outputs, g_outputs, *kept, *grads)
@@ -115,12 +115,12 @@ def _layout(inputs: Tensor, outputs: Tensor, clamp: float, eps: float) -> Layout
     return Layout(*inputs.shape[:3], *strides, eps, clamp, torch.get_num_threads())
 
 
-def _results(x: Tensor) -> Tensor:
+def results_like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape with tokens before heads in memory, as a projection wants to read it."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def _same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
+def same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, copied unless they share one memory layout whose last dimension is dense."""
     if len({x.stride() for x in tensors}) == 1 and tensors[0].stride(-1) == 1:
         return tensors

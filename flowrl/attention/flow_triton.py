@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flowrl.attention.flow_native import results_like, same_strides
+
 TOKENS = 64  # of a block; two would not fit into the registers together with their gradients
 SMALLEST = 16  # side of a matrix product that the tensor cores take
 WIDTHS = (16, 32, 64, 128)
@@ -63,8 +65,8 @@ class _TritonFlow(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
         from flowrl.attention import triton_forward as kernels
 
-        queries, keys, values = inputs = _same_strides(queries, keys, values)
-        outputs = _results(values)
+        queries, keys, values = inputs = same_strides(queries, keys, values)
+        outputs = results_like(values)
         heads, length, sequences, blocks, sizes, precise, options = _plan(inputs)
         sources, targets = queries.stride()[:3], outputs.stride()[:3]
         with torch.cuda.device_of(queries):
@@ -128,9 +130,9 @@ class _TritonFlow(torch.autograd.Function):
 
         queries, keys, values, *kept = ctx.saved_tensors
         inputs, (clamp, eps) = (queries, keys, values), ctx.constants
-        g_queries, g_keys, g_values = (_results(x) for x in inputs)
+        g_queries, g_keys, g_values = (results_like(x) for x in inputs)
         if g_outputs.stride() != g_values.stride():
-            g_outputs = _results(g_outputs).copy_(g_outputs)
+            g_outputs = results_like(g_outputs).copy_(g_outputs)
         heads, length, sequences, blocks, sizes, precise, options = _plan(inputs)
         sources, targets = queries.stride()[:3], g_values.stride()[:3]
         with torch.cuda.device_of(queries):
@@ -194,15 +196,3 @@ def _scanned(like: Tensor, sequences: int, blocks: int, *shape: int) -> Tensor:
     buffer = like.new_empty(sequences, blocks + 1, *shape, dtype=torch.float32)
     buffer[:, 0] = 0
     return buffer
-
-
-def _results(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape with tokens before heads in memory, as a projection wants to read it."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def _same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, copied unless they share one memory layout whose last dimension is dense."""
-    if len({x.stride() for x in tensors}) == 1 and tensors[0].stride(-1) == 1:
-        return tensors
-    return tuple(x.contiguous() for x in tensors)
