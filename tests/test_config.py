@@ -72,8 +72,9 @@ def test_env_picks_the_preset_of_its_name_and_config_another():
 @pytest.mark.parametrize("path", sorted(PRESET_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_is_valid(path):
     config = parse_train_config(["--config", path.stem])
-    assert config.env == path.stem.removesuffix("-long")
+    assert config.env == path.stem.removesuffix("-long").removesuffix("-fused")
     assert config.env in D4RL_ENVIRONMENTS
+    assert (config.token_layout == "fused") == path.stem.endswith(("-fused", "-long"))
     assert config.context_length == ("episode" if path.stem.endswith("-long") else 20)
     best = {"hopper": 3600.0, "walker2d": 5000.0, "halfcheetah": 12000.0}[path.stem.split("-")[0]]
     assert config.targets == (best, best / 2)
