@@ -1,6 +1,8 @@
 """What a run starts from: the data, the environment, and an agent that knows the data's statistics."""
 
+import ctypes
 import os
+import sys
 
 import gymnasium
 import numpy as np
@@ -18,6 +20,7 @@ from flowrl.training.config import TrainConfig
 
 _ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need
 _TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 _SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
 
 
@@ -38,6 +41,20 @@ def load_dataset(config: TrainConfig) -> EpisodeDataset:
         )
     dataset = top_episodes(dataset, config.top_fraction)
     return delayed_rewards(dataset) if config.reward_mode == "delayed" else dataset
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed tensors of up to 1 GiB for the next update, for this whole process.
+
+    By default it gives those above 32 MiB back, and the kernel clears their pages anew in every update: an
+    eighth of the time of full episodes, with the same peak. Without glibc nothing changes.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:

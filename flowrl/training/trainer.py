@@ -37,7 +37,7 @@ from flowrl.signals import Stopped, StopSignals
 from flowrl.training.capture import CapturedStep
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
-from flowrl.training.setup import build_agent
+from flowrl.training.setup import build_agent, keep_freed_memory
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
 
@@ -89,6 +89,8 @@ class Trainer:
             self.agent.model = build_model(self.agent.config.model, resumed.model, where=f"{run_dir}: model")
         self.model = self.agent.model.to(device)
         on_cuda = device.type == "cuda"
+        if not on_cuda:
+            keep_freed_memory()
         self._in_bfloat16 = {"auto": on_cuda, "float32": False, "bfloat16": True}[config.precision]
         if on_cuda:
             if device.index is not None:
