@@ -61,6 +61,9 @@ inline T dot(const Row& x, const Row& y) {
 inline void fetch(const T* from) {
     for (int w = 0; w < W; w++) __builtin_prefetch(from + w * L, 0, 2);
 }
+inline void fetch(T* to) {  // about to be written
+    for (int w = 0; w < W; w++) __builtin_prefetch(to + w * L, 1, 2);
+}
 
 // Rows after their sigmoid; meanwhile the rows of ``next`` are asked for.
 void opened(const T* from, int64_t stride, int tokens, T* to, std::initializer_list<const T*> next = {},
@@ -129,6 +132,7 @@ void forward(Buffer& buffer, const Layout& at, const T* queries, const T* keys, 
             normaliser[t] = past_exps + own_exps;
             const T competition = (start + t + 1) * exps[t] / normaliser[t];
             const T* value = values + (start + t) * at.in_token;
+            fetch(outputs + (start + t) * at.out_token);
             for (int w = 0; w < W; w++) store(competed + t * D + w * L, competition * load(value + w * L));
         }
         past_exps += own_exps;
@@ -188,6 +192,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
             const T n = start + t + 1, scale = allocation[t] / incoming[t];
             const T* value = values + (start + t) * at.in_token;
             const Row g_output = row(g_outputs + (start + t) * at.out_token);
+            fetch(g_values + (start + t) * at.out_token);
             product_of[t] = dot(g_output, row(outputs + (start + t) * at.out_token));
             g_sink[t] = product_of[t] * (1 - allocation[t]) / n;  // of n times the conserved sink
             competition[t] = n * exps[t] / normaliser[t];
@@ -206,6 +211,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         for (int t = tokens - 1; t >= 0; t--) {  // C = n exp(S) / (past sum of exp(S))
             const T n = start + t + 1;
             const Row g = row(g_competed + t * D);
+            fetch(g_queries + (start + t) * at.out_token);
             const T g_competition = dot(g, row(values + (start + t) * at.in_token));
             T* g_value = g_values + (start + t) * at.out_token;
             for (int w = 0; w < W; w++) store(g_value + w * L, competition[t] * g.v[w]);
@@ -234,6 +240,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         for (int t = tokens - 1; t >= 0; t--) {
             const T n = start + t + 1, sink_weight = n / incoming[t], source_weight = n / outgoing[t];
             const Row qt = row(q + t * D), kt = row(k + t * D), qe = plus(qt, eps), ke = plus(kt, eps);
+            fetch(g_keys + (start + t) * at.out_token);
             add(own[WEIGHTED_QUERIES], g_source[t], ke);
             add(own[WEIGHTED_KEYS], g_sink[t], qe);
             const Row by_wq = plus(later[WEIGHTED_QUERIES], own[WEIGHTED_QUERIES]);
