@@ -1,4 +1,5 @@
-// Causal Flow-Attention on CPUs, compiled on first use by native_library.py and called by flow_native.py.
+// Causal Flow-Attention on CPUs, compiled on first use for one type of numbers
+// and one width of heads, REAL and WIDTH, and called by flow_native.py.
 //
 // Notation as in flow.py. A sequence (one head of one batch row) is one thread's work, from its first block of
 // tokens to its last, so that everything stays in that core's cache and no result depends on the number of
@@ -11,11 +12,12 @@
 #include "vector_math.h"
 
 // Where tensors (batch, heads, length, width) lie, in elements; the last dimension is dense. Mirrors
-// native_library.py.
+// flow_native.py.
 struct Layout {
     int64_t batch, heads, length;
     int64_t in_batch, in_head, in_token;     // of queries, keys and values
-    int64_t out_batch, out_head, out_token;  // of outputs and all gradients
+    int64_t out_batch, out_head, out_token;  // of outputs and their gradient
+    int64_t gradient_batch, gradient_head, gradient_token;  // of the gradients of queries, keys and values
     double eps, clamp;
     int64_t threads;
 };
@@ -27,7 +29,10 @@ namespace {
 enum Flow { INCOMING, OUTGOING, SINK, SOURCE, NORMALISER, FLOWS };
 enum Sum { KEYS, QUERIES, WEIGHTED_KEYS, WEIGHTED_QUERIES, SUMS };
 
+constexpr int D = WIDTH;   // head_dim and value_dim
+constexpr int BLOCK = 64;  // tokens
 constexpr int L = LANES, W = D / L;  // vectors in a row
+static_assert(D % L == 0 && BLOCK % L == 0);
 constexpr int ROW = BLOCK * D, SQUARE = BLOCK * BLOCK;
 
 struct Row { Vec v[W]; };
@@ -142,7 +147,7 @@ void forward(Buffer& buffer, const Layout& at, const T* queries, const T* keys, 
         }
         transpose(k, D, tokens, D, k_across, BLOCK);
         product(gram, BLOCK, tokens, tokens, q, D, 1, k_across, BLOCK, D, ALL, UP_TO_DIAGONAL);
-        keep_lower(gram, tokens);
+        keep_lower(gram, BLOCK, tokens);
         product(result, D, tokens, D, gram, BLOCK, 1, competed, D, tokens, UP_TO_ROW);
         if (block > 0) product(result, D, tokens, D, q, D, 1, memory, D, D, ALL, EVERY, true);
         if (goes_on) product(memory, D, D, D, k, 1, D, competed, D, tokens, ALL, EVERY, true);
@@ -192,7 +197,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
             const T n = start + t + 1, scale = allocation[t] / incoming[t];
             const T* value = values + (start + t) * at.in_token;
             const Row g_output = row(g_outputs + (start + t) * at.out_token);
-            fetch(g_values + (start + t) * at.out_token);
+            fetch(g_values + (start + t) * at.gradient_token);
             product_of[t] = dot(g_output, row(outputs + (start + t) * at.out_token));
             g_sink[t] = product_of[t] * (1 - allocation[t]) / n;  // of n times the conserved sink
             competition[t] = n * exps[t] / normaliser[t];
@@ -203,7 +208,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         }
         transpose(k, D, tokens, D, across, BLOCK);
         product(gram, BLOCK, tokens, tokens, q, D, 1, across, BLOCK, D, ALL, UP_TO_DIAGONAL);
-        keep_lower(gram, tokens);
+        keep_lower(gram, BLOCK, tokens);
         product(g_competed, D, tokens, D, gram, 1, BLOCK, g_aggregated, D, tokens, FROM_ROW);
         if (has_later) product(g_competed, D, tokens, D, k, D, 1, later_memory, D, D, ALL, EVERY, true);
 
@@ -211,9 +216,9 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         for (int t = tokens - 1; t >= 0; t--) {  // C = n exp(S) / (past sum of exp(S))
             const T n = start + t + 1;
             const Row g = row(g_competed + t * D);
-            fetch(g_queries + (start + t) * at.out_token);
+            fetch(g_queries + (start + t) * at.gradient_token);
             const T g_competition = dot(g, row(values + (start + t) * at.in_token));
-            T* g_value = g_values + (start + t) * at.out_token;
+            T* g_value = g_values + (start + t) * at.gradient_token;
             for (int w = 0; w < W; w++) store(g_value + w * L, competition[t] * g.v[w]);
             tail -= g_competition * competition[t] / normaliser[t];
             const bool inside = source[t] >= -clamp && source[t] <= clamp;
@@ -223,7 +228,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
 
         transpose(competed, D, tokens, D, across, BLOCK);
         product(g_gram, BLOCK, tokens, tokens, g_aggregated, D, 1, across, BLOCK, D, ALL, UP_TO_DIAGONAL);
-        keep_lower(g_gram, tokens);
+        keep_lower(g_gram, BLOCK, tokens);
         product(g_q, D, tokens, D, g_gram, BLOCK, 1, k, D, tokens, UP_TO_ROW);
         product(g_k, D, tokens, D, g_gram, 1, BLOCK, q, D, tokens, FROM_ROW);
         if (has_past) {
@@ -240,7 +245,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         for (int t = tokens - 1; t >= 0; t--) {
             const T n = start + t + 1, sink_weight = n / incoming[t], source_weight = n / outgoing[t];
             const Row qt = row(q + t * D), kt = row(k + t * D), qe = plus(qt, eps), ke = plus(kt, eps);
-            fetch(g_keys + (start + t) * at.out_token);
+            fetch(g_keys + (start + t) * at.gradient_token);
             add(own[WEIGHTED_QUERIES], g_source[t], ke);
             add(own[WEIGHTED_KEYS], g_sink[t], qe);
             const Row by_wq = plus(later[WEIGHTED_QUERIES], own[WEIGHTED_QUERIES]);
@@ -271,12 +276,12 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
             Row g = row(g_q + t * D);
             add(g, g_sink[t], plus(plus(past[WEIGHTED_KEYS], seen[WEIGHTED_KEYS]), eps));
             add(g, g_incoming[t], plus(plus(past[KEYS], seen[KEYS]), eps));
-            T* to = g_queries + (start + t) * at.out_token;
+            T* to = g_queries + (start + t) * at.gradient_token;
             for (int w = 0; w < W; w++) store(to + w * L, g.v[w] * qt.v[w] * (T(1) - qt.v[w]));
             g = row(g_k + t * D);
             add(g, g_source[t], plus(plus(past[WEIGHTED_QUERIES], seen[WEIGHTED_QUERIES]), eps));
             add(g, g_outgoing[t], plus(plus(past[QUERIES], seen[QUERIES]), eps));
-            to = g_keys + (start + t) * at.out_token;
+            to = g_keys + (start + t) * at.gradient_token;
             for (int w = 0; w < W; w++) store(to + w * L, g.v[w] * kt.v[w] * (T(1) - kt.v[w]));
         }
     }
@@ -366,8 +371,9 @@ extern "C" void flow_backward(const Layout* layout, const T* q, const T* k, cons
         Buffer buffer(BACKWARD_BUFFER);
 #pragma omp for schedule(dynamic)
         for (int64_t s = 0; s < at.batch * at.heads; s++) {
-            const int64_t in = in_corner(at, s), to = out_corner(at, s);
-            backward(buffer, at, q + in, k + in, v + in, out + to, g_out + to, flows + s * FLOWS * at.length,
+            const int64_t in = in_corner(at, s), from = out_corner(at, s);
+            const int64_t to = s / at.heads * at.gradient_batch + s % at.heads * at.gradient_head;
+            backward(buffer, at, q + in, k + in, v + in, out + from, g_out + from, flows + s * FLOWS * at.length,
                      sums ? sums + s * blocks * SUMS * D : nullptr,
                      memories ? memories + s * blocks * D * D : nullptr,
                      g_q + to, g_k + to, g_v + to);

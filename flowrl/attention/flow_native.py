@@ -5,18 +5,45 @@ float32 (float64 for float64 input), as everywhere.
 """
 
 import ctypes
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flowrl.attention.native_library import NUMBERS, Layout, native_library
+from flowrl.attention.heads import empty_slices
+from flowrl.native_library import native_library
 
+SOURCE = Path(__file__).with_name("flow_native.cpp")
+NUMBERS = {torch.float32: "float", torch.float64: "double"}
 BLOCK = 64  # tokens, as in flow_native.cpp
 WIDTHS = (16, 32, 64, 128)
 FLOWS, SUMS = 5, 4  # kept for the gradient: numbers per token, vectors per block
 MOST_STEPS = 4
+
+
+class Layout(ctypes.Structure):
+    """Where (batch, heads, length, width) tensors lie, in elements; mirrors the C++ struct."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "length")),
+        *(
+            (f"{side}_{of}", ctypes.c_int64)
+            for side in ("in", "out", "gradient")
+            for of in ("batch", "head", "token")
+        ),
+        *((name, ctypes.c_double) for name in ("eps", "clamp")),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+@cache
+def flow_library(dtype: torch.dtype, width: int) -> ctypes.CDLL | None:
+    """The library for this type of numbers and width of heads; None where it cannot be built."""
+    functions = ("flow_forward", "flow_backward", "flow_steps")
+    return native_library(SOURCE, functions, (f"REAL={NUMBERS[dtype]}", f"WIDTH={width}"))
 
 
 def native_supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -33,7 +60,7 @@ def native_supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         and (length <= BLOCK or batch * heads >= torch.get_num_threads())
         and queries.dtype == keys.dtype == values.dtype
         and queries.dtype in NUMBERS
-        and native_library(queries.dtype, width) is not None
+        and flow_library(queries.dtype, width) is not None
     )
 
 
@@ -93,25 +120,28 @@ class _NativeFlow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_outputs: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, outputs, flows, sums, memories = ctx.saved_tensors
-        g_queries, g_keys, g_values = grads = tuple(results_like(x) for x in (queries, keys, values))
+        gradients = empty_slices(queries)
         if g_outputs.stride() != outputs.stride():
             g_outputs = results_like(outputs).copy_(g_outputs)
-        layout = _layout(queries, outputs, *ctx.constants)
+        layout = _layout(queries, outputs, *ctx.constants, gradients[0])
         kept = (flows, sums, memories)
-        _call("flow_backward", layout, queries, keys, values, outputs, g_outputs, *kept, *grads)
-        return g_queries, g_keys, g_values, None, None
+        _call("flow_backward", layout, queries, keys, values, outputs, g_outputs, *kept, *gradients)
+        return *gradients, None, None
 
 
 def _call(name: str, layout: Layout, *tensors: Tensor | None) -> None:
     """Call ``name`` of the library for the first tensor's type and width, which is there."""
     assert tensors[0] is not None
-    library = native_library(tensors[0].dtype, tensors[0].shape[-1])
+    library = flow_library(tensors[0].dtype, tensors[0].shape[-1])
     pointers = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
     getattr(library, name)(ctypes.byref(layout), *pointers)
 
 
-def _layout(inputs: Tensor, outputs: Tensor, clamp: float, eps: float) -> Layout:
-    strides = (*inputs.stride()[:3], *outputs.stride()[:3])
+def _layout(
+    inputs: Tensor, outputs: Tensor, clamp: float, eps: float, gradient: Tensor | None = None
+) -> Layout:
+    of_gradient = (0, 0, 0) if gradient is None else gradient.stride()[:3]
+    strides = (*inputs.stride()[:3], *outputs.stride()[:3], *of_gradient)
     return Layout(*inputs.shape[:3], *strides, eps, clamp, torch.get_num_threads())
 
 

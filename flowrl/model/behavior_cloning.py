@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.model.action_model import ActionModel
-from flowrl.model.dropout import Dropout
+from flowrl.model.pointwise import Dropout
 from flowrl.model.network import Window
 
 

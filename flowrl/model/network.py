@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.attention.cosformer import MAX_TOKENS
+from flowrl.attention.heads import split_heads
 from flowrl.attention.kinds import AttentionName, State, attention_kind
 from flowrl.model.action_model import ActionModel
-from flowrl.model.dropout import Dropout
+from flowrl.model.pointwise import Dropout, add_linear, linear_relu
 
 TokenLayout = Literal["interleaved", "fused"]
 TOKENS_PER_TIMESTEP: dict[TokenLayout, int] = {"interleaved": 3, "fused": 1}
@@ -64,18 +65,17 @@ class SelfAttention(nn.Module):
         self.project = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, read: slice) -> Tensor:
-        """(batch, length, embed_dim) -> the outputs of the tokens in ``read``."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (batch, length, 3, heads, head_dim)
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, head_dim)
+        """(batch, length, embed_dim) -> what the heads gathered for the tokens in ``read``, to be projected."""
+        queries, keys, values = split_heads(self.qkv(x), self.num_heads)  # (batch, heads, length, head_dim)
         outputs = self.kind.parallel(queries, keys, values)
-        return self.project(outputs[:, :, read].transpose(1, 2).flatten(2))
+        return outputs[:, :, read].transpose(1, 2).flatten(2)
 
     def steps(self, x: Tensor, state: State | None, read: slice) -> tuple[Tensor, State]:
-        """(tokens, batch, embed_dim) -> the outputs of the tokens in ``read``, and the state after all."""
+        """The same of (tokens, batch, embed_dim), and the state after all tokens."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (tokens, batch, 3, heads, head_dim)
         queries, keys, values = qkv.permute(2, 1, 3, 0, 4)  # each (batch, heads, tokens, head_dim)
         outputs, state = self.kind.steps(queries, keys, values, state)
-        return self.project(outputs[:, :, read].permute(2, 0, 1, 3).flatten(2)), state
+        return outputs[:, :, read].permute(2, 0, 1, 3).flatten(2), state
 
 
 class Block(nn.Module):
@@ -95,13 +95,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
         """(batch, length, embed_dim) -> the same, of the tokens in ``read`` alone."""
-        x = x[:, read] + self.dropout(self.attention(self.attention_norm(x), read))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        gathered = self.attention(self.attention_norm(x), read)
+        x = add_linear(x[:, read], gathered, self.attention.project, self.dropout)
+        hidden = linear_relu(self.mlp_norm(x), self.mlp[0])
+        return add_linear(x, hidden, self.mlp[2], self.dropout)
 
     def steps(self, x: Tensor, state: State | None, read: slice) -> tuple[Tensor, State]:
         """(tokens, batch, embed_dim) -> the same, of the tokens in ``read``, and the state after all."""
-        attended, state = self.attention.steps(self.attention_norm(x), state, read)
-        x = x[read] + attended
+        gathered, state = self.attention.steps(self.attention_norm(x), state, read)
+        x = x[read] + self.attention.project(gathered)
         return x + self.mlp(self.mlp_norm(x)), state
 
 

@@ -1,7 +1,7 @@
-// Vectors of numbers, their exponential, and products of small matrices: what flow_native.cpp is written with.
+// Vectors of numbers, their exponential, and products of small matrices: what the C++ files are written with.
 //
-// Compiled for one number type and one width of heads, REAL and WIDTH. GCC's vector extensions keep it free
-// of processors' own names, but for one.
+// Compiled for one number type, REAL. GCC's vector extensions keep it free of processors' own names, but for
+// one.
 
 #pragma once
 
@@ -23,12 +23,9 @@ constexpr int BYTES = 64, TILE_VECTORS = 4;  // of a vector register; vectors ac
 constexpr int BYTES = 32, TILE_VECTORS = 2;
 #endif
 constexpr int TILE_ROWS = 6;  // 6 rows of 4 vectors fill the 32 registers of AVX-512, of 2 the 16 of AVX2
-constexpr int BLOCK = 64;     // tokens
 
 typedef REAL T;
-constexpr int D = WIDTH;  // head_dim and value_dim
 constexpr int LANES = BYTES / sizeof(T);
-static_assert(D % LANES == 0 && BLOCK % LANES == 0);
 
 typedef T Vec __attribute__((vector_size(BYTES)));
 typedef T Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
@@ -194,9 +191,9 @@ void product(T* out, int out_stride, int rows, int columns, const T* a, int a_ro
 }
 
 // Zero what lies right of the diagonal, as far as a tile's rows make products read it.
-void keep_lower(T* square, int rows) {
+void keep_lower(T* square, int stride, int rows) {
     for (int i = 0; i < rows; i++)
-        for (int j = i + 1; j < std::min(i + TILE_ROWS, BLOCK); j++) square[i * BLOCK + j] = 0;
+        for (int j = i + 1; j < std::min(i + TILE_ROWS, stride); j++) square[i * stride + j] = 0;
 }
 
 // A thread's memory, in whole cache lines, handed out in parts; the same parts again for every sequence, since
