@@ -25,7 +25,9 @@ LONGEST_BUILD = 300  # seconds
 
 
 @cache
-def native_library(source: Path, functions: tuple[str, ...], defined: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+def native_library(
+    source: Path, functions: tuple[str, ...], defined: tuple[str, ...] = ()
+) -> ctypes.CDLL | None:
     """The library of this C++ file, whose functions return nothing; None where it cannot be built.
 
     ``defined`` are macros, as "NAME=value". It lies in ``$XDG_CACHE_HOME/flowrl`` (``~/.cache/flowrl``),

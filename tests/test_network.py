@@ -126,7 +126,7 @@ def test_last_block_works_only_on_tokens_that_are_read(layout):
     model, window = make_model(layout), make_window()
     seen = []
     for block in model.blocks:
-        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+        block.mlp[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     model(window)
     assert seen == ([20, 7] if layout == "interleaved" else [7, 7])  # 3 x 7 less the final action
 
@@ -270,7 +270,9 @@ def test_acting_takes_a_timestep_in_one_go_and_reads_one_token(layout):
     model, window = make_model(layout), make_window()
     seen, states = [], [None, None]
     for block in model.blocks:
-        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[:2])))
+        block.mlp[0].register_forward_hook(
+            lambda module, inputs, output: seen.append(tuple(output.shape[:2]))
+        )
     expected = model(window)
     with torch.inference_mode():
         for t in range(2):

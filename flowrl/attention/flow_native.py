@@ -123,7 +123,8 @@ class _NativeFlow(torch.autograd.Function):
         gradients = empty_slices(queries)
         if g_outputs.stride() != outputs.stride():
             g_outputs = results_like(outputs).copy_(g_outputs)
-        layout = _layout(queries, outputs, *ctx.constants, gradients[0])
+        clamp, eps = ctx.constants
+        layout = _layout(queries, outputs, clamp, eps, gradients[0])
         kept = (flows, sums, memories)
         _call("flow_backward", layout, queries, keys, values, outputs, g_outputs, *kept, *gradients)
         return *gradients, None, None

@@ -16,7 +16,7 @@ def split_heads(projected: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tens
 
 
 def empty_slices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three empty tensors of the shape (batch, heads, length, head_dim) that :func:`split_heads` could return."""
+    """Three empty tensors of this shape, (batch, heads, length, head_dim), as from :func:`split_heads`."""
     batch, heads, length, head_dim = like.shape
     return _slices(like.new_empty(batch, length, 3 * heads * head_dim), heads)
 
@@ -47,8 +47,8 @@ class _SplitHeads(torch.autograd.Function):
             for place, gradient in enumerate(gradients)
         )
         if together:
-            shape, strides = (batch, length, 3 * width), (3 * width * length, 3 * width, 1)
-            return first.as_strided(shape, strides, first.storage_offset()), None
+            rows = (3 * width * length, 3 * width, 1)
+            return first.as_strided((batch, length, 3 * width), rows, first.storage_offset()), None
         packed = first.new_empty(batch, length, 3 * width)
         for part, gradient in zip(_slices(packed, heads), gradients, strict=True):
             part.copy_(gradient)

@@ -12,6 +12,7 @@ from flowrl.benchmarks.rollouts import evaluate_batch, record_episodes
 from flowrl.benchmarks.workload import Sizes, make_agent, open_trainer, paper_config, training_data
 
 LINES = 14  # of each table: the rest is small
+WARM_UP_UPDATES = 12  # until no update takes new memory from the system any more
 PROFILED_UPDATES = 3
 
 
@@ -31,7 +32,8 @@ def profile_update(sizes: Sizes, *, full_episodes: bool) -> str:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     config = paper_config(sizes, full_episodes=full_episodes)
     with open_trainer(config, training_data(sizes, config), device) as trainer:
-        trainer.update()
+        for _ in range(WARM_UP_UPDATES):
+            trainer.update()
         with profile(activities=activities) as recorded:
             for _ in range(PROFILED_UPDATES):
                 trainer.update()

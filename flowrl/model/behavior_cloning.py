@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.model.action_model import ActionModel
-from flowrl.model.pointwise import Dropout
 from flowrl.model.network import Window
+from flowrl.model.pointwise import Dropout
 
 
 @dataclass(frozen=True)

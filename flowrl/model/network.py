@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
         self.project = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, read: slice) -> Tensor:
-        """(batch, length, embed_dim) -> what the heads gathered for the tokens in ``read``, to be projected."""
+        """(batch, length, embed_dim) -> what the heads gathered for the tokens in ``read``, unprojected."""
         queries, keys, values = split_heads(self.qkv(x), self.num_heads)  # (batch, heads, length, head_dim)
         outputs = self.kind.parallel(queries, keys, values)
         return outputs[:, :, read].transpose(1, 2).flatten(2)
@@ -86,19 +86,18 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(config.embed_dim)
         self.attention = SelfAttention(config)
         self.mlp_norm = nn.LayerNorm(config.embed_dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.embed_dim, 4 * config.embed_dim),
-            nn.ReLU(),
-            nn.Linear(4 * config.embed_dim, config.embed_dim),
-        )
+        widen = nn.Linear(config.embed_dim, 4 * config.embed_dim)
+        narrow = nn.Linear(4 * config.embed_dim, config.embed_dim)
+        self.mlp = nn.Sequential(widen, nn.ReLU(), narrow)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, read: slice = slice(None)) -> Tensor:
         """(batch, length, embed_dim) -> the same, of the tokens in ``read`` alone."""
         gathered = self.attention(self.attention_norm(x), read)
         x = add_linear(x[:, read], gathered, self.attention.project, self.dropout)
-        hidden = linear_relu(self.mlp_norm(x), self.mlp[0])
-        return add_linear(x, hidden, self.mlp[2], self.dropout)
+        widen, _, narrow = cast(list[nn.Linear], list(self.mlp))
+        hidden = linear_relu(self.mlp_norm(x), widen)
+        return add_linear(x, hidden, narrow, self.dropout)
 
     def steps(self, x: Tensor, state: State | None, read: slice) -> tuple[Tensor, State]:
         """(tokens, batch, embed_dim) -> the same, of the tokens in ``read``, and the state after all."""

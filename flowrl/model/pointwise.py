@@ -1,7 +1,8 @@
 """What stands between a model's matrix products, in as few passes over memory as it takes; gradients too.
 
-On CPUs in float32 it is C++ (``pointwise.cpp``), called with its products as one autograd function; elsewhere,
-and under autocast or ``torch.compile``, torch does the same operation by operation. All tensors are (..., width).
+On CPUs in float32 it is C++ (``pointwise.cpp``), called with its products as one autograd function.
+Elsewhere, and under autocast or ``torch.compile``, torch does the same operation by operation. All tensors
+are (..., width).
 """
 
 import ctypes
@@ -102,12 +103,12 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped_levels: int) -> Tensor:
         ctx.drawn = _Drawn(dropped_levels)
-        return _dropped(x, ctx.drawn, summed=False)[0]
+        return _dropped(x, ctx.drawn)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _dropped(gradient, ctx.drawn, summed=False)[0], None
+        return _dropped(gradient, ctx.drawn), None
 
 
 class _LinearReLU(torch.autograd.Function):
@@ -115,8 +116,8 @@ class _LinearReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        outputs = x.flatten(0, -2) @ weight.T
-        _call("add_bias_relu", outputs, _Drawn(0), outputs, bias)
+        outputs = _rows(x) @ weight.T
+        _call("add_bias_relu", outputs, _NOTHING, outputs, bias)
         ctx.save_for_backward(x, weight, outputs)
         return outputs.view(*x.shape[:-1], -1)
 
@@ -124,9 +125,9 @@ class _LinearReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, outputs = ctx.saved_tensors
-        g_products, sums = torch.empty_like(outputs), _sums(outputs)
-        _call("relu_gradient", outputs, _Drawn(0), gradient.contiguous(), outputs, g_products, sums)
-        return (g_products @ weight).view(x.shape), g_products.T @ x.flatten(0, -2), sums.sum(0)
+        g_products, sums = torch.empty_like(outputs), _empty_sums(outputs)
+        _call("relu_gradient", outputs, _NOTHING, gradient.contiguous(), outputs, g_products, sums)
+        return (g_products @ weight).view(x.shape), g_products.T @ _rows(x), sums.sum(0)
 
 
 class _AddLinear(torch.autograd.Function):
@@ -136,7 +137,7 @@ class _AddLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, dropped_levels: int
     ) -> Tensor:
-        outputs, ctx.drawn = inputs.flatten(0, -2) @ weight.T, _Drawn(dropped_levels)
+        outputs, ctx.drawn = _rows(inputs) @ weight.T, _Drawn(dropped_levels)
         _call("add_residual", outputs, ctx.drawn, x.contiguous(), bias, outputs)
         ctx.save_for_backward(inputs, weight)
         return outputs.view(x.shape)
@@ -145,10 +146,10 @@ class _AddLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        dropped, sums = _dropped(gradient, ctx.drawn, summed=True)
-        dropped = dropped.flatten(0, -2)
+        sums = _empty_sums(gradient)
+        dropped = _rows(_dropped(gradient, ctx.drawn, sums))
         g_inputs = (dropped @ weight).view(inputs.shape)
-        return gradient, g_inputs, dropped.T @ inputs.flatten(0, -2), sums.sum(0), None
+        return gradient, g_inputs, dropped.T @ _rows(inputs), sums.sum(0), None
 
 
 class _Drawn:
@@ -157,6 +158,9 @@ class _Drawn:
     def __init__(self, dropped_levels: int) -> None:
         self.dropped_levels = dropped_levels
         self.seed = int(torch.empty((), dtype=torch.int64).random_()) if dropped_levels else 0
+
+
+_NOTHING = _Drawn(0)
 
 
 class _Shape(ctypes.Structure):
@@ -169,23 +173,28 @@ class _Shape(ctypes.Structure):
     ]
 
 
-def _dropped(x: Tensor, drawn: _Drawn, summed: bool) -> tuple[Tensor, Tensor]:
-    """x without what is dropped, and the sums of the rows of each part."""
+def _dropped(x: Tensor, drawn: _Drawn, sums: Tensor | None = None) -> Tensor:
+    """x without what is dropped; writes the sums of the rows of each part of it into ``sums``."""
     x = x.contiguous()
     dropped = torch.empty_like(x)
-    sums = _sums(x.flatten(0, -2))
     _call("drop", x, drawn, x, dropped, sums)
-    return dropped, sums
+    return dropped
 
 
-def _sums(x: Tensor) -> Tensor:
-    """Room for the sums of each part of the rows of x (rows, width)."""
-    return x.new_empty(-(-len(x) // PART), x.shape[-1])
+def _rows(x: Tensor) -> Tensor:
+    """(..., width) -> (rows, width)."""
+    return x.reshape(-1, x.shape[-1])
 
 
-def _call(name: str, x: Tensor, drawn: _Drawn, *tensors: Tensor) -> None:
+def _empty_sums(x: Tensor) -> Tensor:
+    """Room for the sums of the rows of each part of x (..., width): (parts, width)."""
+    width = x.shape[-1]
+    return x.new_empty(-(-x.numel() // (width * PART)), width)
+
+
+def _call(name: str, x: Tensor, drawn: _Drawn, *tensors: Tensor | None) -> None:
     """Call ``name`` of the library, which is there, for the shape of x."""
     width = x.shape[-1]
     shape = _Shape(x.numel() // width, width, drawn.seed, drawn.dropped_levels, torch.get_num_threads())
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    pointers = (ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors)
     getattr(pointwise_library(), name)(ctypes.byref(shape), *pointers)
