@@ -4,13 +4,16 @@ Counted from the model's shapes, not from what the code does: work done twice or
 At a share of 100% an update would do these products at the speed of the sgemm routine, and nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowrl.benchmarks.workload import num_tokens
 from flowrl.model.network import SequenceModel
+from flowrl.model.products import input_gradient, multiply, weight_gradient
 
 ONE_BLOCK = 128  # tokens up to which the attention's Gram matrix is one block's; else blocks of head_dim
 
@@ -37,19 +40,16 @@ class ProductRunner:
 
     def __init__(self, products: list[Product]) -> None:
         self.flops = sum(product.flops for product in products)
-        self._work: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._work: list[tuple[int, Callable[[], object]]] = []
         for product in products:
             left = _operand(product.batch, product.rows, product.inner, product.left_transposed)
             right = _operand(product.batch, product.inner, product.columns, product.right_transposed)
-            result = torch.empty(product.batch, product.rows, product.columns)
-            if product.batch == 1:
-                left, right, result = left[0], right[0], result[0]
-            self._work.append((product.times, left, right, result))
+            self._work.append((product.times, _routine(product, left, right)))
 
     def __call__(self) -> None:
-        for times, left, right, result in self._work:
+        for times, routine in self._work:
             for _ in range(times):
-                torch.matmul(left, right, out=result)
+                routine()
 
 
 def needed_products(model: SequenceModel, batch_size: int, timesteps: int) -> list[Product]:
@@ -94,6 +94,17 @@ def _attention(sequences: int, length: int, head_dim: int, layers: int) -> list[
     if length <= ONE_BLOCK:
         return [gram, applied]
     return [gram, applied, Product(blocks, block, head_dim, head_dim, 6 * layers)]  # with the memory
+
+
+def _routine(product: Product, left: Tensor, right: Tensor) -> Callable[[], object]:
+    """The fastest way to this product that flowrl knows on this machine."""
+    if product.batch > 1:
+        return partial(torch.bmm, left, right, out=torch.empty(product.batch, product.rows, product.columns))
+    if product.right_transposed:
+        return partial(multiply, left[0], right[0].mT)
+    if product.left_transposed:
+        return partial(weight_gradient, left[0].mT, right[0])
+    return partial(input_gradient, left[0], right[0])
 
 
 def _operand(batch: int, rows: int, columns: int, transposed: bool) -> Tensor:

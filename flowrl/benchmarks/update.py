@@ -35,8 +35,8 @@ def measure_update(sizes: Sizes, repetitions: int) -> Section:
     _measure_case(section, sizes, repetitions, full_episodes=False)
     _measure_case(section, sizes, repetitions, full_episodes=True)
     section.notes.append(
-        "matrix products: the update's needed products alone, forward and backward, at the speed of this "
-        "machine's sgemm at those very shapes; its size is their FLOPs."
+        "matrix products: the update's needed products alone, forward and backward, at those very shapes, by "
+        "the fastest routine at hand, torch's library or flowrl's own; its size is their FLOPs."
     )
     return section
 

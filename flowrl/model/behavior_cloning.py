@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowrl.model.action_model import ActionModel
 from flowrl.model.network import Window
 from flowrl.model.pointwise import Dropout
+from flowrl.model.products import Linear
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class BehaviorCloningModel(ActionModel):
         layers: list[nn.Module] = []
         width = config.observation_dim
         for _ in range(config.num_layers):
-            layers += [nn.Linear(width, config.embed_dim), nn.ReLU(), Dropout(config.dropout)]
+            layers += [Linear(width, config.embed_dim), nn.ReLU(), Dropout(config.dropout)]
             width = config.embed_dim
-        self.mlp = nn.Sequential(*layers, nn.Linear(width, config.action_dim))
+        self.mlp = nn.Sequential(*layers, Linear(width, config.action_dim))
 
     def forward(self, window: Window) -> Tensor:
         """Return the actions (batch, length, action_dim) in [-1, 1], where -1 and 1 stand for the bounds."""

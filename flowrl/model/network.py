@@ -20,6 +20,7 @@ from flowrl.attention.heads import split_heads
 from flowrl.attention.kinds import AttentionName, State, attention_kind
 from flowrl.model.action_model import ActionModel
 from flowrl.model.pointwise import Dropout, add_linear, linear_relu
+from flowrl.model.products import Linear
 
 TokenLayout = Literal["interleaved", "fused"]
 TOKENS_PER_TIMESTEP: dict[TokenLayout, int] = {"interleaved": 3, "fused": 1}
@@ -61,8 +62,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.kind = attention_kind(config.attention, config.context_tokens)
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.project = nn.Linear(config.embed_dim, config.embed_dim)
+        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
+        self.project = Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, read: slice) -> Tensor:
         """(batch, length, embed_dim) -> what the heads gathered for the tokens in ``read``, unprojected."""
@@ -86,8 +87,8 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(config.embed_dim)
         self.attention = SelfAttention(config)
         self.mlp_norm = nn.LayerNorm(config.embed_dim)
-        widen = nn.Linear(config.embed_dim, 4 * config.embed_dim)
-        narrow = nn.Linear(4 * config.embed_dim, config.embed_dim)
+        widen = Linear(config.embed_dim, 4 * config.embed_dim)
+        narrow = Linear(4 * config.embed_dim, config.embed_dim)
         self.mlp = nn.Sequential(widen, nn.ReLU(), narrow)
         self.dropout = Dropout(config.dropout)
 
@@ -115,9 +116,9 @@ class SequenceModel(ActionModel):
         super().__init__(config.observation_dim, config.action_dim)
         self.config = config
         width = config.embed_dim
-        self.embed_return = nn.Linear(1, width)
-        self.embed_observation = nn.Linear(config.observation_dim, width)
-        self.embed_action = nn.Linear(config.action_dim, width)
+        self.embed_return = Linear(1, width)
+        self.embed_observation = Linear(config.observation_dim, width)
+        self.embed_action = Linear(config.action_dim, width)
         self.embed_timestep = nn.Embedding(config.max_timesteps, width)
         if config.token_layout == "fused":
             self.start_token = nn.Parameter(
@@ -127,7 +128,7 @@ class SequenceModel(ActionModel):
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.final_norm = nn.LayerNorm(width)
-        self.predict_action = nn.Linear(width, config.action_dim)
+        self.predict_action = Linear(width, config.action_dim)
         self.register_buffer("return_scale", torch.ones(()))
         self.apply(_initialise)
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flowrl.model.products import WIDTH_MULTIPLE, input_gradient, multiply, weight_gradient
 from flowrl.native_library import native_library
 
 SOURCE = Path(__file__).with_name("pointwise.cpp")
 PART = 64  # rows, as in pointwise.cpp
-WIDTH_MULTIPLE = 32  # two vectors of AVX-512
 LEVELS = 1 << 16  # a component is dropped where one of this many equally likely numbers is below a threshold
 
 
@@ -116,7 +116,7 @@ class _LinearReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        outputs = _rows(x) @ weight.T
+        outputs = multiply(_rows(x), weight)
         _call("add_bias_relu", outputs, _NOTHING, outputs, bias)
         ctx.save_for_backward(x, weight, outputs)
         return outputs.view(*x.shape[:-1], -1)
@@ -127,7 +127,8 @@ class _LinearReLU(torch.autograd.Function):
         x, weight, outputs = ctx.saved_tensors
         g_products, sums = torch.empty_like(outputs), _empty_sums(outputs)
         _call("relu_gradient", outputs, _NOTHING, gradient.contiguous(), outputs, g_products, sums)
-        return (g_products @ weight).view(x.shape), g_products.T @ _rows(x), sums.sum(0)
+        g_x = input_gradient(g_products, weight).view(x.shape)
+        return g_x, weight_gradient(g_products, _rows(x)), sums.sum(0)
 
 
 class _AddLinear(torch.autograd.Function):
@@ -137,7 +138,7 @@ class _AddLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, dropped_levels: int
     ) -> Tensor:
-        outputs, ctx.drawn = _rows(inputs) @ weight.T, _Drawn(dropped_levels)
+        outputs, ctx.drawn = multiply(_rows(inputs), weight), _Drawn(dropped_levels)
         _call("add_residual", outputs, ctx.drawn, x.contiguous(), bias, outputs)
         ctx.save_for_backward(inputs, weight)
         return outputs.view(x.shape)
@@ -148,8 +149,8 @@ class _AddLinear(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         sums = _empty_sums(gradient)
         dropped = _rows(_dropped(gradient, ctx.drawn, sums))
-        g_inputs = (dropped @ weight).view(inputs.shape)
-        return gradient, g_inputs, dropped.T @ _rows(inputs), sums.sum(0), None
+        g_inputs = input_gradient(dropped, weight).view(inputs.shape)
+        return gradient, g_inputs, weight_gradient(dropped, _rows(inputs)), sums.sum(0), None
 
 
 class _Drawn:
