@@ -80,7 +80,8 @@ def build_model(
             )
         if not tensors[name].isfinite().all():
             raise UserError(f"{where}: tensor '{name}' holds NaN or infinity")
-    model.load_state_dict(tensors, assign=True)
+    # Copies: where in memory a file's tensors begin is its own business, and decides how MKL sums.
+    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model
