@@ -18,7 +18,7 @@ import torch
 
 from flowrl.atomic import atomic_path
 
-HEADER = Path(__file__).parent / "vector_math.h"  # which all of them include
+FOLDER = Path(__file__).parent  # which headers are included from
 INSTRUCTIONS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}  # torch's names of them, and the compiler's
 COMPILER = "g++"  # unless the environment's CXX names another
 LONGEST_BUILD = 300  # seconds
@@ -38,12 +38,13 @@ def native_library(
         return None
     try:
         version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
-        parts = (source.read_bytes(), HEADER.read_bytes(), version, *map(str.encode, command))
+        headers = (header.read_bytes() for header in sorted(FOLDER.rglob("*.h")))
+        parts = (source.read_bytes(), *headers, version, *map(str.encode, command))
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         path = _cache_folder() / f"{source.stem}-{key}.so"
         if not path.exists():
             with atomic_path(path) as temporary:
-                _compile([*command, f"-I{HEADER.parent}", "-o", str(temporary), str(source)])
+                _compile([*command, f"-I{FOLDER}", "-o", str(temporary), str(source)])
         library = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         warnings.warn(f"{source.name} could not be built, torch's forms are used: {error}", stacklevel=2)

@@ -196,6 +196,34 @@ void keep_lower(T* square, int stride, int rows) {
         for (int j = i + 1; j < std::min(i + TILE_ROWS, stride); j++) square[i * stride + j] = 0;
 }
 
+// A matrix (terms, columns) is packed as panels: (terms, width) each, where width is PANEL or, at the end, what is
+// left, so that a product reads it in order.
+constexpr int PANEL = TILE_VECTORS * LANES;
+
+// Calls body(first column, width) for each panel.
+template <typename Body> inline void each_panel(int64_t columns, Body body) {
+    for (int64_t first = 0; first < columns; first += PANEL) body(first, std::min<int64_t>(PANEL, columns - first));
+}
+
+// One panel of the transpose of weight (columns, terms).
+inline void pack_transposed(const T* weight, int64_t terms, int64_t first, int64_t width, T* packed) {
+    transpose(weight + first * terms, terms, width, terms, packed + first * terms, width);
+}
+
+// to (rows, columns) = from (rows, terms) packed + bias, which may be null.
+inline void panel_product(T* to, const T* from, int64_t rows, int64_t terms, int64_t columns, const T* packed,
+                          const T* bias) {
+    each_panel(columns, [&](int64_t first, int64_t width) {
+        product(to + first, columns, rows, width, from, terms, 1, packed + first * terms, width, terms);
+        if (!bias) return;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t c = first; c < first + width; c += LANES) {
+                T* at = to + row * columns + c;
+                store(at, load(at) + load(bias + c));
+            }
+    });
+}
+
 // A thread's memory, in whole cache lines, handed out in parts; the same parts again for every sequence, since
 // fresh memory costs more than the arithmetic on it.
 class Buffer {

@@ -123,6 +123,8 @@ class Agent:
         if not np.isfinite(targets).all():
             raise ValueError(f"target_return {target_return}: must be finite")
         self.model.eval()
+        if self.acting == "recurrent" and isinstance(self.model, SequenceModel):
+            self.model.prepare_to_act()
         self._target_return = torch.tensor(targets, device=device)
         self._returns_to_go = self._target_return.clone()
         self._timesteps = torch.zeros(num_envs, dtype=torch.int64, device=device)

@@ -10,7 +10,7 @@ bounds are buffers of the model (see ``action_model.py``), so they travel with i
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowrl.attention.cosformer import MAX_TOKENS
 from flowrl.attention.heads import split_heads
 from flowrl.attention.kinds import AttentionName, State, attention_kind
+from flowrl.model.acting import PackedBlocks, can_act, can_pack
 from flowrl.model.action_model import ActionModel
 from flowrl.model.pointwise import Dropout, add_linear, linear_relu
 from flowrl.model.products import Linear
@@ -100,6 +101,13 @@ class Block(nn.Module):
         hidden = linear_relu(self.mlp_norm(x), widen)
         return add_linear(x, hidden, narrow, self.dropout)
 
+    @property
+    def parts(self) -> list[nn.Linear | nn.LayerNorm]:
+        """The modules with weights, in the order of use."""
+        widen, _, narrow = cast(list[nn.Linear], list(self.mlp))
+        attention = self.attention
+        return [self.attention_norm, attention.qkv, attention.project, self.mlp_norm, widen, narrow]
+
     def steps(self, x: Tensor, state: State | None, read: slice) -> tuple[Tensor, State]:
         """(tokens, batch, embed_dim) -> the same, of the tokens in ``read``, and the state after all."""
         gathered, state = self.attention.steps(self.attention_norm(x), state, read)
@@ -115,6 +123,7 @@ class SequenceModel(ActionModel):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.observation_dim, config.action_dim)
         self.config = config
+        self._packed: PackedBlocks | None = None  # see prepare_to_act
         width = config.embed_dim
         self.embed_return = Linear(1, width)
         self.embed_observation = Linear(config.observation_dim, width)
@@ -163,6 +172,23 @@ class SequenceModel(ActionModel):
 
     # One timestep at a time -------------------------------------------------------------------------------
 
+    def prepare_to_act(self) -> None:
+        """Copy the blocks' weights for faster steps without gradients, where C++ can take them.
+
+        Steps go by the copies until the next call of this method or :meth:`train`.
+        """
+        config, blocks = self.config, cast(list[Block], list(self.blocks))
+        packs = config.attention == "flow" and can_pack(
+            config.embed_dim, config.num_heads, self.embed_return.weight
+        )
+        self._packed = PackedBlocks([b.parts for b in blocks], config.num_heads) if packs else None
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout on, and forget what :meth:`prepare_to_act` copied; or off, with ``mode`` False."""
+        if mode:
+            self._packed = None
+        return super().train(mode)
+
     def step(
         self,
         returns_to_go: Tensor,
@@ -197,6 +223,8 @@ class SequenceModel(ActionModel):
     def _steps(self, tokens: Tensor, states: list) -> tuple[Tensor, list]:
         """(tokens, batch, embed_dim) -> the last token's (batch, embed_dim), and the states after all."""
         x, new_states = self.embed_norm(tokens), []
+        if self._packed is not None and can_act(x, states):
+            return self._packed.act(x, states)
         blocks = cast(list[Block], list(self.blocks))
         for block, state in zip(blocks, states, strict=True):
             x, state = block.steps(x, state, slice(None) if block is not blocks[-1] else slice(-1, None))

@@ -12,8 +12,7 @@ struct Sizes {  // mirrors products.py
 
 namespace {
 
-constexpr int PANEL = TILE_VECTORS * LANES;  // columns of one operand that lie together while they are used
-constexpr int64_t CHUNK = 96;                // rows that a thread takes at a time
+constexpr int64_t CHUNK = 96;  // rows that a thread takes at a time
 // Of a weight's gradient: rows that are summed before the next are read, outputs that a thread takes at a time.
 constexpr int64_t TERMS = 128, WIDEST = 528;
 
@@ -25,33 +24,21 @@ inline int64_t chunk_of(int64_t rows, int64_t threads) {
     return std::min(CHUNK, share);
 }
 
-// to (rows, columns) = from (rows, terms) times what pack(first column, width, to) writes panel by panel, as
-// (terms, width) where width is PANEL or, at the end, what is left; ``packed`` is (terms, columns) large.
+// to (rows, columns) = from (rows, terms) times a matrix that pack(first column, width) packs panel by panel into
+// ``packed``, plus bias.
 template <typename Pack>
-void multiply(int64_t rows, int64_t terms, int64_t columns, int64_t threads, const T* from, T* packed, T* to,
-              const T* bias, Pack pack) {
-    const int64_t panels = pieces(columns, PANEL), chunk = chunk_of(rows, threads);
+void multiply(int64_t rows, int64_t terms, int64_t columns, int64_t threads, const T* from, const T* packed,
+              const T* bias, T* to, Pack pack) {
+    const int64_t chunk = chunk_of(rows, threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (int64_t p = 0; p < panels; p++)
-            pack(p * PANEL, std::min<int64_t>(PANEL, columns - p * PANEL), packed + p * PANEL * terms);
+        for (int64_t p = 0; p < pieces(columns, PANEL); p++)
+            pack(p * PANEL, std::min<int64_t>(PANEL, columns - p * PANEL));
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < rows; first += chunk) {
-            const int height = std::min(chunk, rows - first);
-            for (int64_t column = 0; column < columns; column += PANEL) {
-                const int width = std::min<int64_t>(PANEL, columns - column);
-                T* corner = to + first * columns + column;
-                product(corner, columns, height, width, from + first * terms, terms, 1, packed + column * terms, width,
-                        terms);
-                if (!bias) continue;
-                for (int r = 0; r < height; r++)
-                    for (int c = 0; c < width; c += LANES) {
-                        T* at = corner + r * columns + c;
-                        store(at, load(at) + load(bias + column + c));
-                    }
-            }
-        }
+        for (int64_t first = 0; first < rows; first += chunk)
+            panel_product(to + first * columns, from + first * terms, std::min(chunk, rows - first), terms, columns,
+                          packed, bias);
     }
 }
 
@@ -60,20 +47,19 @@ void multiply(int64_t rows, int64_t terms, int64_t columns, int64_t threads, con
 // outputs (rows, outputs) = x weight^T + bias, which may be null. packed is as large as weight.
 extern "C" void linear_outputs(const Sizes* sizes, const T* x, const T* weight, const T* bias, T* packed, T* outputs) {
     const Sizes at = *sizes;
-    multiply(at.rows, at.inputs, at.outputs, at.threads, x, packed, outputs, bias,
-             [&](int64_t first, int64_t width, T* to) {
-                 transpose(weight + first * at.inputs, at.inputs, width, at.inputs, to, width);
-             });
+    multiply(at.rows, at.inputs, at.outputs, at.threads, x, packed, bias, outputs, [&](int64_t first, int64_t width) {
+        pack_transposed(weight, at.inputs, first, width, packed);
+    });
 }
 
 // g_x (rows, inputs) = gradient weight.
 extern "C" void linear_input_gradient(const Sizes* sizes, const T* gradient, const T* weight, T* packed, T* g_x) {
     const Sizes at = *sizes;
-    multiply(at.rows, at.outputs, at.inputs, at.threads, gradient, packed, g_x, nullptr,
-             [&](int64_t first, int64_t width, T* to) {
+    multiply(at.rows, at.outputs, at.inputs, at.threads, gradient, packed, nullptr, g_x,
+             [&](int64_t first, int64_t width) {
                  for (int64_t t = 0; t < at.outputs; t++) {
                      const T* row = weight + t * at.inputs + first;
-                     std::copy(row, row + width, to + t * width);
+                     std::copy(row, row + width, packed + first * at.outputs + t * width);
                  }
              });
 }
@@ -89,9 +75,8 @@ extern "C" void linear_weight_gradient(const Sizes* sizes, const T* gradient, co
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < at.outputs; first += chunk)
             for (int64_t row = 0; row < at.rows; row += TERMS)
-                for (int64_t column = 0; column < at.inputs; column += PANEL) {
+                each_panel(at.inputs, [&](int64_t column, int64_t width) {
                     const int terms = std::min(TERMS, at.rows - row);
-                    const int width = std::min<int64_t>(PANEL, at.inputs - column);
                     for (int t = 0; t < terms; t++) {
                         const T* from = x + (row + t) * at.inputs + column;
                         std::copy(from, from + width, panel + t * PANEL);
@@ -99,6 +84,6 @@ extern "C" void linear_weight_gradient(const Sizes* sizes, const T* gradient, co
                     product(g_weight + first * at.inputs + column, at.inputs, std::min(chunk, at.outputs - first),
                             width, gradient + row * at.outputs + first, 1, at.outputs, panel, PANEL, terms, ALL, EVERY,
                             row > 0);
-                }
+                });
     }
 }

@@ -1,0 +1,14 @@
+#pragma once
+
+#include <cstdint>
+
+// Where tensors (batch, heads, length, width) lie, in elements; the last dimension is dense. Mirrors
+// flow_native.py.
+struct Layout {
+    int64_t batch, heads, length;
+    int64_t in_batch, in_head, in_token;     // of queries, keys and values
+    int64_t out_batch, out_head, out_token;  // of outputs and their gradient
+    int64_t gradient_batch, gradient_head, gradient_token;  // of the gradients of queries, keys and values
+    double eps, clamp;
+    int64_t threads;
+};
