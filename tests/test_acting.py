@@ -70,7 +70,7 @@ def test_actions_and_states_are_the_blocks_own(batch, options, layout):
 
 @needs_compiler
 def test_neither_threads_nor_other_episodes_change_a_bit():
-    """Of the blocks, that is: what torch computes before and after them, a row may depend on its neighbours."""
+    """Of the blocks, that is: in what torch does before and after them a row may depend on its neighbours."""
     model = make_model()
     model.prepare_to_act()
     tokens = torch.randn(6, 3, 70, 64, generator=torch.Generator().manual_seed(2))
