@@ -6,12 +6,32 @@ import numpy as np
 import pytest
 import torch
 
+from flowrl.data import sampler
 from flowrl.data.episodes import build_episodes
 from flowrl.data.sampler import WindowSampler
 
 LENGTHS = np.array([9, 1, 14, 30, 6])
 STARTS = np.array([0, 9, 10, 24, 54])
 EPISODE_OF = np.repeat(np.arange(5), LENGTHS)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            "copied",
+            marks=pytest.mark.skipif(
+                sampler.gather_library() is None, reason="no g++, or none for this machine"
+            ),
+        ),
+        "indexed",
+    ],
+    autouse=True,
+)
+def way(request, monkeypatch):
+    """Windows are copied by C++, or indexed where it cannot be built: everything here holds for both."""
+    if request.param == "indexed":
+        monkeypatch.setattr(sampler, "gather_library", lambda: None)
+    return request.param
 
 
 def make_dataset():
@@ -122,3 +142,15 @@ def test_observations_are_read_in_place():
     dataset.observations[20] = -5
     assert (sampler.gather(np.array([number])).observations[0, 0] == -5).all()
     assert (before.observations[0, 0] != -5).any()
+
+
+def test_both_ways_give_the_same_batches(way, monkeypatch):
+    """Every entry, padding and the actions before an episode's first included."""
+    dataset = make_dataset()
+    batches = {way: WindowSampler(dataset, 6, 50, seed=5).sample()}
+    monkeypatch.undo()
+    if way == "copied":
+        monkeypatch.setattr(sampler, "gather_library", lambda: None)
+    batches["other"] = WindowSampler(dataset, 6, 50, seed=5).sample()
+    for name, a, b in zip(batches[way]._fields, *batches.values(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name

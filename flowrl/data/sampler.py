@@ -1,5 +1,8 @@
 """Training batches: windows gathered by index from an :class:`EpisodeDataset` on the training device."""
 
+import ctypes
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +10,10 @@ import torch
 from torch import Tensor
 
 from flowrl.data.episodes import EpisodeDataset
+from flowrl.native_library import native_library
 from flowrl.ranks import ALONE, Ranks
+
+SOURCE = Path(__file__).with_name("gather.cpp")
 
 
 class Batch(NamedTuple):
@@ -58,11 +64,16 @@ class WindowSampler:
         self.num_windows = len(self._windows)
         self._drawn = torch.empty(batch_size, dtype=torch.int64)
         self._numbers = self._drawn.numpy()  # the same memory
-        self._offsets = np.arange(min(context_length, dataset.max_episode_length))
-        # The observations, by far the widest, are read in place; all else is copied into one row for each
-        # transition, so that a batch takes two gathers.
-        self._observations = dataset.observations
-        self._others, self._action_dim = _packed(dataset), dataset.action_dim
+        self._action_dim = dataset.action_dim
+        self._observation_dim = dataset.observation_dim
+        self._library = gather_library() if self.device.type == "cpu" else None
+        self._arrays = (dataset.observations, dataset.actions, dataset.returns_to_go)  # read in place
+        self._places = [ctypes.c_void_p(array.ctypes.data) for array in self._arrays]
+        if self._library is not None:
+            return
+        # Without C++ all but the observations, by far the widest, lie in one row for each transition, so that
+        # a batch takes two gathers.
+        self._observations, self._others = dataset.observations, _packed(dataset)
         if self.device.type == "cuda":
             tables = (self._observations, self._others)
             self._on_device = tuple(torch.from_numpy(table).to(self.device) for table in tables)
@@ -84,29 +95,57 @@ class WindowSampler:
     def gather(self, numbers: np.ndarray) -> Batch:
         """Return this rank's share of the windows with these (batch,) numbers, below ``num_windows``."""
         # In NumPy, whose calls take half as long as torch's on arrays as small as these.
-        windows = self._windows.take(numbers, axis=0).astype(np.int64)
-        starts, ends, first_timesteps = windows.T  # (batch,) each
-        lengths = ends - starts
+        windows = self._windows.take(numbers, axis=0)
+        lengths = windows[:, 1] - windows[:, 0]
         num_timesteps, share = int(lengths.sum()), 1.0
         if self.ranks.size > 1:
-            windows, lengths = windows[self.ranks.mine], lengths[self.ranks.mine]
-            starts, ends, first_timesteps = windows.T
+            windows = np.ascontiguousarray(windows[self.ranks.mine])
+            lengths = lengths[self.ranks.mine]
             share = int(lengths.sum()) / num_timesteps
-        offsets, column = self._offsets[: lengths.max()], lengths[:, None]
-        valid = offsets < column  # (batch, length)
-        offsets = np.minimum(offsets, column - 1)
-        observations, actions, previous_actions, returns_to_go = self._rows(offsets + starts[:, None])
+        arrays = self._copied if self._library is not None else self._indexed
+        spans = torch.from_numpy(windows[:, :2].astype(np.int64))
+        observations, actions, previous_actions, returns_to_go, timesteps, valid = arrays(
+            windows, int(lengths.max())
+        )
         return Batch(
             observations=observations,
             actions=actions,
             previous_actions=previous_actions,
             returns_to_go=returns_to_go,
-            timesteps=self._to_device(offsets + first_timesteps[:, None]),
-            valid=self._to_device(valid),
-            spans=torch.from_numpy(windows[:, :2]),
+            timesteps=timesteps,
+            valid=valid,
+            spans=spans,
             num_timesteps=num_timesteps,
             share=share,
         )
+
+    def _copied(self, windows: np.ndarray, length: int) -> list[Tensor]:
+        """The first six entries of a batch of (batch, 3) windows, the longest of this length, by C++."""
+        batch, observation_dim, action_dim = len(windows), self._observation_dim, self._action_dim
+        outputs = [
+            torch.empty(batch, length, observation_dim),
+            torch.empty(batch, length, action_dim),
+            torch.empty(batch, length, action_dim),
+            torch.empty(batch, length),
+            torch.empty(batch, length, dtype=torch.int64),
+            torch.empty(batch, length, dtype=torch.bool),
+        ]
+        assert self._library is not None
+        self._library.gather_windows(
+            ctypes.byref(_Sizes(batch, length, observation_dim, action_dim)),
+            ctypes.c_void_p(windows.ctypes.data),
+            *self._places,
+            *(ctypes.c_void_p(output.data_ptr()) for output in outputs),
+        )
+        return outputs
+
+    def _indexed(self, windows: np.ndarray, length: int) -> list[Tensor]:
+        """The same by index, on any device."""
+        starts, ends, first_timesteps = windows.astype(np.int64)[:, :, None].transpose(1, 0, 2)
+        steps, lengths = np.arange(length), ends - starts  # lengths are (batch, 1)
+        offsets = np.minimum(steps, lengths - 1)  # (batch, length)
+        timesteps, valid = self._to_device(offsets + first_timesteps), self._to_device(steps < lengths)
+        return [*self._rows(offsets + starts), timesteps, valid]
 
     def _rows(self, index: np.ndarray) -> list[Tensor]:
         """Observations, actions, previous actions and returns-to-go of the transitions (batch, length)."""
@@ -124,6 +163,18 @@ class WindowSampler:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
+
+
+class _Sizes(ctypes.Structure):
+    """Mirrors the C++ struct."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "length", "observation_dim", "action_dim")]
+
+
+@cache
+def gather_library() -> ctypes.CDLL | None:
+    """The C++ that copies windows; None where it cannot be built."""
+    return native_library(SOURCE, ("gather_windows",))
 
 
 def _every_window(dataset: EpisodeDataset, context_length: int) -> np.ndarray:
