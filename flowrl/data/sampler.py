@@ -68,7 +68,7 @@ class WindowSampler:
         self._observation_dim = dataset.observation_dim
         self._library = gather_library() if self.device.type == "cpu" else None
         self._arrays = (dataset.observations, dataset.actions, dataset.returns_to_go)  # read in place
-        self._places = [ctypes.c_void_p(array.ctypes.data) for array in self._arrays]
+        self._places = [array.ctypes.data for array in self._arrays]
         if self._library is not None:
             return
         # Without C++ all but the observations, by far the widest, lie in one row for each transition, so that
@@ -89,7 +89,7 @@ class WindowSampler:
 
     def sample(self) -> Batch:
         """Draw the next batch."""
-        torch.randint(self.num_windows, self._drawn.shape, generator=self._generator, out=self._drawn)
+        self._drawn.random_(self.num_windows, generator=self._generator)
         return self.gather(self._numbers)
 
     def gather(self, numbers: np.ndarray) -> Batch:
@@ -132,10 +132,10 @@ class WindowSampler:
         ]
         assert self._library is not None
         self._library.gather_windows(
-            ctypes.byref(_Sizes(batch, length, observation_dim, action_dim)),
-            ctypes.c_void_p(windows.ctypes.data),
+            *(batch, length, observation_dim, action_dim),
+            torch.from_numpy(windows).data_ptr(),
             *self._places,
-            *(ctypes.c_void_p(output.data_ptr()) for output in outputs),
+            *(output.data_ptr() for output in outputs),
         )
         return outputs
 
@@ -165,16 +165,13 @@ class WindowSampler:
         return tensor
 
 
-class _Sizes(ctypes.Structure):
-    """Mirrors the C++ struct."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "length", "observation_dim", "action_dim")]
-
-
 @cache
 def gather_library() -> ctypes.CDLL | None:
     """The C++ that copies windows; None where it cannot be built."""
-    return native_library(SOURCE, ("gather_windows",))
+    library = native_library(SOURCE, ("gather_windows",))
+    if library is not None:
+        library.gather_windows.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 10
+    return library
 
 
 def _every_window(dataset: EpisodeDataset, context_length: int) -> np.ndarray:
