@@ -67,23 +67,32 @@ extern "C" void linear_input_gradient(const Sizes* sizes, const T* gradient, con
 // g_weight (outputs, inputs) = gradient^T x.
 extern "C" void linear_weight_gradient(const Sizes* sizes, const T* gradient, const T* x, T* g_weight) {
     const Sizes at = *sizes;
-    const int64_t chunk = std::min(WIDEST, pieces(pieces(at.outputs, at.threads), TILE_ROWS) * TILE_ROWS);
+    // Threads share the longer side of g_weight: chunks of outputs, or stretches of panels of inputs.
+    const int64_t panels = pieces(at.inputs, PANEL);
+    const int64_t stretches = at.inputs > at.outputs ? std::min(at.threads, panels) : 1;
+    const int64_t share = pieces(at.outputs, pieces(at.threads, stretches));
+    const int64_t chunk = std::min(WIDEST, pieces(share, TILE_ROWS) * TILE_ROWS), chunks = pieces(at.outputs, chunk);
 #pragma omp parallel num_threads(at.threads)
     {
         Buffer buffer(TERMS * PANEL);
         T* panel = buffer.take(TERMS * PANEL);
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < at.outputs; first += chunk)
+        for (int64_t task = 0; task < chunks * stretches; task++) {
+            const int64_t first = task / stretches * chunk, stretch = task % stretches;
+            const int64_t begin = stretch * panels / stretches * PANEL;
+            const int64_t end = std::min((stretch + 1) * panels / stretches * PANEL, at.inputs);
             for (int64_t row = 0; row < at.rows; row += TERMS)
-                each_panel(at.inputs, [&](int64_t column, int64_t width) {
+                each_panel(end - begin, [&](int64_t from, int64_t width) {
+                    const int64_t column = begin + from;
                     const int terms = std::min(TERMS, at.rows - row);
                     for (int t = 0; t < terms; t++) {
-                        const T* from = x + (row + t) * at.inputs + column;
-                        std::copy(from, from + width, panel + t * PANEL);
+                        const T* of_row = x + (row + t) * at.inputs + column;
+                        std::copy(of_row, of_row + width, panel + t * PANEL);
                     }
                     product(g_weight + first * at.inputs + column, at.inputs, std::min(chunk, at.outputs - first),
                             width, gradient + row * at.outputs + first, 1, at.outputs, panel, PANEL, terms, ALL, EVERY,
                             row > 0);
                 });
+        }
     }
 }
