@@ -153,6 +153,7 @@ def test_needed_products_of_linear_layers_are_those_of_a_hooked_model(monkeypatc
     runner = ProductRunner(products)
     runner()
     assert runner.flops == sum(product.flops for product in products)
+    assert runner.scale == pytest.approx(runner.flops / counted)
 
 
 def test_ratios_are_taken_inside_each_round():
