@@ -107,12 +107,12 @@ def library_is_held_back() -> bool:
 def _native_supports(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of (..., width) rows with a weight (outputs, inputs), or its gradient, is for C++."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # a compiler of torch code cannot see into C++
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and weight.shape[0] % WIDTH_MULTIPLE == 0
         and weight.shape[1] % WIDTH_MULTIPLE == 0
         and x.numel() >= FEWEST_ROWS * x.shape[-1]
-        and not torch.compiler.is_compiling()  # a compiler of torch code cannot see into C++
         and library_is_held_back()
         and products_library() is not None
     )
