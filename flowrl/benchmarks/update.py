@@ -35,8 +35,8 @@ def measure_update(sizes: Sizes, repetitions: int) -> Section:
     _measure_case(section, sizes, repetitions, full_episodes=False)
     _measure_case(section, sizes, repetitions, full_episodes=True)
     section.notes.append(
-        "matrix products: the update's needed products alone, forward and backward. The linear layers' take those "
-        "shapes and the routine of updates, attention's the rate of these; the size is their FLOPs."
+        "matrix products: the update's needed products alone, forward and backward. The linear layers' take "
+        "those shapes and the routine of updates, attention's the rate of these; the size is their FLOPs."
     )
     return section
 
