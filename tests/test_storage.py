@@ -17,7 +17,7 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
 from flowrl.model.checkpoint import Checkpoint, save_checkpoint
-from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, pick_device
+from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model, pick_device
 
 LAYOUTS = ("interleaved", "fused")
 
@@ -107,6 +107,18 @@ def test_training_on_loaded_weights_leaves_the_file_alone(tmp_path):
     optimizer.step()
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_loaded_weights_lie_as_torch_lays_its_own(tmp_path):
+    """Not where a file's bytes happen to begin: sums may depend on it, and a resumed run must not."""
+    agent = make_agent()
+    odd = {name: torch.empty(x.numel() + 1)[1:].view(x.shape) for name, x in agent.model.state_dict().items()}
+    for name, tensor in agent.model.state_dict().items():
+        odd[name].copy_(tensor)
+    assert any(tensor.data_ptr() % 64 for tensor in odd.values())
+    loaded = build_model(agent.config.model, odd, where="here").state_dict()
+    assert not any(tensor.data_ptr() % 64 for tensor in loaded.values())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in odd.items())
 
 
 def test_configuration_without_an_environment_survives():
