@@ -1,5 +1,8 @@
 """The threaded MuJoCo vector environment against Gymnasium's single environments, bit for bit."""
 
+import subprocess
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -113,3 +116,27 @@ def test_robot_models_are_loaded_without_lines_on_stderr(capfd, tmp_path, monkey
     make_vector_env(EnvironmentSpec("HalfCheetah-v5"), 2).close()
     assert capfd.readouterr().err == ""
     assert list(tmp_path.iterdir()) == []
+
+
+TIMED = """
+import itertools, mujoco, numpy as np
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import make_vector_env
+
+ticks = itertools.count()
+if {user}:
+    mujoco.set_mjcb_time(lambda: float(next(ticks)))
+envs = make_vector_env(EnvironmentSpec("Hopper-v5"), 4)
+envs.reset(seed=[0, 1, 2, 3])
+envs.step(np.zeros((4, 3), dtype=np.float32))
+print(envs._datas[0].timer[mujoco.mjtTimer.mjTIMER_STEP].duration > 0, next(ticks) > 0)
+envs.close()
+"""
+
+
+@pytest.mark.parametrize(("user", "expected"), [(False, "False False"), (True, "True True")])
+def test_mujoco_asks_no_clock_but_the_users(user, expected):
+    """In a process of its own: it is the whole process' affair."""
+    words = [sys.executable, "-c", TIMED.format(user=user)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == expected

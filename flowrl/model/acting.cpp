@@ -17,8 +17,8 @@ typedef void FlowSteps(const Layout*, const T* q, const T* k, const T* v, T* out
 
 namespace {
 
-constexpr int64_t SLOTS = 32;  // episodes that a thread takes at a time, at most
-constexpr int STATES = 7;      // tensors of a layer's state
+constexpr int64_t ROWS = 96;  // tokens that a thread takes at a time, at most
+constexpr int STATES = 7;     // tensors of a layer's state
 
 // Hands out a block's weights in the order in which acting.py puts them.
 struct Weights {
@@ -56,11 +56,11 @@ extern "C" void pack_weight(int64_t outputs, int64_t inputs, const T* weight, T*
 extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weights, T* const* states, const T* x,
                     T* last) {
     const Acting at = *acting;
-    const int64_t width = at.width, head_dim = width / at.heads, most = at.threads * SLOTS;
+    const int64_t width = at.width, head_dim = width / at.heads, most = at.threads * (ROWS / at.tokens);
     const int64_t slices = at.threads * ((at.batch + most - 1) / most);
 #pragma omp parallel num_threads(at.threads)
     {
-        Buffer buffer(10 * width * at.tokens * SLOTS);
+        Buffer buffer(10 * width * ROWS);
 #pragma omp for schedule(static)
         for (int64_t slice = 0; slice < slices; slice++) {
             const int64_t begin = slice * at.batch / slices, slots = (slice + 1) * at.batch / slices - begin;
