@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from flowrl.attention.flow import FlowState, empty_flow_state
 from flowrl.attention.flow_native import MOST_STEPS, WIDTHS, flow_library
+from flowrl.model.products import WIDTH_MULTIPLE
 from flowrl.native_library import native_library
 
 SOURCE = Path(__file__).with_name("acting.cpp")
-WIDTH_MULTIPLE = 32  # two vectors of AVX-512
 NORM_EPS, FLOW_EPS, CLAMP = 1e-5, 1e-6, 10.0  # of nn.LayerNorm and flow_attention_step
 
 
