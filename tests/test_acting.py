@@ -50,6 +50,7 @@ def act(model, inputs, states=None):
 @pytest.mark.parametrize(
     ("batch", "options"),
     [
+        (0, {}),
         (1, {}),
         (5, {"num_layers": 1}),
         (33, {"embed_dim": 96, "num_heads": 3}),  # 32 wide heads, panels that are not whole

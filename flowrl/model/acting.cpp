@@ -56,15 +56,16 @@ extern "C" void pack_weight(int64_t outputs, int64_t inputs, const T* weight, T*
 extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weights, T* const* states, const T* x,
                     T* last) {
     const Acting at = *acting;
+    if (at.batch == 0) return;
     const int64_t width = at.width, head_dim = width / at.heads, most = at.threads * (ROWS / at.tokens);
-    const int64_t slices = at.threads * ((at.batch + most - 1) / most);
-#pragma omp parallel num_threads(at.threads)
+    const int64_t slices = std::min(at.batch, at.threads * ((at.batch + most - 1) / most));
+    const int64_t longest = (at.batch + slices - 1) / slices;
+#pragma omp parallel num_threads(std::min(at.threads, slices))
     {
-        Buffer buffer(10 * width * ROWS);
+        Buffer buffer(10 * width * at.tokens * longest);
 #pragma omp for schedule(static)
         for (int64_t slice = 0; slice < slices; slice++) {
             const int64_t begin = slice * at.batch / slices, slots = (slice + 1) * at.batch / slices - begin;
-            if (slots == 0) continue;
             int64_t rows = at.tokens * slots;
             buffer.restart();
             T *hidden = buffer.take(rows * width), *normed = buffer.take(rows * width),
