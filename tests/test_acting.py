@@ -38,8 +38,8 @@ def act(model, inputs, states=None):
     """Actions (steps, batch, action_dim) and the states after them."""
     interleaved = model.config.token_layout == "interleaved"
     states, actions = states or [None] * model.config.num_layers, []
-    for returns, observations, previous, timesteps in inputs:
-        told = None if interleaved and timesteps[0] == 0 else previous
+    for step, (returns, observations, previous, timesteps) in enumerate(inputs):
+        told = None if interleaved and step == 0 else previous
         predicted, states = model.step(returns, observations, told, timesteps, states)
         actions.append(predicted)
     return torch.stack(actions), states

@@ -71,8 +71,9 @@ def test_any_memory_layout(native, called):
 
 
 @needs_compiler
-def test_threads_change_no_bit(native):
-    x, weight, gradient = operands(700, 160, 288)
+@pytest.mark.parametrize("shape", [(700, 160, 288), (700, 800, 96)])  # weights wider on either side
+def test_threads_change_no_bit(shape, native):
+    x, weight, gradient = operands(*shape)
     before, outcomes = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
