@@ -79,6 +79,10 @@ class TrainConfig:
     """After the warm-up: cosine to a tenth of the peak at --steps, or constant."""
     gradient_clip: float = 0.25
     """Largest norm of the gradient."""
+    ema_decay: float = 0.9999
+    """Largest decay of the exponential moving average of the weights, which is what is evaluated and loaded to
+    act; it grows with the updates t as (1 + t) / (10 + t), so that the average reaches back over a ninth of
+    them. 0: no average, the last weights."""
     return_scale: float | None = None
     """Returns-to-go are divided by this; by default the largest magnitude in the data."""
     reward_mode: Literal["dense", "delayed"] = "dense"
@@ -225,7 +229,7 @@ def check_values(config: TrainConfig) -> None:
     lowest = {
         "context_length": 1, "num_layers": 1, "embed_dim": 1, "num_heads": 1, "steps": 1, "batch_size": 1,
         "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 0, "eval_episodes": 0,
-        "warmup_steps": 0, "weight_decay": 0, "dropout": 0, "seed": 0,
+        "warmup_steps": 0, "weight_decay": 0, "dropout": 0, "ema_decay": 0, "seed": 0,
     }  # fmt: skip
     highest = {
         "context_length": LARGEST_DIMENSION, "embed_dim": LARGEST_DIMENSION, "num_heads": LARGEST_DIMENSION,
@@ -247,8 +251,9 @@ def check_values(config: TrainConfig) -> None:
             raise UserError(f"{_flag(name)} {value}: must be a finite number above 0")
     if not 0 < config.top_fraction <= 1:
         raise UserError(f"--top-fraction {config.top_fraction}: must be above 0 and at most 1")
-    if not config.dropout < 1:
-        raise UserError(f"--dropout {config.dropout}: must be below 1")
+    for name in ("dropout", "ema_decay"):
+        if not getattr(config, name) < 1:
+            raise UserError(f"{_flag(name)} {getattr(config, name)}: must be below 1")
     if not config.weight_decay < float("inf"):
         raise UserError(f"--weight-decay {config.weight_decay}: must be finite")
     if config.embed_dim % config.num_heads:

@@ -1,5 +1,6 @@
 """The training loop: updates, metrics, evaluations, checkpoints, and continuing exactly after a stop."""
 
+import copy
 import json
 import math
 import time
@@ -88,6 +89,12 @@ class Trainer:
             self._check_same_data(resumed, dataset)
             self.agent.model = build_model(self.agent.config.model, resumed.model, where=f"{run_dir}: model")
         self.model = self.agent.model.to(device)
+        if config.ema_decay > 0:  # the agent acts with the average, updates change the model
+            if resumed is not None:
+                self.model = _weights_of_updates(resumed, self.agent).to(device)
+            else:
+                self.model = copy.deepcopy(self.agent.model)
+            self.agent.model.requires_grad_(False)
         on_cuda = device.type == "cuda"
         if not on_cuda:
             keep_freed_memory()
@@ -178,6 +185,8 @@ class Trainer:
             figures = self._gradient_step(*batch[:5], batch.valid)
         else:
             figures = self._step_eagerly(*batch[:5], batch.valid, share=batch.share)
+        if self.config.ema_decay > 0:
+            self._average_weights()
         self._pending.append(figures)
         layout = self.agent.config.model.token_layout
         self._pending_tokens += batch.num_timesteps * TOKENS_PER_TIMESTEP[layout]
@@ -194,6 +203,12 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack((self.ranks.sum(loss.detach()), norm))
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        """Move the averaged weights towards those of this update. Source: arXiv 2310.11428."""
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.agent.model.parameters()), list(self.model.parameters()), 1 - decay)
 
     def log(self) -> float:
         """Write a line of metrics about the updates since the last one; return their mean loss."""
@@ -226,7 +241,10 @@ class Trainer:
         if self._pending:
             tensors["pending"] = torch.stack(self._pending)
         training = {"evaluated_step": self.evaluated_step, "pending_tokens": self._pending_tokens}
-        model = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
+        if self.config.ema_decay > 0:
+            weights = {f"model.{name}": value.detach() for name, value in self.model.named_parameters()}
+            tensors |= {name: value.contiguous() for name, value in weights.items()}
         agent = agent_config_to_dict(self.agent.config)
         save_checkpoint(
             self.run_dir, Checkpoint(self.step, agent, model, training, tensors), self.config.keep_checkpoints
@@ -335,6 +353,13 @@ class Trainer:
             self._pending_tokens = _count(resumed.training, "pending_tokens", lowest=0, highest=1 << 53)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{where}: not the state of this training: {error}") from error
+
+
+def _weights_of_updates(resumed: Checkpoint, agent: Agent) -> SequenceModel | BehaviorCloningModel:
+    """A model of the weights that updates change, from beside their average; the same where there was none."""
+    saved = resumed.training_tensors
+    weights = {name.removeprefix("model."): value for name, value in saved.items() if name[:6] == "model."}
+    return build_model(agent.config.model, {**resumed.model, **weights}, where=f"{TRAINING_TENSORS}: model")
 
 
 def _count(training: dict[str, Any], name: str, lowest: int, highest: int) -> int:
