@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from workload import Sizes, make_agent, paper_config
 
 from flowrl.attention.kinds import select_rows
-from flowrl.benchmarks.workload import Sizes, make_agent, paper_config
 from flowrl.model import acting
-from flowrl.model.network import ModelConfig, SequenceModel
+from flowrl.model.transformer import ModelConfig, SequenceModel
 
 needs_compiler = pytest.mark.skipif(
     acting.acting_library() is None, reason="no g++, or none for this machine"

@@ -6,7 +6,7 @@ import torch
 
 from flowrl.attention import ATTENTION_KINDS
 from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
-from flowrl.model.network import Window
+from flowrl.model.transformer import Window
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 LAYOUTS = ("interleaved", "fused")

@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from train_behavior import BehaviorTraining, actor_policy, claim_run_dir, forget_after, train_behavior
 
-from flowrl.behavior.assets import (
+from flowrl.behavior.measure import MeasuredReturns, measure_returns
+from flowrl.behavior.policy import ACTION_GRID, BehaviorPolicy, load_policy, save_policy
+from flowrl.behavior.shipped import (
     ASSETS_DIR,
     BehaviorExport,
     behavior_assets,
@@ -22,9 +25,6 @@ from flowrl.behavior.assets import (
     load_behavior,
     same_mean,
 )
-from flowrl.behavior.measure import MeasuredReturns, measure_returns
-from flowrl.behavior.policy import ACTION_GRID, BehaviorPolicy, load_policy, save_policy
-from flowrl.behavior.train import BehaviorTraining, actor_policy, claim_run_dir, forget_after, train_behavior
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.errors import UserError
 

@@ -10,12 +10,12 @@ from tiny_training import figures, resume_here, train_here
 
 import flowrl
 from flowrl.data import load_episodes
-from flowrl.data.episodes import build_episodes, top_episodes
+from flowrl.data.dataset import build_episodes, top_episodes
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.model.network import Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict
+from flowrl.model.transformer import Window
 from flowrl.training.config import TrainConfig
 from flowrl.training.run import default_run_dir
 from flowrl.training.setup import build_agent

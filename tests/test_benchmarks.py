@@ -7,32 +7,32 @@ import json
 import runpy
 from pathlib import Path
 
+import gpu
 import numpy as np
 import pytest
 import torch
-
-from flowrl.attention import naive_flow_attention
-from flowrl.benchmarks import gpu
-from flowrl.benchmarks.attention import authors_flow_attention, make_inputs
-from flowrl.benchmarks.plots import draw_report
-from flowrl.benchmarks.products import ProductRunner, needed_products
-from flowrl.benchmarks.report import Goal, Measurement, Row, Section, format_row
-from flowrl.benchmarks.rollouts import (
+from attention import authors_flow_attention, make_inputs
+from plots import draw_report
+from products import ProductRunner, needed_products
+from rollouts import (
     RawPhysics,
     evaluate_batch,
     evaluate_one_by_one,
     record_episodes,
     state_bytes,
 )
-from flowrl.benchmarks.run import BenchmarkConfig, run_benchmarks
-from flowrl.benchmarks.sampling import LoopSampler
-from flowrl.benchmarks.timing import Spread, Timing, peak_memory
-from flowrl.benchmarks.update import use_authors_attention
-from flowrl.benchmarks.workload import HOPPER, Sizes, make_agent, make_episodes, paper_config
+from sampling import LoopSampler
+from speed import BenchmarkConfig, run_benchmarks
+from tables import Goal, Measurement, Row, Section, format_row
+from timing import Spread, Timing, peak_memory
+from update import use_authors_attention
+from workload import HOPPER, Sizes, make_agent, make_episodes, paper_config
+
+from flowrl.attention import naive_flow_attention
 from flowrl.data.sampler import WindowSampler
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
-from flowrl.model.network import ModelConfig, SequenceModel, Window
+from flowrl.model.transformer import ModelConfig, SequenceModel, Window
 
 TINY = Sizes(
     windows=(2, 4, 12, 8),
@@ -131,7 +131,7 @@ def test_remembered_bytes_grow_with_a_cache_and_not_with_flow():
 
 def test_needed_products_of_linear_layers_are_those_of_a_hooked_model(monkeypatch):
     """2 x rows x inputs x outputs of every nn.Linear, three times, or twice where the inputs are data."""
-    monkeypatch.setattr("flowrl.model.pointwise.native_supports", lambda x: False)  # C++ calls no modules
+    monkeypatch.setattr("flowrl.native.pointwise.native_supports", lambda x: False)  # C++ calls no modules
     model = SequenceModel(ModelConfig(11, 3, 1000, num_layers=2, embed_dim=32))
     embeddings = (model.embed_return, model.embed_observation, model.embed_action)
     counted = 0

@@ -15,12 +15,12 @@ import minari
 import numpy as np
 import pytest
 
-from flowrl.behavior.assets import ASSETS_DIR, load_behavior
+from flowrl.behavior.shipped import ASSETS_DIR, load_behavior
 from flowrl.data import collect as collect_module
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
 from flowrl.data.command import CollectCommand, run_collect
 from flowrl.data.d4rl import read_d4rl_file
-from flowrl.data.minari_data import read_minari
+from flowrl.data.minari import read_minari
 from flowrl.data.writers import collect_d4rl, collect_minari, ensure_minari, read_provenance
 from flowrl.envs import mujoco_vector
 from flowrl.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flowrl.data.d4rl import read_d4rl_file
-from flowrl.data.episodes import EpisodeDataset
+from flowrl.data.dataset import EpisodeDataset
 from flowrl.errors import UserError
 
 

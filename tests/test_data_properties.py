@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 
 from flowrl.data.d4rl import read_d4rl_file
-from flowrl.data.episodes import EpisodeDataset, build_episodes, delayed_rewards
-from flowrl.data.minari_data import read_minari
+from flowrl.data.dataset import EpisodeDataset, build_episodes, delayed_rewards
+from flowrl.data.minari import read_minari
 from flowrl.data.sampler import WindowSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks

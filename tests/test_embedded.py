@@ -8,13 +8,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from summarize_data import DataSummary, summarize_data
 
-from flowrl.behavior.assets import behavior_assets
+from flowrl.behavior.shipped import behavior_assets
 from flowrl.data import d4rl, embedded, load_episodes
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
 from flowrl.data.embedded import EMBEDDED, Embedded, embedded_id, load_embedded
-from flowrl.data.minari_data import check_minari_id
-from flowrl.data.summary import DataSummary, summarize_data
+from flowrl.data.minari import check_minari_id
 from flowrl.data.writers import collect_minari
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flowrl.data.episodes import EpisodeDataset, build_episodes, content_sha256, delayed_rewards
+from flowrl.data.dataset import EpisodeDataset, build_episodes, content_sha256, delayed_rewards
 from flowrl.errors import UserError
 
 LENGTHS = (3, 1, 5, 2)

@@ -9,7 +9,7 @@ import torch
 from attention_forms import assert_all_close, saved_by, tokens, with_gradients
 
 from flowrl.attention import flow, flow_attention, flow_attention_step, naive_flow_attention
-from flowrl.attention.flow_native import (
+from flowrl.attention.flow.cpu import (
     MOST_STEPS,
     WIDTHS,
     flow_library,
@@ -17,7 +17,7 @@ from flowrl.attention.flow_native import (
     native_flow_attention_steps,
     native_supports,
 )
-from flowrl.attention.flow_steps import flow_attention_steps
+from flowrl.attention.flow.recurrent import flow_attention_steps
 from flowrl.attention.heads import split_heads
 from flowrl.attention.kinds import ATTENTION_KINDS
 
@@ -189,9 +189,7 @@ def test_steps_are_the_naive_form_token_after_token(options, dtype):
 def test_acting_and_training_take_it_where_it_applies(monkeypatch):
     """The rest goes to torch: other widths, values of another, longer chunks, few long sequences."""
     called = []
-    monkeypatch.setattr(
-        "flowrl.attention.flow_native._call", lambda name, layout, *tensors: called.append(name)
-    )
+    monkeypatch.setattr("flowrl.attention.flow.cpu._call", lambda name, layout, *tensors: called.append(name))
     inputs = inputs_of(8, 16, dtype=torch.float32)[:3]
     flow_attention(*inputs)
     flow_attention_steps(*(tensor[:, :, :MOST_STEPS] for tensor in inputs))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowrl.attention import ATTENTION_KINDS, flow_attention_step, naive_flow_attention
-from flowrl.attention.flow_steps import flow_attention_steps
+from flowrl.attention.flow.recurrent import flow_attention_steps
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 CHUNKS = (2, 3, 3, 1, 7, 3, 1, 20)

@@ -5,10 +5,10 @@ import torch
 from attention_forms import assert_all_close, tokens, with_gradients
 from safetensors.torch import load_file
 from tiny_training import assert_same_end, figures, resume_here, train_here
+from workload import Sizes, open_trainer, paper_config, training_data
 
 from flowrl.attention import flow_attention, naive_flow_attention
-from flowrl.attention.flow_triton import triton_supports
-from flowrl.benchmarks.workload import Sizes, open_trainer, paper_config, training_data
+from flowrl.attention.flow.triton import triton_supports
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
@@ -64,7 +64,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tiny_dataset, tmp_path, 
 def test_a_captured_step_is_the_eager_one(tiny_dataset, tmp_path, monkeypatch):
     """The same random numbers, learning rates and batches: the same weights, bit for bit."""
     train_here(tiny_dataset, tmp_path / "captured", steps=40, **GPU_TRAINING)
-    monkeypatch.setattr("flowrl.training.capture.WARM_UPS", 1_000)
+    monkeypatch.setattr("flowrl.training.cuda_graph.WARM_UPS", 1_000)
     train_here(tiny_dataset, tmp_path / "eager", steps=40, **GPU_TRAINING)
     ends = [tmp_path / name / "checkpoints" / "step-00000040" for name in ("captured", "eager")]
     weights = [load_file(end / "model.safetensors") for end in ends]

@@ -16,7 +16,7 @@ from gymnasium.wrappers import TimeAwareObservation
 from minari.data_collector import EpisodeBuffer
 
 from flowrl.data.d4rl import read_d4rl_file
-from flowrl.data.minari_data import read_minari
+from flowrl.data.minari import read_minari
 from flowrl.envs.reference_scores import REFERENCE_SCORES, ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env

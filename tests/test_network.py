@@ -12,7 +12,7 @@ from flowrl.attention.naive_linear import (
     naive_linear_attention,
     naive_performer_attention,
 )
-from flowrl.model.network import INIT_STD, ModelConfig, SequenceModel, Window
+from flowrl.model.transformer import INIT_STD, ModelConfig, SequenceModel, Window
 
 LAYOUTS = ("interleaved", "fused")
 KINDS = tuple(ATTENTION_KINDS)

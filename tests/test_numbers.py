@@ -7,7 +7,7 @@ from conftest import write_tiny_dataset
 
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.sampler import WindowSampler
-from flowrl.model.network import Window
+from flowrl.model.transformer import Window
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import build_agent
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flowrl.model import pointwise
-from flowrl.model.pointwise import Dropout, add_linear, linear_relu
+from flowrl.native.pointwise import Dropout, add_linear, linear_relu
 
 needs_compiler = pytest.mark.skipif(
     pointwise.pointwise_library() is None, reason="no g++, or none for this machine"

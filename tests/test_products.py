@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flowrl.model import products
-from flowrl.model.products import Linear, input_gradient, multiply, weight_gradient
+from flowrl.native.products import Linear, input_gradient, multiply, weight_gradient
 
 needs_compiler = pytest.mark.skipif(
     products.products_library() is None, reason="no g++, or none for this machine"

@@ -11,7 +11,7 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import StillVectorEnv, make_vector_env
 from flowrl.evaluation.rollout import NonFiniteError, rollout
 from flowrl.model.agent import Agent, AgentConfig
-from flowrl.model.network import ModelConfig, SequenceModel
+from flowrl.model.transformer import ModelConfig, SequenceModel
 
 
 class LinearAgent:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowrl.data import sampler
-from flowrl.data.episodes import build_episodes
+from flowrl.data.dataset import build_episodes
 from flowrl.data.sampler import WindowSampler
 
 LENGTHS = np.array([9, 1, 14, 30, 6])

@@ -16,14 +16,14 @@ from tiny_training import figures, resume_here, steps_on_disk, train_here
 
 import flowrl
 from flowrl.data import load_episodes
-from flowrl.data.episodes import build_episodes
+from flowrl.data.dataset import build_episodes
 from flowrl.data.sampler import WindowSampler
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate
 from flowrl.evaluation.rollout import NonFiniteError
 from flowrl.model.checkpoint import load_checkpoint
-from flowrl.model.network import SequenceModel, Window
+from flowrl.model.transformer import SequenceModel, Window
 from flowrl.training import run, trainer
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import build_agent, default_targets, load_dataset, observation_statistics
@@ -60,7 +60,9 @@ def test_warm_up_is_a_tenth_of_the_updates_at_most_10_000():
 def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
     """Weights after 12 updates, with dropout, against AdamW, clipping and schedule written out here."""
     run = tmp_path / "run"
-    train_here(tiny_dataset, run, steps=12, eval_episodes=0, seed=5, learning_rate=0.01, warmup_steps=3)
+    train_here(
+        tiny_dataset, run, steps=12, eval_episodes=0, seed=5, learning_rate=0.01, warmup_steps=3, ema_decay=0
+    )
     config = TrainConfig(
         dataset=str(tiny_dataset), env="Hopper-v4", embed_dim=8, num_heads=2, num_layers=2, context_length=6
     )

@@ -6,7 +6,7 @@ from attention_forms import assert_all_close, tokens, with_gradients
 from test_attention import extreme_inputs
 
 from flowrl.attention import flow_attention, naive_flow_attention
-from flowrl.attention.flow_triton import triton_flow_attention, triton_supports
+from flowrl.attention.flow.triton import triton_flow_attention, triton_supports
 
 pytest.importorskip("triton", reason="triton is not installed; CUDA builds of torch bring it")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowrl.attention.cosformer import cosformer_attention, cosformer_attention_step
 from flowrl.attention.flow import flow_attention, flow_attention_step
-from flowrl.attention.flow_steps import flow_attention_steps
+from flowrl.attention.flow.recurrent import flow_attention_steps
 from flowrl.attention.linear import linear_attention, linear_attention_step
 from flowrl.attention.performer import performer_attention, performer_attention_step
 from flowrl.attention.softmax import softmax_attention, softmax_attention_step

@@ -7,9 +7,9 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from flowrl.behavior.assets import ASSETS_DIR, behavior_assets, load_behavior
 from flowrl.behavior.policy import BehaviorPolicy
-from flowrl.data.episodes import EpisodeDataset, build_episodes
+from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, load_behavior
+from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, registered_environment
 from flowrl.envs.vector import make_vector_env

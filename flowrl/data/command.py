@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from flowrl.behavior.assets import behavior_assets, behavior_names
+from flowrl.behavior.shipped import behavior_assets, behavior_names
 from flowrl.data.collect import Part, Recipe
 from flowrl.data.embedded import EMBEDDED, embedded_id
 from flowrl.data.writers import collect_d4rl, collect_minari, read_provenance

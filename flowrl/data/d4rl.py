@@ -9,8 +9,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.download import DownloadError, download, file_sha256
-from flowrl.data.episodes import EpisodeDataset, build_episodes
 from flowrl.data.hdf5 import check_hdf5_dataset
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.specs import EnvironmentSpec

@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass, replace
 
 from flowrl.data.collect import Part, Recipe
-from flowrl.data.episodes import EpisodeDataset
-from flowrl.data.minari_data import read_minari
+from flowrl.data.dataset import EpisodeDataset
+from flowrl.data.minari import read_minari
 from flowrl.data.writers import collected_sha256, ensure_minari
 from flowrl.errors import UserError, did_you_mean
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowrl.data.episodes import EpisodeDataset
-from flowrl.native_library import native_library
+from flowrl.data.dataset import EpisodeDataset
+from flowrl.native.library import native_library
 from flowrl.ranks import ALONE, Ranks
 
 SOURCE = Path(__file__).with_name("gather.cpp")

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, find_d4rl_file, read_d4rl, read_d4rl_file
+from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
-from flowrl.data.episodes import EpisodeDataset
-from flowrl.data.minari_data import read_minari
+from flowrl.data.minari import read_minari
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, registered_environment
 from flowrl.errors import UserError, did_you_mean

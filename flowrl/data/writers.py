@@ -19,8 +19,8 @@ import numpy as np
 import flowrl
 from flowrl.atomic import atomic_path, sync_folder
 from flowrl.data.collect import Collection, Episode, Recipe, collect, plain_recipe, policy_hashes, to_dataset
-from flowrl.data.episodes import EpisodeDataset
-from flowrl.data.minari_data import check_minari_id, datasets_folder, minari_folder
+from flowrl.data.dataset import EpisodeDataset
+from flowrl.data.minari import check_minari_id, datasets_folder, minari_folder
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.vector import make_env, no_deprecations
 from flowrl.errors import UserError

@@ -2,8 +2,8 @@
 
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.model.network import ModelConfig, SequenceModel
 from flowrl.model.storage import load_agent
+from flowrl.model.transformer import ModelConfig, SequenceModel
 
 __all__ = [
     "Agent",

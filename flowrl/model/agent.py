@@ -11,7 +11,7 @@ from flowrl.attention.kinds import clear_rows, select_rows
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.model.network import ModelConfig, SequenceModel, Window
+from flowrl.model.transformer import ModelConfig, SequenceModel, Window
 
 Acting = Literal["recurrent", "window"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.model.action_model import ActionModel
-from flowrl.model.network import Window
-from flowrl.model.pointwise import Dropout
-from flowrl.model.products import Linear
+from flowrl.model.transformer import Window
+from flowrl.native.pointwise import Dropout
+from flowrl.native.products import Linear
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from flowrl.errors import UserError
 from flowrl.model.agent import Acting, Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, load_checkpoint
-from flowrl.model.network import ModelConfig, SequenceModel, TokenLayout
+from flowrl.model.transformer import ModelConfig, SequenceModel, TokenLayout
 
 LARGEST_DIMENSION = 1 << 20  # a stored size beyond this is damage or malice, not a model
 LARGEST_NUM_LAYERS = 1000

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError, did_you_mean
-from flowrl.model.network import TokenLayout
+from flowrl.model.transformer import TokenLayout
 from flowrl.signals import StopSignals
 from flowrl.sweeps.estimate import format_plan, measure_costs
 from flowrl.sweeps.local import local_slots, run_local

@@ -16,8 +16,8 @@ import numpy as np
 
 from flowrl.atomic import write_text
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS
+from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.embedded import EMBEDDED, SOURCE, embedded_named
-from flowrl.data.episodes import EpisodeDataset
 from flowrl.data.sources import FILE_SUFFIXES, MINARI_PREFIX
 from flowrl.errors import UserError, did_you_mean
 from flowrl.training.config import (

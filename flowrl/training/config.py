@@ -18,8 +18,8 @@ import yaml
 from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError, did_you_mean
 from flowrl.model.agent import Acting
-from flowrl.model.network import TokenLayout
 from flowrl.model.storage import LARGEST_DIMENSION, LARGEST_NUM_LAYERS, AgentName
+from flowrl.model.transformer import TokenLayout
 
 LARGEST_COUNT = 1 << 53  # beyond this, floating point skips whole numbers
 PRESET_FOLDER = Path(__file__).resolve().parents[2] / "configs"
@@ -80,9 +80,9 @@ class TrainConfig:
     gradient_clip: float = 0.25
     """Largest norm of the gradient."""
     ema_decay: float = 0.9999
-    """Largest decay of the exponential moving average of the weights, which is what is evaluated and loaded to
-    act; it grows with the updates t as (1 + t) / (10 + t), so that the average reaches back over a ninth of
-    them. 0: no average, the last weights."""
+    """Largest decay of the exponential moving average of the weights, which is evaluated and loaded to act.
+    It grows with the updates t as (1 + t) / (10 + t): the average reaches back over a ninth of them. 0: the
+    last weights are used."""
     return_scale: float | None = None
     """Returns-to-go are divided by this; by default the largest magnitude in the data."""
     reward_mode: Literal["dense", "delayed"] = "dense"

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from flowrl.data import EpisodeDataset, load_episodes
-from flowrl.data.episodes import delayed_rewards, top_episodes
+from flowrl.data.dataset import delayed_rewards, top_episodes
 from flowrl.envs.spaces import action_bounds, check_environment
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig
-from flowrl.model.network import TOKENS_PER_TIMESTEP, ModelConfig, SequenceModel
 from flowrl.model.storage import LARGEST_DIMENSION, untrained_model
+from flowrl.model.transformer import TOKENS_PER_TIMESTEP, ModelConfig, SequenceModel
 from flowrl.training.config import TrainConfig
 
 _ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need

@@ -31,12 +31,12 @@ from flowrl.model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from flowrl.model.network import TOKENS_PER_TIMESTEP, SequenceModel, Window
 from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model
+from flowrl.model.transformer import TOKENS_PER_TIMESTEP, SequenceModel, Window
 from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import Stopped, StopSignals
-from flowrl.training.capture import CapturedStep
 from flowrl.training.config import TrainConfig, to_yaml
+from flowrl.training.cuda_graph import CapturedStep
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
 from flowrl.training.setup import build_agent, keep_freed_memory
 
@@ -356,7 +356,7 @@ class Trainer:
 
 
 def _weights_of_updates(resumed: Checkpoint, agent: Agent) -> SequenceModel | BehaviorCloningModel:
-    """A model of the weights that updates change, from beside their average; the same where there was none."""
+    """A model of the weights that updates change; checkpoints without an average hold no others."""
     saved = resumed.training_tensors
     weights = {name.removeprefix("model."): value for name, value in saved.items() if name[:6] == "model."}
     return build_model(agent.config.model, {**resumed.model, **weights}, where=f"{TRAINING_TENSORS}: model")

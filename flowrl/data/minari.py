@@ -1,0 +1,287 @@
+"""Minari datasets: found in the local cache or downloaded by minari, and read episode by episode."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from gymnasium import spaces
+
+from flowrl.data.dataset import EpisodeDataset, build_episodes
+from flowrl.data.download import require_answer
+from flowrl.data.hdf5 import check_claimed_size, check_hdf5_file
+from flowrl.envs.reference_scores import ReferenceScores, reference_scores
+from flowrl.envs.specs import EnvironmentSpec, wrappers_in_gymnasium_json
+from flowrl.errors import UserError, did_you_mean
+
+
+def read_minari(dataset_id: str) -> EpisodeDataset:
+    """Read the Minari dataset ``dataset_id``, for example ``mujoco/hopper/medium-v0``.
+
+    Observations and actions must be Box spaces (any shape, flattened) or, for observations, Dict spaces of
+    them, nested or not, flattened in the order of the recorded space's keys, as Gymnasium's
+    FlattenObservation does. Of an episode's T + 1 observations the last one has no action and is left out.
+
+    The evaluation environment is the one that the dataset names (``eval_env_spec``, else ``env_spec``);
+    its ``ref_min_score`` and ``ref_max_score`` are the reference scores, D4RL's table where it has none.
+
+    Raises:
+        UserError: malformed id, neither here nor downloadable, spaces other than the above, or data that is
+            damaged or invalid.
+    """
+    import minari  # here: it takes a while to import and D4RL files do not need it
+
+    name = f"minari:{dataset_id}"
+    _ensure_local(dataset_id)
+    folder = datasets_folder() / dataset_id
+    with _named_errors(name, folder):
+        metadata = _read_metadata(folder)
+        _check_storage(name, folder, metadata)
+        dataset = minari.load_dataset(dataset_id)
+        space = dataset.action_space
+        if not isinstance(space, spaces.Box):
+            raise UserError(f"{name}: actions must be a Box space, not {space}")
+        leaves = _leaves(name, dataset.observation_space, json.loads(metadata["observation_space"]))
+        total_steps, stored = int(dataset.total_steps), _folder_size(folder)
+        dimensions = (sum(math.prod(leaf.shape) for _, leaf in leaves), math.prod(space.shape))
+        check_claimed_size(name, f"{total_steps} steps", 4 * total_steps * (sum(dimensions) + 1), stored)
+        observations = np.empty((total_steps, dimensions[0]), dtype=np.float32)
+        actions = np.empty((total_steps, dimensions[1]), dtype=np.float32)
+        rewards = np.empty(total_steps, dtype=np.float32)
+        episode_lengths, terminated = [], []
+        stop = early_flags = 0
+        for episode in dataset.iterate_episodes():
+            length = _check_shapes(name, episode, leaves, space)
+            start, stop = stop, stop + length
+            if stop > total_steps:
+                raise UserError(f"{name}: its episodes have more than the {total_steps} steps it states")
+            column = 0
+            for keys, leaf in leaves:
+                width = math.prod(leaf.shape)
+                values = _at(episode.observations, keys)[:length]
+                observations[start:stop, column : column + width] = values.reshape(length, width)
+                column += width
+            actions[start:stop] = episode.actions.reshape(length, -1)
+            rewards[start:stop] = episode.rewards
+            episode_lengths.append(length)
+            terminated.append(bool(episode.terminations[-1]))
+            early_flags += bool(np.any(episode.terminations[:-1]))
+        if stop != total_steps:
+            raise UserError(f"{name}: its episodes have {stop} steps, it states {total_steps}")
+
+    environment, environment_notes = _environment(metadata)
+    reference, reference_notes = _reference(metadata, environment)
+    if early_flags:
+        note = f"{early_flags} episodes have a termination flag before their last step: kept whole"
+        environment_notes.append(note)
+    return build_episodes(
+        observations=observations,
+        actions=actions,
+        rewards=rewards,
+        episode_lengths=np.array(episode_lengths, dtype=np.int64),
+        terminated=np.array(terminated, dtype=bool),
+        dataset_id=name,
+        where=name,
+        environment=environment,
+        reference=reference,
+        notes=(*environment_notes, *reference_notes),
+    )
+
+
+def datasets_folder() -> Path:
+    """Minari's local cache, found as minari finds it."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+
+
+def check_minari_id(dataset_id: str) -> None:
+    """Raise UserError unless the id is one that can name a Minari dataset and nothing outside its storage."""
+    if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id, re.ASCII):
+        raise UserError(f"malformed Minari id '{dataset_id}': one looks like mujoco/hopper/medium-v0")
+
+
+def _ensure_local(dataset_id: str) -> None:
+    """Download the dataset unless it is in the local cache; whole or not at all."""
+    import minari
+
+    check_minari_id(dataset_id)
+    root = datasets_folder()
+    if (root / dataset_id).exists():
+        return
+    flat_name = dataset_id.replace("/", "--")
+    staging = root / f".incomplete-{flat_name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root / f".{flat_name}.lock"):
+            if (root / dataset_id).exists():  # another process was faster
+                return
+            shutil.rmtree(staging, ignore_errors=True)
+            try:
+                if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
+                    # huggingface_hub retries for half a minute before it admits that there is no network.
+                    require_answer(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+                with minari_folder(staging):
+                    minari.download_dataset(dataset_id)
+                (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staging / dataset_id, root / dataset_id)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except Exception as error:  # whatever minari's remote storage and its HTTP library raise
+        raise UserError(
+            f"minari:{dataset_id} is not in {root}{_local_hint(dataset_id)}, and minari could not download "
+            f"it ({_reason(error)}): check the id and the network, or put the dataset's folder there "
+            "(MINARI_DATASETS_PATH)"
+        ) from error
+
+
+@contextlib.contextmanager
+def minari_folder(folder: Path) -> Iterator[None]:
+    """Let minari work in ``folder``: it takes its folder from the environment only."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+
+
+def _local_hint(dataset_id: str) -> str:
+    """Say which datasets are in the local cache, when any are."""
+    import minari
+
+    local: list[str] = []
+    with contextlib.suppress(Exception):  # this only decorates another error
+        local = list(minari.list_local_datasets())
+    return did_you_mean(dataset_id, local) if local else ""
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    """Read the dataset's metadata and check what minari would otherwise guess.
+
+    Without its spaces, minari makes the environment from an entry point that the file names, that is, calls
+    whatever the file says. Such a file is refused before minari sees it.
+    """
+    metadata = json.loads((folder / "data" / "metadata.json").read_text(encoding="utf-8"))
+    for key in ("observation_space", "action_space", "data_format"):
+        if not isinstance(metadata, dict) or not isinstance(metadata.get(key), str):
+            raise UserError(f"{folder / 'data' / 'metadata.json'}: key '{key}' is missing or not a string")
+    return metadata
+
+
+def _check_storage(name: str, folder: Path, metadata: dict[str, Any]) -> None:
+    """Check what minari allocates or reads on the word of the files."""
+    for key in ("total_episodes", "total_steps"):
+        if type(metadata.get(key)) is not int:
+            raise UserError(f"{name}: {folder} cannot be read: its '{key}' is {metadata.get(key)!r}")
+    # Every episode has a group of its own, so there are fewer episodes than bytes.
+    if not 0 <= metadata["total_episodes"] <= _folder_size(folder):
+        raise UserError(f"{name}: {folder} cannot be read: it has no {metadata['total_episodes']} episodes")
+    if metadata["data_format"] == "hdf5":
+        check_hdf5_file(name, folder / "data" / "main_data.hdf5")
+
+
+def _leaves(name: str, space: spaces.Space[Any], recorded: Any) -> list[tuple[tuple[str, ...], spaces.Box]]:
+    """List an observation space's Box leaves with the keys that lead to each.
+
+    ``recorded`` is the space's JSON, which keeps the order of the environment's keys; minari's own
+    reading of it sorts them.
+    """
+    if isinstance(space, spaces.Box):
+        return [((), space)]
+    if not isinstance(space, spaces.Dict):
+        raise UserError(f"{name}: observations must be a Box or Dict of Box spaces, not {space}")
+    return [
+        ((key, *keys), leaf)
+        for key in recorded["subspaces"]
+        for keys, leaf in _leaves(name, space.spaces[key], recorded["subspaces"][key])
+    ]
+
+
+def _at(observations: Any, keys: tuple[str, ...]) -> np.ndarray:
+    for key in keys:
+        observations = observations[key]
+    return np.asarray(observations)
+
+
+def _check_shapes(
+    name: str, episode: Any, leaves: list[tuple[tuple[str, ...], spaces.Box]], action_space: spaces.Box
+) -> int:
+    """Return the number of steps T of an episode with T + 1 observations and T of everything else."""
+    length = len(episode.rewards)
+    if length == 0:
+        raise UserError(f"{name}: episode {episode.id} has no steps")
+    arrays = [
+        ("rewards", episode.rewards, (length,)),
+        ("actions", episode.actions, (length, *action_space.shape)),
+        ("terminations", episode.terminations, (length,)),
+        ("truncations", episode.truncations, (length,)),
+    ]
+    for keys, leaf in leaves:
+        key = "/".join(("observations", *keys))
+        arrays.append((key, _at(episode.observations, keys), (length + 1, *leaf.shape)))
+    for key, array, expected in arrays:
+        if np.asarray(array).dtype.kind not in "fiub":
+            raise UserError(
+                f"{name}: episode {episode.id}: '{key}' must hold numbers, not {np.asarray(array).dtype}"
+            )
+        if np.shape(array) != expected:
+            raise UserError(
+                f"{name}: episode {episode.id}: '{key}' has shape {np.shape(array)}, expected {expected}"
+            )
+    return length
+
+
+def _environment(metadata: Mapping[str, Any]) -> tuple[EnvironmentSpec | None, list[str]]:
+    """Return the evaluation environment that the dataset names, and what to tell the user about it."""
+    recorded = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    if recorded is None:
+        return None, ["the dataset names no environment: give one with --env to evaluate"]
+    try:
+        environment = EnvironmentSpec.from_gymnasium_json(recorded)
+    except UserError as error:
+        return None, [f"the dataset's {error}: give another with --env to evaluate"]
+    wrappers = wrappers_in_gymnasium_json(recorded)
+    notes = [f"the dataset was recorded with wrappers that are not applied: {', '.join(wrappers)}"]
+    return environment, notes if wrappers else []
+
+
+def _reference(
+    metadata: Mapping[str, Any], environment: EnvironmentSpec | None
+) -> tuple[ReferenceScores | None, list[str]]:
+    """Return the dataset's own reference scores, else D4RL's for its environment, saying which."""
+    low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    if isinstance(low, int | float) and isinstance(high, int | float) and -math.inf < low < high < math.inf:
+        return ReferenceScores(float(low), float(high)), []
+    table = None if environment is None else reference_scores(environment.env_id)
+    if table is None:
+        return None, ["the dataset has no reference scores: returns are not normalized"]
+    return table, ["the dataset has no reference scores of its own: D4RL's are used to normalize"]
+
+
+@contextlib.contextmanager
+def _named_errors(name: str, folder: Path) -> Iterator[None]:
+    """Turn what minari and its storages raise on damaged datasets into one UserError that names the data."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # AssertionError, KeyError, OSError, MemoryError ...: minari promises none
+        raise UserError(f"{name}: {folder} cannot be read ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}".rstrip(": ")
+
+
+def _folder_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,98 @@
+"""What the embedded datasets hold: one table of all of them, and their returns drawn as histograms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from flowrl.atomic import atomic_path, write_text
+from flowrl.data.dataset import EpisodeDataset
+from flowrl.data.embedded import EMBEDDED, load_embedded
+from flowrl.errors import UserError, exit_on_user_error
+
+BINS = 40
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Where to write the table and the picture."""
+
+    results_dir: Path = Path("results")
+    names: tuple[str, ...] = tuple(EMBEDDED)
+
+
+def summarize_data(summary: DataSummary) -> str:
+    """Write ``data.md`` and, where matplotlib is installed, ``data_returns.png``; return the table.
+
+    Datasets that are not here yet are collected.
+
+    Raises:
+        UserError: an unknown name, and see :func:`flowrl.data.embedded.load_embedded`.
+    """
+    lines = [
+        "| dataset | episodes | steps | mean return | mean | std | best | SHA-256 |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    scores = {}
+    for name in summary.names:
+        dataset = load_embedded(name)
+        scores[dataset.dataset_id] = normalized_scores(dataset)
+        lines.append(table_row(dataset, scores[dataset.dataset_id]))
+    table = "\n".join(lines)
+    text = (
+        "# The embedded datasets, as collected\n\nMean, std and best are normalised scores of whole "
+        f"episodes (100 is D4RL's expert).\n\n{table}\n"
+    )
+    if draw_histograms(summary.results_dir / "data_returns.png", scores):
+        text += "\n![Returns](data_returns.png)\n"
+    write_text(summary.results_dir / "data.md", text)
+    return table
+
+
+def draw_histograms(path: Path, scores: dict[str, np.ndarray]) -> bool:
+    """Draw each dataset's normalised scores into ``path``; return False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # an extra: only drawing needs it
+    except ImportError:
+        return False
+    columns = min(3, len(scores))
+    rows = -(-len(scores) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, (dataset_id, values) in zip(axes.flat, scores.items(), strict=False):
+        axis.hist(values, bins=BINS, color="#4477aa")
+        axis.set_title(dataset_id.removeprefix("flowrl/"), fontsize=9)
+        axis.set_xlabel("normalised score", fontsize=8)
+        axis.set_ylabel("episodes", fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    return True
+
+
+def normalized_scores(dataset: EpisodeDataset) -> np.ndarray:
+    """Return the normalised score of each episode, (E,) float64."""
+    if dataset.reference is None:
+        raise UserError(f"{dataset.dataset_id} has no reference scores")
+    reference = dataset.reference
+    return np.array([reference.normalized_score(value) for value in dataset.episode_returns.tolist()])
+
+
+def table_row(dataset: EpisodeDataset, scores: np.ndarray) -> str:
+    """Return a dataset's line of the table; ``scores`` are its episodes' normalised scores."""
+    return (
+        f"| `{dataset.dataset_id}` | {dataset.num_episodes} | {dataset.num_transitions} "
+        f"| {dataset.episode_returns.mean():.0f} | {scores.mean():.1f} | {scores.std():.1f} "
+        f"| {scores.max():.1f} | `{dataset.sha256[:16]}` |"
+    )
+
+
+def main() -> None:
+    """Parse the command line, run, print the figures; exits with 2 on bad input."""
+    config = tyro.cli(DataSummary, description=__doc__)
+    with exit_on_user_error():
+        print(summarize_data(config))
+
+
+if __name__ == "__main__":
+    main()
