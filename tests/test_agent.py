@@ -6,7 +6,7 @@ import torch
 
 from flowrl.attention import ATTENTION_KINDS
 from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
-from flowrl.model.transformer import Window
+from flowrl.window import Window
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 LAYOUTS = ("interleaved", "fused")
@@ -64,6 +64,7 @@ def predicted(agent, seed, actions, target, start, stop):
                 (previous[:stop], np.float32),
                 (returns_to_go, np.float32),
                 (np.arange(stop), np.int64),
+                (np.ones(stop), bool),
             )
         )
     )
@@ -190,7 +191,7 @@ def test_a_value_that_is_not_finite_names_its_environment(acting, bad):
     broken[2, 1] = bad
     with pytest.raises(ValueError, match="observations of environment 2 is not finite"):
         agent.act(broken, np.zeros(3))
-    with pytest.raises(ValueError, match="rewards_since_last_act of environment 1 is not finite"):
+    with pytest.raises(ValueError, match="rewards of environment 1 is not finite"):
         agent.act(observations, np.array([0.0, bad, 0.0]))
     refused = agent.act(observations, np.ones(3))  # a refused step left no trace
     agent.reset(3, 300.0)
@@ -205,7 +206,7 @@ def test_shapes_and_targets_that_do_not_fit_are_refused():
         agent.act(np.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"observations has shape \(3,\)"):
         agent.act(np.zeros(3))
-    with pytest.raises(ValueError, match=r"rewards_since_last_act has shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"rewards has shape \(1,\)"):
         agent.act(np.zeros((2, 3)), np.zeros(1))
     with pytest.raises(ValueError, match=r"broadcast|shape"):
         agent.reset(2, np.array([1.0, 2.0, 3.0]))
@@ -219,7 +220,7 @@ def test_recurrent_state_is_constant_in_size_under_flow_attention():
     sizes = set()
     for t in range(100):
         agent.act(observation_of(0, t)[None], np.zeros(1))
-        sizes.add(sum(tensor.numel() for state in agent._states for tensor in state))
+        sizes.add(sum(tensor.numel() for state in agent._state.layers for tensor in state))
     assert len(sizes) == 1
 
 

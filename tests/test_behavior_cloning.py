@@ -14,11 +14,11 @@ from flowrl.data.dataset import build_episodes, top_episodes
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict
-from flowrl.model.transformer import Window
+from flowrl.model.loading import agent_config_from_dict, agent_config_to_dict
 from flowrl.training.config import TrainConfig
 from flowrl.training.run import default_run_dir
 from flowrl.training.setup import build_agent
+from flowrl.window import Window
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 
@@ -75,8 +75,8 @@ def test_loss_is_the_mean_squared_error_of_valid_timesteps():
     expected = np.square((by_hand(model, observations) - actions) / width)[valid].mean()
     zeros = torch.zeros(3, 5)
     observed, taken = (torch.from_numpy(x).float() for x in (observations, actions))
-    window = Window(observed, taken, taken, zeros, zeros.long())
-    assert model.loss(window, torch.from_numpy(valid)).item() == pytest.approx(expected, rel=1e-5)
+    window = Window(observed, taken, taken, zeros, zeros.long(), torch.from_numpy(valid))
+    assert model.loss(window).item() == pytest.approx(expected, rel=1e-5)
 
 
 # The best episodes ----------------------------------------------------------------------------------------
@@ -152,11 +152,12 @@ def test_any_agent_can_train_on_the_best_episodes_alone(tiny_dataset, tmp_path, 
         options = {"agent": agent, "top-fraction": 0.5, "steps": 12, "eval-episodes": 0}
         train_here(tiny_dataset, run, **options)
         for batch in drawn:
-            same = batch.observations[..., None, :] == torch.from_numpy(expected)  # (batch, length, 30, 11)
+            observations = batch.window.observations[..., None, :]  # (batch, length, 1, 11)
+            same = observations == torch.from_numpy(expected)
             assert same.all(-1).any(-1).all()
         loaded = flowrl.load_agent(run)
         np.testing.assert_allclose(loaded.model.observation_mean, expected.mean(0), atol=1e-5)
-        assert loaded.dataset_id.endswith(" top 0.5")
+        assert loaded.config.dataset_id.endswith(" top 0.5")
         assert figures(run, "run")[0]["dataset_sha256"] == dataset.sha256
     assert len(drawn) == 24
 
@@ -210,11 +211,11 @@ def test_configurations_survive_and_old_ones_still_load():
         ("dropout", 1),
         ("observation_dim", True),
     ]:
-        with pytest.raises(UserError, match=f"RUN: '{place}'"):
+        with pytest.raises(UserError, match=f"RUN: model: '{place}'"):
             agent_config_from_dict({**data, "model": {**data["model"], place: value}}, "RUN")
-    with pytest.raises(UserError, match="RUN: unknown entry 'attention'"):
+    with pytest.raises(UserError, match="RUN: model: unknown entry 'attention'"):
         agent_config_from_dict({**data, "model": {**data["model"], "attention": "flow"}}, "RUN")
-    with pytest.raises(UserError, match="RUN: missing entry 'attention'"):
+    with pytest.raises(UserError, match="RUN: model: missing entry 'attention'"):
         agent_config_from_dict({**data, "agent": "transformer"}, "RUN")
 
 

@@ -32,7 +32,7 @@ from flowrl.attention import naive_flow_attention
 from flowrl.data.sampler import WindowSampler
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
-from flowrl.model.transformer import ModelConfig, SequenceModel, Window
+from flowrl.model.transformer import ModelConfig, SequenceModel
 
 TINY = Sizes(
     windows=(2, 4, 12, 8),
@@ -65,7 +65,7 @@ def test_the_authors_form_is_the_naive_formula(length):
 
 def test_a_model_with_the_authors_form_predicts_the_same():
     dataset = make_episodes(400)
-    window = Window(*WindowSampler(dataset, 20, 8, seed=1).sample()[:5])
+    window = WindowSampler(dataset, 20, 8, seed=1).sample().window
     model = SequenceModel(ModelConfig(11, 3, 1000, num_layers=2, embed_dim=32)).eval()
     expected = model(window)
     use_authors_attention(model)
@@ -82,20 +82,21 @@ def test_the_loop_samples_the_same_windows(sums_returns):
         np.where(dataset.episode_lengths > context, context - 1, 0)
     )  # windows that begin early
     numbers = drawn + torch.from_numpy(before[episodes])
-    expected = WindowSampler(dataset, context, len(drawn), seed=0).gather(numbers.numpy())
+    all_at_once = WindowSampler(dataset, context, len(drawn), seed=0).gather(numbers.numpy())
+    expected = all_at_once.window
     offsets = drawn.numpy() - dataset.episode_starts[episodes]
     loop = LoopSampler(dataset, context, len(drawn), 0, sums_returns=sums_returns)
     batch = loop.gather(episodes.tolist(), offsets.tolist())
-    assert batch.num_timesteps == expected.num_timesteps
-    assert batch.valid.equal(expected.valid)
-    assert batch.spans.equal(expected.spans)
+    assert batch.num_timesteps == all_at_once.num_timesteps
+    assert batch.window.valid.equal(expected.valid)
+    assert batch.spans.equal(all_at_once.spans)
     valid = expected.valid
-    assert batch.observations[valid].equal(expected.observations[valid])
-    assert batch.actions[valid].equal(expected.actions[valid])
-    assert batch.timesteps[valid].equal(expected.timesteps[valid])
-    torch.testing.assert_close(batch.returns_to_go[valid], expected.returns_to_go[valid])
+    assert batch.window.observations[valid].equal(expected.observations[valid])
+    assert batch.window.actions[valid].equal(expected.actions[valid])
+    assert batch.window.timesteps[valid].equal(expected.timesteps[valid])
+    torch.testing.assert_close(batch.window.returns_to_go[valid], expected.returns_to_go[valid])
     later = valid & (expected.timesteps > 0)
-    assert batch.previous_actions[later].equal(expected.previous_actions[later])
+    assert batch.window.previous_actions[later].equal(expected.previous_actions[later])
 
 
 def test_every_contender_steps_through_the_recorded_episodes():
@@ -144,7 +145,7 @@ def test_needed_products_of_linear_layers_are_those_of_a_hooked_model(monkeypatc
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(count)
     dataset = make_episodes(2_000)
-    model(Window(*WindowSampler(dataset, 20, 4, seed=0).gather(np.arange(19, 23))[:5]))
+    model(WindowSampler(dataset, 20, 4, seed=0).gather(np.arange(19, 23)).window)
     products = needed_products(model, 4, 20)
     attention = [product for product in products if product.batch > 1]
     assert sum(product.flops for product in products if product.batch == 1) == counted

@@ -218,10 +218,14 @@ def test_no_window_crosses_an_episode(
     ends = np.cumsum(episodes.lengths).tolist()
     for _ in range(3):
         batch = sampler.sample()
-        assert batch.valid.shape == batch.timesteps.shape == (batch_size, batch.valid.shape[1])
-        assert batch.num_timesteps == int(batch.valid.sum())
+        assert (
+            batch.window.valid.shape
+            == batch.window.timesteps.shape
+            == (batch_size, batch.window.valid.shape[1])
+        )
+        assert batch.num_timesteps == int(batch.window.valid.sum())
         for row, (start, stop) in enumerate(batch.spans.tolist()):
-            length = int(batch.valid[row].sum())
+            length = int(batch.window.valid[row].sum())
             assert stop - start == length
             end = next(end for end in ends if end > start)  # of the episode that the window begins in
             episode_length = episodes.lengths[ends.index(end)]
@@ -230,12 +234,14 @@ def test_no_window_crosses_an_episode(
             # It is shorter only at its episode's beginning or end, and a short episode is taken whole.
             assert length == context_length or start + episode_length == end or stop == end
             assert length == episode_length or episode_length > context_length
-            assert batch.valid[row].tolist() == [True] * length + [False] * (batch.valid.shape[1] - length)
+            assert batch.window.valid[row].tolist() == [True] * length + [False] * (
+                batch.window.valid.shape[1] - length
+            )
             window = slice(start, start + length)
             for name in ("observations", "actions", "returns_to_go", "timesteps"):
                 expected = torch.from_numpy(getattr(dataset, name)[window])
-                assert torch.equal(getattr(batch, name)[row, :length], expected), name
+                assert torch.equal(getattr(batch.window, name)[row, :length], expected), name
             for position in range(length):
-                if batch.timesteps[row, position] > 0:
+                if batch.window.timesteps[row, position] > 0:
                     previous = torch.from_numpy(dataset.actions[start + position - 1])
-                    assert torch.equal(batch.previous_actions[row, position], previous)
+                    assert torch.equal(batch.window.previous_actions[row, position], previous)

@@ -49,7 +49,7 @@ class ConstantAgent:
     def reset(self, num_envs, target_return):
         self.targets = np.broadcast_to(np.asarray(target_return, dtype=np.float64), num_envs)
 
-    def act(self, observations, rewards_since_last_act=None):
+    def act(self, observations, rewards=None):
         return np.repeat(self.targets[:, None] / 1000, 3, axis=1).astype(np.float32)
 
     def keep(self, indices):
@@ -225,7 +225,7 @@ def test_video_without_moviepy_is_a_user_error(tmp_path, monkeypatch):
 )  # moviepy leaves its pipes open
 def test_a_failed_video_leaves_no_file(tmp_path):
     class Failing(ConstantAgent):
-        def act(self, observations, rewards_since_last_act=None):
+        def act(self, observations, rewards=None):
             raise RuntimeError("no more actions")
 
     with pytest.raises(RuntimeError, match="no more actions"):

@@ -7,7 +7,6 @@ from conftest import write_tiny_dataset
 
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.sampler import WindowSampler
-from flowrl.model.transformer import Window
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import build_agent
 
@@ -50,7 +49,7 @@ def test_300_updates_stay_finite(
     for _ in range(UPDATES):
         batch = sampler.sample()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = model.loss(Window(*batch[:5]), batch.valid)
+            loss = model.loss(batch.window)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
         assert loss.isfinite()

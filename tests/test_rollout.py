@@ -30,10 +30,10 @@ class LinearAgent:
         self.to_go = np.broadcast_to(np.asarray(target_return, dtype=np.float64), num_envs).copy()
         self.memory = np.zeros((num_envs, len(self.from_memory)))
 
-    def act(self, observations, rewards_since_last_act=None):
+    def act(self, observations, rewards=None):
         assert len(observations) == len(self.memory)
-        if rewards_since_last_act is not None:
-            self.to_go -= rewards_since_last_act
+        if rewards is not None:
+            self.to_go -= rewards
         self.memory = 0.7 * self.memory + 0.3 * observations
         # A sum per slot: a matrix product may round differently for another number of slots.
         actions = (self.memory[:, :, None] * self.from_memory).sum(axis=1)
@@ -103,8 +103,8 @@ class CoarseAgent(Agent):
     Matrix products round differently for different numbers of slots; a robot would amplify that.
     """
 
-    def act(self, observations, rewards_since_last_act=None):
-        return np.round(super().act(observations, rewards_since_last_act), 1)
+    def act(self, observations, rewards=None):
+        return np.round(super().act(observations, rewards), 1)
 
 
 @pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
@@ -184,8 +184,8 @@ def test_a_non_finite_value_names_the_slot_and_the_step(faulty, fault, step):
 
 def test_a_non_finite_action_is_refused(faulty):
     class BrokenAgent(LinearAgent):
-        def act(self, observations, rewards_since_last_act=None):
-            actions = super().act(observations, rewards_since_last_act)
+        def act(self, observations, rewards=None):
+            actions = super().act(observations, rewards)
             actions[-1:] = np.nan if observations[-1, 0] == 2 else 0.0
             return actions
 

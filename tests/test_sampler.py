@@ -6,32 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from flowrl.data import sampler
 from flowrl.data.dataset import build_episodes
 from flowrl.data.sampler import WindowSampler
 
 LENGTHS = np.array([9, 1, 14, 30, 6])
 STARTS = np.array([0, 9, 10, 24, 54])
 EPISODE_OF = np.repeat(np.arange(5), LENGTHS)
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "copied",
-            marks=pytest.mark.skipif(
-                sampler.gather_library() is None, reason="no g++, or none for this machine"
-            ),
-        ),
-        "indexed",
-    ],
-    autouse=True,
-)
-def way(request, monkeypatch):
-    """Windows are copied by C++, or indexed where it cannot be built: everything here holds for both."""
-    if request.param == "indexed":
-        monkeypatch.setattr(sampler, "gather_library", lambda: None)
-    return request.param
 
 
 def make_dataset():
@@ -48,10 +28,11 @@ def make_dataset():
     )
 
 
-def windows(batch):
+def windows(window):
     """The transitions of each window, as lists of their numbers."""
     return [
-        row[valid].tolist() for row, valid in zip(batch.observations[..., 0].int(), batch.valid, strict=True)
+        row[valid].tolist()
+        for row, valid in zip(window.observations[..., 0].int(), window.valid, strict=True)
     ]
 
 
@@ -71,33 +52,35 @@ def test_every_window_there_is(context_length):
     dataset = make_dataset()
     sampler = WindowSampler(dataset, context_length, 60, seed=0)
     batch = sampler.gather(np.arange(sampler.num_windows))
-    assert batch.valid.shape[1] == min(context_length, 30)
+    assert batch.window.valid.shape[1] == min(context_length, 30)
     for number, (window, expected) in enumerate(
-        zip(windows(batch), every_window(context_length), strict=True)
+        zip(windows(batch.window), every_window(context_length), strict=True)
     ):
         first = STARTS[EPISODE_OF[expected[0]]]
         assert window == list(expected)
         assert batch.spans[number].tolist() == [expected[0], expected[-1] + 1]
-        padded = batch.valid.shape[1] - len(expected)
-        assert batch.valid[number].tolist() == [True] * len(expected) + [False] * padded
+        padded = batch.window.valid.shape[1] - len(expected)
+        assert batch.window.valid[number].tolist() == [True] * len(expected) + [False] * padded
         size = len(expected)
-        assert batch.timesteps[number, :size].tolist() == [index - first for index in expected]
-        np.testing.assert_array_equal(batch.actions[number, :size, 0], np.array(expected) + 1000)
-        np.testing.assert_array_equal(batch.returns_to_go[number, :size], dataset.returns_to_go[expected])
-        for padded_with_the_last in batch[:5]:
+        assert batch.window.timesteps[number, :size].tolist() == [index - first for index in expected]
+        np.testing.assert_array_equal(batch.window.actions[number, :size, 0], np.array(expected) + 1000)
+        np.testing.assert_array_equal(
+            batch.window.returns_to_go[number, :size], dataset.returns_to_go[expected]
+        )
+        for padded_with_the_last in batch.window[:5]:
             last = padded_with_the_last[number, size - 1]
             assert (padded_with_the_last[number, size:] == last).all()
         for place, index in enumerate(expected):
-            if index > first:  # at an episode's start nobody reads it
-                assert batch.previous_actions[number, place, 0] == index - 1 + 1000
-    assert batch.num_timesteps == int(batch.valid.sum())
-    assert all(tensor.isfinite().all() for tensor in batch[:5])
+            if index > first:  # unused at an episode's start
+                assert batch.window.previous_actions[number, place, 0] == index - 1 + 1000
+    assert batch.num_timesteps == int(batch.window.valid.sum())
+    assert all(tensor.isfinite().all() for tensor in batch.window[:5])
 
 
 def test_every_timestep_of_an_episode_is_in_as_many_windows():
     sampler = WindowSampler(make_dataset(), 6, 60, seed=0)
     batch = sampler.gather(np.arange(sampler.num_windows))
-    counts = np.bincount(np.concatenate(windows(batch)), minlength=60)
+    counts = np.bincount(np.concatenate(windows(batch.window)), minlength=60)
     longer = LENGTHS[EPISODE_OF] > 6
     assert (counts[longer] == 6).all()
     assert (counts[~longer] == LENGTHS[EPISODE_OF][~longer]).all()  # whole, as often as it has timesteps
@@ -126,7 +109,9 @@ def test_generator_state_brings_the_same_batches_back():
     for restored in (sampler, WindowSampler(make_dataset(), 4, 8, seed=99)):
         restored.generator_state = state
         for before in expected:
-            assert all(torch.equal(a, b) for a, b in zip(before[:7], restored.sample()[:7], strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(before.window, restored.sample().window, strict=True)
+            )
     same_seed, other_seed = (WindowSampler(make_dataset(), 4, 8, seed) for seed in (3, 4))
     first = WindowSampler(make_dataset(), 4, 8, seed=3).sample().spans
     assert torch.equal(same_seed.sample().spans, first)
@@ -140,17 +125,5 @@ def test_observations_are_read_in_place():
     (number,) = (n for n, window in enumerate(every_window(4)) if window[0] == 20 and len(window) == 4)
     before = sampler.gather(np.array([number]))
     dataset.observations[20] = -5
-    assert (sampler.gather(np.array([number])).observations[0, 0] == -5).all()
-    assert (before.observations[0, 0] != -5).any()
-
-
-def test_both_ways_give_the_same_batches(way, monkeypatch):
-    """Every entry, padding and the actions before an episode's first included."""
-    dataset = make_dataset()
-    batches = {way: WindowSampler(dataset, 6, 50, seed=5).sample()}
-    monkeypatch.undo()
-    if way == "copied":
-        monkeypatch.setattr(sampler, "gather_library", lambda: None)
-    batches["other"] = WindowSampler(dataset, 6, 50, seed=5).sample()
-    for name, a, b in zip(batches[way]._fields, *batches.values(), strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+    assert (sampler.gather(np.array([number])).window.observations[0, 0] == -5).all()
+    assert (before.window.observations[0, 0] != -5).any()

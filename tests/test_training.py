@@ -23,11 +23,12 @@ from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate
 from flowrl.evaluation.rollout import NonFiniteError
 from flowrl.model.checkpoint import load_checkpoint
-from flowrl.model.transformer import SequenceModel, Window
+from flowrl.model.transformer import SequenceModel
+from flowrl.native.accelerate import accelerate_training
 from flowrl.training import run, trainer
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import build_agent, default_targets, load_dataset, observation_statistics
-from flowrl.training.trainer import NonFiniteLossError, Trainer, learning_rate_at
+from flowrl.training.trainer import NonFiniteLossError, learning_rate_at
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +70,13 @@ def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
     dataset = load_dataset(config)
     torch.manual_seed(5)
     model = build_agent(config, dataset).model.train()
+    accelerate_training(model)  # draws dropout as training does
     sampler = WindowSampler(dataset, 6, 4, seed=5)
     parameters = list(model.parameters())
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(12):
         batch = sampler.sample()
-        gradients = torch.autograd.grad(model.loss(Window(*batch[:5]), batch.valid), parameters)
+        gradients = torch.autograd.grad(model.loss(batch.window), parameters)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         rate = (
             0.01 * (step + 1) / 3 if step < 3 else 0.01 * (0.55 + 0.45 * math.cos(math.pi * (step - 3) / 9))
@@ -154,8 +156,8 @@ def test_run_folder_holds_what_it_should(finished):
 def test_the_logged_loss_is_the_mean_over_its_updates(tiny_dataset, tmp_path, monkeypatch):
     seen, real = [], SequenceModel.loss
 
-    def loss(self, window, valid):
-        value = real(self, window, valid)
+    def loss(self, window):
+        value = real(self, window)
         seen.append(value.detach())
         return value
 
@@ -178,7 +180,7 @@ def test_the_last_evaluation_is_that_of_the_saved_agent(tiny_dataset, tmp_path):
     results = train_here(tiny_dataset, tmp_path / "run", steps=20)
     agent = flowrl.load_agent(tmp_path / "run")
     assert agent.acting == "window"
-    again = evaluate(agent, EnvironmentSpec("Hopper-v4"), [30.0, 5.0], 2, 0, agent.reference)
+    again = evaluate(agent, EnvironmentSpec("Hopper-v4"), [30.0, 5.0], 2, 0, agent.config.reference)
     for ours, theirs in zip(results, again, strict=True):
         np.testing.assert_array_equal(ours.returns, theirs.returns)
         np.testing.assert_array_equal(ours.lengths, theirs.lengths)
@@ -194,8 +196,8 @@ def test_a_non_finite_loss_stops_the_run_with_its_batch(tiny_dataset, tmp_path, 
         batches.append(sample(self))
         return batches[-1]
 
-    def loss(self, window, valid):
-        value = real(self, window, valid)
+    def loss(self, window):
+        value = real(self, window)
         if len(batches) == 23:  # a square root at 0: the loss is finite, its gradient is not
             return value * math.nan if bad == "loss" else (value - value).sqrt()
         return value
@@ -235,7 +237,7 @@ def test_batches_are_not_kept(tiny_dataset, tmp_path, monkeypatch):
         gc.collect()
         most.append(sum(reference() is not None for reference in alive))
         batch = sample(self)
-        alive.append(weakref.ref(batch.observations))
+        alive.append(weakref.ref(batch.window.observations))
         return batch
 
     monkeypatch.setattr(WindowSampler, "sample", recorded)
@@ -313,7 +315,7 @@ def test_an_agent_learns_its_units_from_the_data():
     assert agent.model.action_low.tolist() == [-2.0, 4.0]  # nothing to scale a constant by
     assert agent.model.action_high.tolist() == [1.0, 6.0]
     assert float(agent.model.return_scale) == 40.0
-    assert agent.default_targets == default_targets(dataset) == (6.0, 3.0)
+    assert agent.config.targets == default_targets(dataset) == (6.0, 3.0)
     assert agent.config.context_length == 3  # the data has no longer episode
     assert agent.config.model.max_timesteps == 3
     assert agent.acting == "window"
@@ -321,7 +323,7 @@ def test_an_agent_learns_its_units_from_the_data():
         TrainConfig(embed_dim=8, num_heads=2, context_length="episode", return_scale=7.0, targets=(1.0,)),
         dataset,
     )
-    assert (whole.acting, float(whole.model.return_scale), whole.default_targets) == (
+    assert (whole.acting, float(whole.model.return_scale), whole.config.targets) == (
         "recurrent",
         7.0,
         (1.0,),
@@ -370,30 +372,3 @@ def test_the_default_folder_names_the_run(tiny_dataset, tmp_path, monkeypatch):
         (TrainConfig(dataset="/data/../my.hdf5", attention="softmax"), "data-my/softmax-seed0-"),
     ):
         assert str(run.default_run_dir(config)).startswith(os.path.join("runs", folder))
-
-
-def test_nothing_waits_for_the_device_in_an_update(tiny_dataset, tmp_path, monkeypatch):
-    """Reading a tensor's value makes a GPU wait: an update must not."""
-    inside, reads = [], []
-    update = Trainer.update
-
-    def marked(self):
-        inside.append(True)
-        update(self)
-        inside.pop()
-
-    def counted(function):
-        def read(*arguments, **options):
-            if inside:
-                reads.append(function.__name__)
-            return function(*arguments, **options)
-
-        return read
-
-    monkeypatch.setattr(Trainer, "update", marked)
-    train_here(tiny_dataset, tmp_path / "run", steps=5, eval_episodes=0)
-    real = {name: getattr(torch.Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "__bool__")}
-    for name, function in real.items():
-        monkeypatch.setattr(torch.Tensor, name, counted(function))
-    train_here(tiny_dataset, tmp_path / "again", steps=5, eval_episodes=0)
-    assert reads == []

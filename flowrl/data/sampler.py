@@ -1,8 +1,5 @@
-"""Training batches: windows gathered by index from an :class:`EpisodeDataset` on the training device."""
+"""Training batches: windows of episodes, drawn at random and gathered by index."""
 
-import ctypes
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,24 +7,17 @@ import torch
 from torch import Tensor
 
 from flowrl.data.dataset import EpisodeDataset
-from flowrl.native.library import native_library
 from flowrl.ranks import ALONE, Ranks
+from flowrl.window import Window
 
-SOURCE = Path(__file__).with_name("gather.cpp")
+# On CUDA, windows are padded to a multiple of this share of the context, so that few CUDA graphs replay them.
+LENGTHS_PER_CONTEXT = 8
 
 
 class Batch(NamedTuple):
-    """``batch`` windows of one episode each, padded on the right to the longest; in the data's units.
+    """The windows of one update that this rank computes, and what they are of."""
 
-    Padding repeats the window's last transition; only ``valid`` timesteps count.
-    """
-
-    observations: Tensor  # (batch, length, observation_dim) float32
-    actions: Tensor  # (batch, length, action_dim) float32
-    previous_actions: Tensor  # (batch, length, action_dim), meaningless where timesteps is 0
-    returns_to_go: Tensor  # (batch, length) float32
-    timesteps: Tensor  # (batch, length) int64
-    valid: Tensor  # (batch, length) bool
+    window: Window
     spans: Tensor  # (batch, 2) int64 on the CPU: each window's first transition in the dataset, and its end
     num_timesteps: int  # valid ones, those of other ranks included
     share: float  # of num_timesteps that are in this batch; 1 but for several ranks
@@ -37,9 +27,10 @@ class WindowSampler:
     """Draws windows of ``context_length`` timesteps; an episode no longer than that is taken whole.
 
     A window may begin before its episode or end after it, and loses what lies outside: every timestep of an
-    episode is in as many windows as any other. (Were starts uniform over transitions, as in the Decision
+    episode is in as many windows as any other. (If starts were uniform over transitions, as in the Decision
     Transformer's code, an episode's first timestep would be in one window, its twentieth in twenty; but it is
-    the first ones that acting begins with.) Long episodes weigh by their length.
+    the first ones that acting begins with.) Long episodes weigh by their length. Padding repeats the window's
+    last transition.
 
     Random numbers come from a generator of the sampler's own on the CPU, so that batches are the same on
     every device; :attr:`generator_state` is all there is to save. Of several ranks each draws the whole
@@ -60,23 +51,14 @@ class WindowSampler:
         self.device = torch.device(device)
         self.ranks = ranks
         self._generator = torch.Generator().manual_seed(seed)
-        self._windows = _every_window(dataset, context_length)  # (windows, 3) int32: 12 bytes a transition
-        self.num_windows = len(self._windows)
-        self._drawn = torch.empty(batch_size, dtype=torch.int64)
-        self._numbers = self._drawn.numpy()  # the same memory
-        self._action_dim = dataset.action_dim
-        self._observation_dim = dataset.observation_dim
-        self._library = gather_library() if self.device.type == "cpu" else None
-        self._arrays = (dataset.observations, dataset.actions, dataset.returns_to_go)  # read in place
-        self._places = [array.ctypes.data for array in self._arrays]
-        if self._library is not None:
-            return
-        # Without C++ all but the observations, by far the widest, lie in one row for each transition, so that
-        # a batch takes two gathers.
-        self._observations, self._others = dataset.observations, _packed(dataset)
-        if self.device.type == "cuda":
-            tables = (self._observations, self._others)
-            self._on_device = tuple(torch.from_numpy(table).to(self.device) for table in tables)
+        self._starts, self._lengths = dataset.episode_starts, dataset.episode_lengths
+        overhang = np.where(self._lengths <= context_length, 0, context_length - 1)
+        self._windows_so_far = np.cumsum(self._lengths + overhang)  # (E,) of this episode and those before
+        self.num_windows = int(self._windows_so_far[-1])
+        tables = (dataset.observations, dataset.actions, dataset.returns_to_go)
+        self._tables = [torch.from_numpy(table) for table in tables]
+        if _fits(self._tables, self.device):
+            self._tables = [table.to(self.device) for table in self._tables]
 
     @property
     def generator_state(self) -> Tensor:
@@ -89,106 +71,63 @@ class WindowSampler:
 
     def sample(self) -> Batch:
         """Draw the next batch."""
-        self._drawn.random_(self.num_windows, generator=self._generator)
-        return self.gather(self._numbers)
+        drawn = torch.empty(self.batch_size, dtype=torch.int64)
+        return self.gather(drawn.random_(self.num_windows, generator=self._generator).numpy())
 
     def gather(self, numbers: np.ndarray) -> Batch:
         """Return this rank's share of the windows with these (batch,) numbers, below ``num_windows``."""
-        # In NumPy, whose calls take half as long as torch's on arrays as small as these.
-        windows = self._windows.take(numbers, axis=0)
-        lengths = windows[:, 1] - windows[:, 0]
+        starts, ends, first_timesteps = self._spans(numbers)
+        lengths = ends - starts
         num_timesteps, share = int(lengths.sum()), 1.0
         if self.ranks.size > 1:
-            windows = np.ascontiguousarray(windows[self.ranks.mine])
-            lengths = lengths[self.ranks.mine]
+            mine = self.ranks.mine
+            starts, ends, first_timesteps, lengths = (
+                x[mine] for x in (starts, ends, first_timesteps, lengths)
+            )
             share = int(lengths.sum()) / num_timesteps
-        arrays = self._copied if self._library is not None else self._indexed
-        spans = torch.from_numpy(windows[:, :2].astype(np.int64))
-        observations, actions, previous_actions, returns_to_go, timesteps, valid = arrays(
-            windows, int(lengths.max())
+        steps = np.arange(self._padded_length(int(lengths.max())))
+        offsets = np.minimum(steps, lengths[:, None] - 1)  # (batch, length)
+        window = self._window(
+            offsets + starts[:, None], offsets + first_timesteps[:, None], steps < lengths[:, None]
         )
-        return Batch(
-            observations=observations,
-            actions=actions,
-            previous_actions=previous_actions,
-            returns_to_go=returns_to_go,
-            timesteps=timesteps,
-            valid=valid,
-            spans=spans,
-            num_timesteps=num_timesteps,
-            share=share,
+        return Batch(window, torch.from_numpy(np.stack((starts, ends), axis=1)), num_timesteps, share)
+
+    def _spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First transition, end and first timestep of the windows with these numbers, each (batch,) int64."""
+        episodes = np.searchsorted(self._windows_so_far, numbers, side="right")
+        lengths = self._lengths[episodes]
+        whole = lengths <= self.context_length
+        # Counted back from the episode's last window, whose first timestep is the episode's last one.
+        first = lengths - (self._windows_so_far[episodes] - numbers)  # below 0: begins before the episode
+        last = np.where(whole, lengths, np.minimum(first + self.context_length, lengths))
+        first = np.where(whole, 0, first.clip(min=0))
+        return self._starts[episodes] + first, self._starts[episodes] + last, first
+
+    def _padded_length(self, longest: int) -> int:
+        if self.device.type != "cuda":
+            return longest
+        multiple = -(-self.context_length // LENGTHS_PER_CONTEXT)
+        return min(-(-longest // multiple) * multiple, self.context_length)
+
+    def _window(self, transitions: np.ndarray, timesteps: np.ndarray, valid: np.ndarray) -> Window:
+        """Gather (batch, length) transitions where the tables are, and bring them to the device."""
+        index = self._on(torch.from_numpy(transitions), self._tables[0].device)
+        observations, actions, returns_to_go = self._tables
+        gathered = (
+            *(observations[index], actions[index], actions[(index - 1).clamp(min=0)], returns_to_go[index]),
+            *(torch.from_numpy(timesteps), torch.from_numpy(valid)),
         )
+        return Window(*(self._on(tensor, self.device) for tensor in gathered))
 
-    def _copied(self, windows: np.ndarray, length: int) -> list[Tensor]:
-        """The first six entries of a batch of (batch, 3) windows, the longest of this length, by C++."""
-        batch, observation_dim, action_dim = len(windows), self._observation_dim, self._action_dim
-        outputs = [
-            torch.empty(batch, length, observation_dim),
-            torch.empty(batch, length, action_dim),
-            torch.empty(batch, length, action_dim),
-            torch.empty(batch, length),
-            torch.empty(batch, length, dtype=torch.int64),
-            torch.empty(batch, length, dtype=torch.bool),
-        ]
-        assert self._library is not None
-        self._library.gather_windows(
-            *(batch, length, observation_dim, action_dim),
-            torch.from_numpy(windows).data_ptr(),
-            *self._places,
-            *(output.data_ptr() for output in outputs),
-        )
-        return outputs
-
-    def _indexed(self, windows: np.ndarray, length: int) -> list[Tensor]:
-        """The same by index, on any device."""
-        starts, ends, first_timesteps = windows.astype(np.int64)[:, :, None].transpose(1, 0, 2)
-        steps, lengths = np.arange(length), ends - starts  # lengths are (batch, 1)
-        offsets = np.minimum(steps, lengths - 1)  # (batch, length)
-        timesteps, valid = self._to_device(offsets + first_timesteps), self._to_device(steps < lengths)
-        return [*self._rows(offsets + starts), timesteps, valid]
-
-    def _rows(self, index: np.ndarray) -> list[Tensor]:
-        """Observations, actions, previous actions and returns-to-go of the transitions (batch, length)."""
-        width = self._action_dim
-        if self.device.type == "cuda":
-            places = self._to_device(index)
-            observations, others = (table[places] for table in self._on_device)
-            return [observations, others[..., :width], others[..., width:-1], others[..., -1]]
-        observed, rest = self._observations.take(index, axis=0), self._others.take(index, axis=0)
-        parts = (observed, rest[..., :width], rest[..., width:-1], rest[..., -1])
-        return [torch.from_numpy(part) for part in parts]
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+    @staticmethod
+    def _on(tensor: Tensor, device: torch.device) -> Tensor:
+        if tensor.device.type == "cpu" and device.type == "cuda":
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.to(device)
 
 
-@cache
-def gather_library() -> ctypes.CDLL | None:
-    """The C++ that copies windows; None where it cannot be built."""
-    library = native_library(SOURCE, ("gather_windows",))
-    if library is not None:
-        library.gather_windows.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 10
-    return library
-
-
-def _every_window(dataset: EpisodeDataset, context_length: int) -> np.ndarray:
-    """Return every window that may be drawn: (windows, 3) int32 first transition, end, first timestep."""
-    starts, lengths = dataset.episode_starts, dataset.episode_lengths
-    whole = lengths <= context_length
-    counts = lengths + np.where(whole, 0, context_length - 1)
-    episode = np.repeat(np.arange(len(lengths)), counts)
-    first = (
-        np.arange(counts.sum()) - (counts.cumsum() - lengths)[episode]
-    )  # timestep, below 0 before episodes
-    last = np.where(whole[episode], lengths[episode], np.minimum(first + context_length, lengths[episode]))
-    first = np.where(whole[episode], 0, first.clip(min=0))
-    return np.stack((starts[episode] + first, starts[episode] + last, first), axis=1).astype(np.int32)
-
-
-def _packed(dataset: EpisodeDataset) -> np.ndarray:
-    """(N, 2 action_dim + 1) float32: of each transition its action, the one before it, the return-to-go."""
-    previous = np.concatenate((dataset.actions[:1], dataset.actions[:-1]))
-    return np.concatenate((dataset.actions, previous, dataset.returns_to_go[:, None]), axis=1)
+def _fits(tables: list[Tensor], device: torch.device) -> bool:
+    """Whether the data takes at most half of the device's free memory."""
+    if device.type != "cuda":
+        return True
+    return 2 * sum(table.nbytes for table in tables) <= torch.cuda.mem_get_info(device)[0]

@@ -190,23 +190,23 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     agent = flowrl.load_agent(
         config.run, checkpoint=config.checkpoint, acting=config.acting, device=config.device
     )
-    environment, targets = agent.environment, config.targets or agent.default_targets
+    environment, targets = agent.environment, config.targets or agent.config.targets
     if environment is None:
         raise UserError(f"{config.run}: its dataset names no environment, so it cannot be evaluated")
     print(
-        f"environment {environment.env_id}, dataset {agent.dataset_id} "
-        f"sha256 {agent.dataset_sha256[:12]}, acting {agent.acting}, "
+        f"environment {environment.env_id}, dataset {agent.config.dataset_id} "
+        f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, "
         f"checkpoint {agent.checkpoint_step}, seed {config.seed}"
     )
-    check_environment(environment, agent.observation_dim, agent.action_dim)
-    results = evaluate(agent, environment, targets, config.episodes, config.seed, agent.reference)
+    check_environment(environment, agent.config.model.observation_dim, agent.config.model.action_dim)
+    results = evaluate(agent, environment, targets, config.episodes, config.seed, agent.config.reference)
     print(format_table(results))
     if config.json is not None:
         document = to_json(
             results,
             environment=environment,
-            dataset_id=agent.dataset_id,
-            dataset_sha256=agent.dataset_sha256,
+            dataset_id=agent.config.dataset_id,
+            dataset_sha256=agent.config.dataset_sha256,
             acting=agent.acting,
             checkpoint_step=agent.checkpoint_step,
             seed=config.seed,

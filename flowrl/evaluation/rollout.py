@@ -19,7 +19,7 @@ class BatchedAgent(Protocol):
     def reset(self, num_envs: int, target_return: float | np.ndarray) -> None:
         """Forget everything and get ready to act in ``num_envs`` slots with targets (num_envs,)."""
 
-    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
+    def act(self, observations: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
         """Actions (num_envs, action_dim) for observations (num_envs, observation_dim), inside the bounds."""
 
     def keep(self, indices: np.ndarray) -> None:

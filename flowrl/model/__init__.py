@@ -2,7 +2,7 @@
 
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.model.storage import load_agent
+from flowrl.model.loading import load_agent
 from flowrl.model.transformer import ModelConfig, SequenceModel
 
 __all__ = [

@@ -1,7 +1,36 @@
-"""What every model of actions has: the data's units, and the loss."""
+"""What every model of actions has: the data's units, the loss, and its state while it acts."""
+
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
+
+from flowrl.attention.kinds import clear_rows, select_rows
+from flowrl.window import Window
+
+LARGEST_DIMENSION = 1 << 20  # a stored size beyond this is damage or malice, not a model
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Size = Annotated[int, Field(ge=1, le=LARGEST_DIMENSION)]
+NumLayers = Annotated[int, Field(ge=1, le=1000)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ActingState(NamedTuple):
+    """All that a model remembers of the episodes in which it acts, one row per environment."""
+
+    layers: tuple[Any, ...]  # an attention state per layer, None before the first token
+    previous_actions: Tensor  # (batch, action_dim) taken at the last timestep, in the data's units
+    pending: bool  # whether the previous actions are still to be read, with the next timestep's tokens
+
+    def keep(self, rows: Tensor) -> Self:
+        """Only these rows, (kept,) int64, in this order."""
+        layers = tuple(layer and select_rows(layer, rows) for layer in self.layers)
+        return self._replace(layers=layers, previous_actions=self.previous_actions[rows])
+
+    def clear(self, rows: Tensor) -> Self:
+        """The rows where the (batch,) bool mask holds as before their first token."""
+        return self._replace(layers=tuple(layer and clear_rows(layer, rows) for layer in self.layers))
 
 
 class ActionModel(nn.Module):
@@ -11,6 +40,7 @@ class ActionModel(nn.Module):
     enters and leaves in the data's own units.
     """
 
+    has_memory: bool  # whether actions depend on earlier timesteps
     observation_mean: Tensor  # (observation_dim,)
     observation_std: Tensor
     action_low: Tensor  # (action_dim,)
@@ -23,6 +53,38 @@ class ActionModel(nn.Module):
         self.register_buffer("action_low", -torch.ones(action_dim))
         self.register_buffer("action_high", torch.ones(action_dim))
 
+    def loss(self, window: Window) -> Tensor:
+        """Mean squared error over the components of valid timesteps' actions, in bounds-normalised units.
+
+        Padding adds neither to the sum nor to the number it is divided by.
+        """
+        errors = (self(window).float() - self.normalize_actions(window.actions)).square()
+        return (errors.sum(-1) * window.valid).sum() / (window.valid.sum() * errors.shape[-1])
+
+    def start(self, batch: int) -> ActingState:
+        """The state before the first timestep of ``batch`` episodes."""
+        return ActingState((), self.action_low.new_zeros(batch, len(self.action_low)), pending=False)
+
+    def step(
+        self, observations: Tensor, returns_to_go: Tensor, timesteps: Tensor, state: ActingState
+    ) -> tuple[Tensor, ActingState]:
+        """The recurrent form of :meth:`forward`: one timestep of every episode.
+
+        Args:
+            observations: (batch, observation_dim).
+            returns_to_go: (batch,).
+            timesteps: (batch,) int64, counted from each episode's start.
+            state: of the timesteps before; it must not be used again. ``previous_actions`` are those taken
+                since, which the caller has put there.
+
+        Returns the actions (batch, action_dim) in [-1, 1] and the state after this timestep.
+        """
+        raise NotImplementedError
+
+    def restart(self, state: ActingState, rows: Tensor, timesteps: Tensor) -> ActingState:
+        """Forget the episodes of the rows where the (batch,) bool mask holds; ``timesteps`` come next."""
+        return state.clear(rows)
+
     def normalize_actions(self, actions: Tensor) -> Tensor:
         """Map the bounds to -1 and 1."""
         return (2 * actions - (self.action_high + self.action_low)) / (self.action_high - self.action_low)
@@ -34,12 +96,3 @@ class ActionModel(nn.Module):
     def normalize_observations(self, observations: Tensor) -> Tensor:
         """Map the data to mean 0 and standard deviation 1."""
         return (observations - self.observation_mean) / self.observation_std
-
-    def mean_squared_error(self, predicted: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
-        """Mean over the components of valid timesteps' actions, in bounds-normalised units.
-
-        ``predicted`` and ``actions`` are (batch, length, action_dim), the latter in the data's units.
-        ``valid`` is (batch, length) bool: padding adds neither to the sum nor to the number it is divided by.
-        """
-        errors = (predicted.float() - self.normalize_actions(actions)).square()
-        return (errors.sum(-1) * valid).sum() / (valid.sum() * actions.shape[-1])

@@ -1,27 +1,31 @@
-"""The agent: a trained model, what it must know to act, and its memory of the episodes under way."""
+"""The agent: a trained model, all that it needs to act, and its state in the episodes under way."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from flowrl.attention.kinds import clear_rows, select_rows
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
+from flowrl.model.action_model import STRICT, ActingState, Size
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.model.transformer import ModelConfig, SequenceModel, Window
+from flowrl.model.transformer import ModelConfig, SequenceModel
+from flowrl.native.accelerate import accelerate_acting
+from flowrl.window import Window
 
+AgentName = Literal["transformer", "bc"]
 Acting = Literal["recurrent", "window"]
+AutoresetMode = Literal["next_step", "same_step", "disabled"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AgentConfig:
     """What travels with the weights, so that an agent acts without its dataset."""
 
     model: ModelConfig | BehaviorCloningConfig
-    context_length: int
+    context_length: Size
     """Timesteps of the longest window seen in training."""
     full_episodes: bool
     """Whether windows were whole episodes; decides how the agent acts by default."""
@@ -33,38 +37,9 @@ class AgentConfig:
     environment: EnvironmentSpec | None = None
     reference: ReferenceScores | None = None
 
-    @property
-    def default_acting(self) -> Acting:
-        no_memory = isinstance(self.model, BehaviorCloningConfig)  # a window would only repeat work
-        return "recurrent" if self.full_episodes or no_memory else "window"
-
-
-@dataclass
-class _History:
-    """The last ``context_length`` timesteps of each slot, filled from the left."""
-
-    window: Window
-    count: Tensor  # (slots,) int64, timesteps held
-
-    def append(
-        self, observations: Tensor, previous: Tensor, returns_to_go: Tensor, timesteps: Tensor
-    ) -> Tensor:
-        """Write a timestep into each slot, dropping the oldest of full ones; return its place (slots,)."""
-        full = self.count == self.window.timesteps.shape[1]
-        if full.any():
-            for tensor in self.window:
-                tensor[full] = tensor[full].roll(-1, dims=1)
-        place = self.count - full.long()
-        row = torch.arange(len(place), device=place.device)
-        entries = (observations, torch.zeros_like(previous), previous, returns_to_go, timesteps)
-        for tensor, entry in zip(self.window, entries, strict=True):
-            tensor[row, place] = entry
-        self.count = place + 1
-        return place
-
 
 class Agent:
-    """Acts in many environments at once, one slot each.
+    """Acts in many environments at once, one slot each, or in a single one.
 
     ``recurrent`` acting carries the attention state: constant time and memory per step under Flow-Attention,
     exact over the whole episode so far. ``window`` acting recomputes the last ``context_length`` timesteps.
@@ -80,146 +55,183 @@ class Agent:
     ) -> None:
         self.model = model
         self.config = config
-        self.acting: Acting = acting or config.default_acting
+        by_default: Acting = "recurrent" if config.full_episodes or not model.has_memory else "window"
+        self.acting: Acting = acting or by_default
         self.checkpoint_step = checkpoint_step
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.observation_mean.device
-
-    @property
-    def observation_dim(self) -> int:
-        return self.config.model.observation_dim
-
-    @property
-    def action_dim(self) -> int:
-        return self.config.model.action_dim
+        self._state: ActingState | None = None
 
     @property
     def environment(self) -> EnvironmentSpec | None:
         return self.config.environment
 
     @property
-    def reference(self) -> ReferenceScores | None:
-        return self.config.reference
-
-    @property
-    def dataset_id(self) -> str:
-        return self.config.dataset_id
-
-    @property
-    def dataset_sha256(self) -> str:
-        return self.config.dataset_sha256
-
-    @property
-    def default_targets(self) -> tuple[float, ...]:
-        return self.config.targets
+    def device(self) -> torch.device:
+        return self.model.observation_mean.device
 
     @torch.inference_mode()
-    def reset(self, num_envs: int, target_return: float | np.ndarray) -> None:
-        """Start ``num_envs`` episodes that aim at ``target_return``, one finite number or one per slot."""
-        config, device = self.config.model, self.device
-        targets = np.broadcast_to(np.asarray(target_return, dtype=np.float32), (num_envs,))
-        if not np.isfinite(targets).all():
-            raise ValueError(f"target_return {target_return}: must be finite")
+    def reset(
+        self,
+        num_envs: int | None,
+        target_return: float | np.ndarray,
+        *,
+        autoreset_mode: AutoresetMode | str = "disabled",
+    ) -> None:
+        """Start an episode in each of ``num_envs`` environments; None: in a single one, without a batch axis.
+
+        Args:
+            num_envs: number of slots.
+            target_return: one finite number, or one per slot.
+            autoreset_mode: how the vector environment starts an episode after another, where :meth:`act` is
+                given ``terminations`` and ``truncations``: Gymnasium's ``envs.metadata["autoreset_mode"]``
+                or its value. "next_step": the step after an episode's last only resets; "same_step" and
+                "disabled": the observation that comes with the end is already the next episode's first.
+
+        Raises:
+            ValueError: a target that is not finite, or an unknown mode.
+        """
+        self._batched, slots = num_envs is not None, 1 if num_envs is None else num_envs
+        mode = str(getattr(autoreset_mode, "value", autoreset_mode)).lower().replace("-", "_")
+        mode = mode.removeprefix("autoresetmode.")
+        if mode not in ("next_step", "same_step", "disabled"):
+            raise ValueError(f"autoreset_mode {autoreset_mode!r}: expected next_step, same_step or disabled")
+        self._resets_on_next_step = mode == "next_step"
         self.model.eval()
-        if self.acting == "recurrent" and isinstance(self.model, SequenceModel):
-            self.model.prepare_to_act()
-        self._target_return = torch.tensor(targets, device=device)
-        self._returns_to_go = self._target_return.clone()
-        self._timesteps = torch.zeros(num_envs, dtype=torch.int64, device=device)
-        self._previous_actions = torch.zeros(num_envs, config.action_dim, device=device)
-        self._states: list = [None] * config.num_layers
-        self._all_told = True  # the states know the previous actions of all slots
-        self._history = self._empty_history(num_envs) if self.acting == "window" else None
+        if self.acting == "recurrent":
+            accelerate_acting(self.model)
+        self._target_return = torch.zeros(slots, device=self.device)
+        self._returns_to_go = torch.zeros(slots, device=self.device)
+        self._timesteps = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self._ended = torch.zeros(slots, dtype=torch.bool, device=self.device)  # and not restarted yet
+        self._state = self.model.start(slots)
+        self._history = self._empty_history(slots) if self.acting == "window" else None
+        self.set_target(target_return)
 
     @torch.inference_mode()
-    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
+    def set_target(self, target_return: float | np.ndarray) -> None:
+        """Aim at ``target_return`` from now on, one finite number or one per slot, in mid-episode too.
+
+        What an episode has earned already counts towards its target.
+        """
+        if not np.isfinite(target_return).all():
+            raise ValueError(f"target_return {target_return}: must be finite")
+        targets = np.broadcast_to(np.asarray(target_return, dtype=np.float32), len(self._target_return))
+        target = torch.tensor(targets, device=self.device)
+        self._returns_to_go += target - self._target_return
+        self._target_return = target
+
+    @torch.inference_mode()
+    def act(
+        self,
+        observations: np.ndarray,
+        rewards: np.ndarray | float | None = None,
+        terminations: np.ndarray | bool | None = None,
+        truncations: np.ndarray | bool | None = None,
+    ) -> np.ndarray:
         """Return float32 actions (num_envs, action_dim) within the action bounds.
+
+        Without a batch axis (see :meth:`reset`), every array lacks its first axis.
 
         Args:
             observations: (num_envs, observation_dim).
-            rewards_since_last_act: (num_envs,) rewards that the last actions earned; ignored at an episode's
-                first step, where it may be None.
+            rewards: (num_envs,) earned by the last actions; ignored at an episode's first timestep, where it
+                may be None.
+            terminations, truncations: (num_envs,) bool, of the environments' last step; slots whose episode
+                ended start anew. Needed only where environments reset themselves.
 
         Raises:
+            RuntimeError: before :meth:`reset`.
             ValueError: a shape that does not fit, or a NaN or infinity (the message names the slot).
         """
+        if self._state is None:
+            raise RuntimeError("call reset(num_envs, target_return) before act")
         observed = self._checked("observations", observations, (self.config.model.observation_dim,))
-        if rewards_since_last_act is not None and self.config.reward_mode == "dense":
-            rewards = self._checked("rewards_since_last_act", rewards_since_last_act, ())
-            self._returns_to_go -= torch.where(self._timesteps > 0, rewards, 0)
+        self._start_ended_episodes(terminations, truncations)
+        if rewards is not None and self.config.reward_mode == "dense":
+            earned = self._checked("rewards", rewards, ())
+            self._returns_to_go -= torch.where(self._timesteps > 0, earned, 0)
         if self._history is None:
-            actions = self._act_recurrent(observed)
+            arguments = (observed, self._returns_to_go, self._timesteps)
+            predicted, self._state = self.model.step(*arguments, self._state)
+            actions = self._bounded(predicted)
         else:
-            actions = self._act_window(observed, self._history)
+            actions = self._act_window(observed, self._state.previous_actions, self._history)
         self._timesteps += 1
-        self._previous_actions = actions
-        return actions.cpu().numpy().copy()  # the agent remembers its own: the caller may change these
+        self._state = self._state._replace(previous_actions=actions)
+        answer = actions.cpu().numpy().copy()  # the agent remembers its own: the caller may change these
+        return answer if self._batched else answer[0]
 
     @torch.inference_mode()
     def restart(self, finished: np.ndarray) -> None:
         """Forget the episodes of the slots where the (num_envs,) bool mask holds; they start anew."""
+        assert self._state is not None
         rows = torch.as_tensor(np.asarray(finished, dtype=bool), device=self.device)
-        if not self._all_told:  # those of other slots; no next timestep of these will bring theirs
-            self._states = self.model.step_action(self._previous_actions, self._timesteps - 1, self._states)
-            self._all_told = True
+        self._state = self.model.restart(self._state, rows, self._timesteps)
         self._returns_to_go = torch.where(rows, self._target_return, self._returns_to_go)
         self._timesteps.masked_fill_(rows, 0)
-        self._states = [state and clear_rows(state, rows) for state in self._states]
         if self._history is not None:
-            self._history.count.masked_fill_(rows, 0)
+            self._history.valid.masked_fill_(rows[:, None], False)
 
     @torch.inference_mode()
     def keep(self, indices: np.ndarray) -> None:
-        """Go on with only these slots, in this order."""
+        """Continue with only these slots, in this order."""
+        assert self._state is not None
         rows = torch.as_tensor(np.asarray(indices, dtype=np.int64), device=self.device)
         self._target_return = self._target_return[rows]
         self._returns_to_go = self._returns_to_go[rows]
         self._timesteps = self._timesteps[rows]
-        self._previous_actions = self._previous_actions[rows]
-        self._states = [state and select_rows(state, rows) for state in self._states]
+        self._ended = self._ended[rows]
+        self._state = self._state.keep(rows)
         if self._history is not None:
-            window = Window(*(tensor[rows] for tensor in self._history.window))
-            self._history = _History(window, self._history.count[rows])
+            self._history = self._history.rows(rows)
 
-    def _act_recurrent(self, observations: Tensor) -> Tensor:
-        interleaved = self.config.model.token_layout == "interleaved"
-        previous = None if interleaved and self._all_told else self._previous_actions
-        predicted, self._states = self.model.step(
-            self._returns_to_go, observations, previous, self._timesteps, self._states
-        )
-        self._all_told = not interleaved  # told in one go with the next timestep
-        return self._bounded(predicted)
+    def _start_ended_episodes(self, terminations: object, truncations: object) -> None:
+        ended = torch.zeros_like(self._ended)
+        for flags in (terminations, truncations):
+            if flags is not None:
+                ended |= torch.as_tensor(np.asarray(flags, dtype=bool).reshape(-1), device=self.device)
+        # In NEXT_STEP mode an end comes with its own last observation, the next step returns the first one.
+        starting = self._ended if self._resets_on_next_step else ended
+        if starting.any():
+            self.restart(starting.cpu().numpy())
+        self._ended = ended
 
-    def _act_window(self, observations: Tensor, history: _History) -> Tensor:
-        place = history.append(observations, self._previous_actions, self._returns_to_go, self._timesteps)
-        longest = int(history.count.max())
-        predicted = self.model(Window(*(tensor[:, :longest] for tensor in history.window)))
+    def _act_window(self, observed: Tensor, previous: Tensor, history: Window) -> Tensor:
+        """Append a timestep to each slot's window, dropping the oldest of a full one, and predict from it."""
+        full = history.valid.all(dim=1)
+        if full.any():
+            for tensor in history:
+                tensor[full] = tensor[full].roll(-1, dims=1)
+        place = history.valid.sum(dim=1) - full.long()
         row = torch.arange(len(place), device=place.device)
+        entries = (observed, torch.zeros_like(previous), previous, self._returns_to_go, self._timesteps)
+        for tensor, entry in zip(history, (*entries, torch.ones_like(full)), strict=True):
+            tensor[row, place] = entry
+        longest = int(place.max()) + 1
+        predicted = self.model(Window(*(tensor[:, :longest] for tensor in history)))
         actions = self._bounded(predicted[row, place])
-        history.window.actions[row, place] = actions
+        history.actions[row, place] = actions
         return actions
 
     def _bounded(self, predicted: Tensor) -> Tensor:
         actions = self.model.denormalize_actions(predicted.float())
         return torch.clamp(actions, self.model.action_low, self.model.action_high)
 
-    def _empty_history(self, num_envs: int) -> _History:
-        config, shape = self.config.model, (num_envs, self.config.context_length)
+    def _empty_history(self, slots: int) -> Window:
+        config, shape = self.config.model, (slots, self.config.context_length)
 
         def zeros(*width: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*shape, *width, dtype=dtype, device=self.device)
 
         actions, previous = zeros(config.action_dim), zeros(config.action_dim)
-        window = Window(zeros(config.observation_dim), actions, previous, zeros(), zeros(dtype=torch.int64))
-        return _History(window, torch.zeros(num_envs, dtype=torch.int64, device=self.device))
+        timesteps, valid = zeros(dtype=torch.int64), zeros(dtype=torch.bool)
+        return Window(zeros(config.observation_dim), actions, previous, zeros(), timesteps, valid)
 
-    def _checked(self, name: str, array: np.ndarray, width: tuple[int, ...]) -> Tensor:
+    def _checked(self, name: str, array: np.ndarray | float, width: tuple[int, ...]) -> Tensor:
         values = np.asarray(array, dtype=np.float32)
-        expected = (len(self._timesteps), *width)
+        expected = (len(self._timesteps), *width) if self._batched else width
         if values.shape != expected:
             raise ValueError(f"{name} has shape {values.shape}, this agent was reset for {expected}")
+        values = values.reshape(len(self._timesteps), *width)
         finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
         if not finite.all():
             raise ValueError(f"{name} of environment {int(np.argmin(finite))} is not finite")

@@ -1,0 +1,1 @@
+"""Hand-written speed for CPUs: ``accelerate.py`` puts it into a model; see there."""

@@ -1,24 +1,29 @@
 """Acting with a Flow-Attention model on CPUs: one call of C++ (``acting.cpp``) for all blocks of a timestep.
 
-It computes what :meth:`flowrl.model.transformer.Block.steps` does, block after block, without what a few
-dozen calls of torch cost and without threads that wait for each other; the weights are put in order once for
-many steps.
+It computes what :meth:`flowrl.model.transformer.SequenceModel.read` does, block after block, without the cost
+of a few dozen calls of torch and without threads that wait for each other; the weights are packed once for
+many timesteps.
 """
 
 import ctypes
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowrl.attention.flow import FlowState, empty_flow_state
 from flowrl.attention.flow.cpu import MOST_STEPS, WIDTHS, flow_library
+from flowrl.model.transformer import Block, SequenceModel
+from flowrl.native.kernels import is_trusted, largest_difference
 from flowrl.native.library import native_library
-from flowrl.native.products import WIDTH_MULTIPLE
 
 SOURCE = Path(__file__).with_name("acting.cpp")
-NORM_EPS, FLOW_EPS, CLAMP = 1e-5, 1e-6, 10.0  # of nn.LayerNorm and flow_attention_step
+WIDTH_MULTIPLE = 32  # two vectors of AVX-512
+FLOW_EPS, CLAMP = 1e-6, 10.0  # the defaults of flow_attention_step
+CHECK_BATCH, TOLERANCE = 3, 1e-4  # of an error relative to the largest number
 
 
 @cache
@@ -27,64 +32,59 @@ def acting_library() -> ctypes.CDLL | None:
     return native_library(SOURCE, ("pack_weight", "act"), ("REAL=float",))
 
 
+def can_pack(model: SequenceModel) -> bool:
+    """Whether C++ computes what the model's blocks do, once proven for its shape."""
+    config, weight = model.config, model.predict_action.weight
+    shape = (config.embed_dim, config.num_heads, config.num_layers)
+    head_dim = config.embed_dim // config.num_heads
+    return (
+        config.attention == "flow"
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and config.embed_dim % WIDTH_MULTIPLE == 0
+        and head_dim in WIDTHS
+        and all(_is_known(block) for block in model.blocks)
+        and flow_library(torch.float32, head_dim) is not None
+        and acting_library() is not None
+        and is_trusted("acting in C++", shape, partial(_error, model), TOLERANCE)
+    )
+
+
 class PackedBlocks:
-    """The weights of a model's blocks, in the order in which C++ reads them; a copy of this moment."""
+    """A model's blocks, with a copy of their weights in the order that C++ reads; see :func:`can_pack`."""
 
-    def __init__(self, blocks: list[list[nn.Linear | nn.LayerNorm]], num_heads: int) -> None:
-        """``blocks`` are the modules of each in the order of use, on a CPU; see :func:`can_pack`."""
-        self.num_layers, self.num_heads = len(blocks), num_heads
-        self._weights = torch.cat([part for block in blocks for module in block for part in _packed(module)])
-        self.width = blocks[0][0].weight.shape[0]
+    def __init__(self, model: SequenceModel) -> None:
+        self._model, self._num_heads = model, model.config.num_heads
+        parts = [part for block in model.blocks for module in _parts(block) for part in _packed(module)]
+        self._weights = torch.cat(parts)
 
-    def act(self, tokens: Tensor, states: list[FlowState | None]) -> tuple[Tensor, list[FlowState]]:
-        """(tokens, batch, width) float32 -> the last tokens after all blocks (batch, width), and the states.
-
-        ``states``, one a layer, are changed and returned; None stands for the one before the first token.
-        """
-        num_tokens, batch, width = tokens.shape
-        head_dim = width // self.num_heads
-        nothing = tokens.new_empty(batch, self.num_heads, head_dim)  # whose shape is all that matters
-        known = [empty_flow_state(nothing, nothing) if state is None else state for state in states]
+    def read(self, tokens: Tensor, layers: tuple) -> tuple[Tensor, tuple]:
+        """See :meth:`SequenceModel.read`, which does what C++ cannot; ``layers`` are changed."""
+        if not _can_read(tokens, layers):
+            return SequenceModel.read(self._model, tokens, layers)
+        batch, num_tokens, width = tokens.shape
+        head_dim = width // self._num_heads
+        like = tokens.new_empty(batch, self._num_heads, head_dim)
+        states: tuple[FlowState, ...] = tuple(
+            empty_flow_state(like, like) if state is None else state for state in layers
+        )
         library, flow = acting_library(), flow_library(torch.float32, head_dim)
         assert library is not None
         assert flow is not None
-        sizes = (num_tokens, batch, width, self.num_heads, self.num_layers)
-        acting = _Acting(*sizes, NORM_EPS, FLOW_EPS, CLAMP, torch.get_num_threads())
-        pointers = [tensor.data_ptr() for state in known for tensor in state]
-        last, tokens = tokens.new_empty(batch, width), tokens.contiguous()
+        norm_eps = self._model.final_norm.eps
+        sizes = (num_tokens, batch, width, self._num_heads, len(states))
+        acting = _Acting(*sizes, norm_eps, FLOW_EPS, CLAMP, torch.get_num_threads())
+        pointers = [tensor.data_ptr() for state in states for tensor in state]
+        last, in_turn = tokens.new_empty(batch, width), tokens.transpose(0, 1).contiguous()
         library.act(
             ctypes.byref(acting),
             ctypes.cast(flow.flow_steps, ctypes.c_void_p),
             ctypes.c_void_p(self._weights.data_ptr()),
             (ctypes.c_void_p * len(pointers))(*pointers),
-            ctypes.c_void_p(tokens.data_ptr()),
+            ctypes.c_void_p(in_turn.data_ptr()),
             ctypes.c_void_p(last.data_ptr()),
         )
-        return last, known
-
-
-def can_pack(width: int, num_heads: int, weight: Tensor) -> bool:
-    """Whether C++ can act for Flow-Attention blocks of this width, whose weights are like this one."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and width % WIDTH_MULTIPLE == 0
-        and width // num_heads in WIDTHS
-        and flow_library(torch.float32, width // num_heads) is not None
-        and acting_library() is not None
-    )
-
-
-def can_act(tokens: Tensor, states: list[FlowState | None]) -> bool:
-    """Whether packed blocks can read these tokens: few, float32, without a gradient."""
-    return (
-        tokens.device.type == "cpu"
-        and tokens.dtype == torch.float32
-        and len(tokens) <= MOST_STEPS
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and all(tensor.is_contiguous() for state in states if state is not None for tensor in state)
-    )
+        return last, states
 
 
 class _Acting(ctypes.Structure):
@@ -97,8 +97,37 @@ class _Acting(ctypes.Structure):
     ]
 
 
-def _packed(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def _can_read(tokens: Tensor, layers: tuple[FlowState | None, ...]) -> bool:
+    """Whether the tokens are few, float32 and without a gradient."""
+    return (
+        tokens.device.type == "cpu"
+        and tokens.dtype == torch.float32
+        and tokens.shape[1] <= MOST_STEPS
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and all(tensor.is_contiguous() for state in layers if state is not None for tensor in state)
+    )
+
+
+def _is_known(block: nn.Module) -> bool:
+    """Whether a block has the parts that C++ computes; with another activation, for one, it does not."""
+    if type(block) is not Block or len(block.mlp) != 3 or type(block.mlp[1]) is not nn.ReLU:
+        return False
+    return all(
+        isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None for module in _parts(block)
+    )
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    """The modules with weights, in the order of use."""
+    assert isinstance(block, Block)
+    attention, widen, narrow = block.attention, block.mlp[0], block.mlp[2]
+    return [block.attention_norm, attention.qkv, attention.project, block.mlp_norm, widen, narrow]
+
+
+def _packed(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a module, flat."""
+    assert isinstance(module, nn.Linear | nn.LayerNorm)
     weight = module.weight.detach().contiguous()
     if isinstance(module, nn.Linear):
         packed, library = torch.empty_like(weight).flatten(), acting_library()
@@ -107,3 +136,23 @@ def _packed(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
         library.pack_weight(*(ctypes.c_int64(size) for size in weight.shape), *places)
         weight = packed
     return weight, module.bias.detach()
+
+
+def _error(model: SequenceModel) -> float:
+    """How far two reads of a few tokens, and the states after them, are from torch's."""
+    generator = torch.Generator().manual_seed(0)
+    packed, results = PackedBlocks(model), []
+    reads = [
+        torch.randn(CHECK_BATCH, tokens, model.config.embed_dim, generator=generator)
+        for tokens in (MOST_STEPS - 1, 1)
+    ]
+    with torch.no_grad():
+        for read in (packed.read, partial(SequenceModel.read, model)):
+            outputs: list[Tensor] = []
+            layers: tuple[Any, ...] = (None,) * model.config.num_layers  # before the first token
+            for tokens in reads:
+                output, layers = read(tokens, layers)
+                outputs.append(output.clone())
+            results.append((*outputs, *chain.from_iterable(layers)))
+    scale = max(float(x.abs().max()) for x in results[1])
+    return largest_difference(*results) / scale

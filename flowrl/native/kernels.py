@@ -1,4 +1,4 @@
-"""Whether the hand-written kernels are used: one switch for all of them, and a check before the first use of each.
+"""Whether hand-written kernels are used: one switch for all, and a check before the first use of each.
 
 ``FLOWRL_KERNELS=off`` in the environment makes every kernel (C++, Triton) step aside for plain torch.
 """
@@ -49,8 +49,6 @@ def is_trusted(kernel: str, case: Hashable, check: Callable[[], float], toleranc
 
 def largest_difference(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """The largest absolute difference between tensors pair by pair; infinite where one is not finite."""
-    differences = [
-        float((a.double() - b.double()).abs().max()) for a, b in zip(results, expected, strict=True)
-    ]
-    worst = max(differences)
+    pairs = zip(results, expected, strict=True)
+    worst = max(float((a.detach().double() - b.detach().double()).abs().max()) for a, b in pairs)
     return worst if worst == worst else float("inf")

@@ -10,7 +10,7 @@ import torch
 
 from flowrl.data import EpisodeDataset
 from flowrl.model.agent import Agent
-from flowrl.model.storage import pick_device
+from flowrl.model.loading import pick_device
 from flowrl.signals import StopSignals
 from flowrl.sweeps.plan import PlannedRun
 from flowrl.sweeps.state import last_step
@@ -109,7 +109,7 @@ def _measure(config: TrainConfig, dataset: EpisodeDataset, signals: StopSignals)
 
 def _seconds_per_act(agent: Agent, episodes: int) -> float:
     """Seconds of one step of all episodes of all targets, once a window of context is full."""
-    targets = np.repeat(agent.default_targets, episodes)
+    targets = np.repeat(agent.config.targets, episodes)
     agent.reset(len(targets), targets)
     observations = np.zeros((len(targets), agent.config.model.observation_dim), np.float32)
     rewards = np.zeros(len(targets), np.float32)

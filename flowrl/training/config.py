@@ -17,8 +17,8 @@ import yaml
 
 from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError, did_you_mean
-from flowrl.model.agent import Acting
-from flowrl.model.storage import LARGEST_DIMENSION, LARGEST_NUM_LAYERS, AgentName
+from flowrl.model.action_model import LARGEST_DIMENSION
+from flowrl.model.agent import Acting, AgentName
 from flowrl.model.transformer import TokenLayout
 
 LARGEST_COUNT = 1 << 53  # beyond this, floating point skips whole numbers
@@ -233,7 +233,7 @@ def check_values(config: TrainConfig) -> None:
     }  # fmt: skip
     highest = {
         "context_length": LARGEST_DIMENSION, "embed_dim": LARGEST_DIMENSION, "num_heads": LARGEST_DIMENSION,
-        "batch_size": LARGEST_DIMENSION, "num_layers": LARGEST_NUM_LAYERS, "seed": (1 << 32) - 1,
+        "batch_size": LARGEST_DIMENSION, "num_layers": 1000, "seed": (1 << 32) - 1,
         **dict.fromkeys(("steps", "warmup_steps", "eval_every", "eval_episodes"), LARGEST_COUNT),
         **dict.fromkeys(("log_every", "checkpoint_every", "keep_checkpoints"), LARGEST_COUNT),
     }  # fmt: skip

@@ -13,7 +13,7 @@ from flowrl.atomic import remove_temporaries
 from flowrl.data import EpisodeDataset
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult
-from flowrl.model.storage import pick_device
+from flowrl.model.loading import pick_device
 from flowrl.ranks import Ranks, joined_ranks
 from flowrl.signals import StopSignals
 from flowrl.training.config import TrainConfig

@@ -31,14 +31,16 @@ from flowrl.model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from flowrl.model.storage import agent_config_from_dict, agent_config_to_dict, build_model
-from flowrl.model.transformer import TOKENS_PER_TIMESTEP, SequenceModel, Window
+from flowrl.model.loading import agent_config_from_dict, agent_config_to_dict, build_model
+from flowrl.model.transformer import TOKENS_PER_TIMESTEP, SequenceModel
+from flowrl.native.accelerate import accelerate_training
 from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import Stopped, StopSignals
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.cuda_graph import CapturedStep
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
 from flowrl.training.setup import build_agent, keep_freed_memory
+from flowrl.window import Window
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
 
@@ -95,6 +97,7 @@ class Trainer:
             else:
                 self.model = copy.deepcopy(self.agent.model)
             self.agent.model.requires_grad_(False)
+        accelerate_training(self.model)
         on_cuda = device.type == "cuda"
         if not on_cuda:
             keep_freed_memory()
@@ -119,7 +122,7 @@ class Trainer:
         if resumed is not None:
             self._restore(resumed)
         self.metrics = self._open_metrics(dataset, started=resumed is not None) if ranks.is_first else None
-        self._loss: Callable[[Window, Tensor], Tensor] = _Loss(self.model)
+        self._loss: Callable[[Window], Tensor] = _Loss(self.model)
         if ranks.size > 1:
             self._loss = DistributedDataParallel(_Loss(self.model))
         if config.compile:
@@ -182,9 +185,9 @@ class Trainer:
             else:
                 group["lr"] = learning_rate
         if self.ranks.size == 1:
-            figures = self._gradient_step(*batch[:5], batch.valid)
+            figures = self._gradient_step(*batch.window)
         else:
-            figures = self._step_eagerly(*batch[:5], batch.valid, share=batch.share)
+            figures = self._step_eagerly(*batch.window, share=batch.share)
         if self.config.ema_decay > 0:
             self._average_weights()
         self._pending.append(figures)
@@ -193,11 +196,10 @@ class Trainer:
         self._recent.append(batch.spans)
         self.step += 1
 
-    def _step_eagerly(self, *inputs: Tensor, share: float = 1.0) -> Tensor:
-        """Learn from a window's five tensors and ``valid``; return (loss, gradient norm) of all ranks."""
-        *window, valid = inputs
+    def _step_eagerly(self, *window: Tensor, share: float = 1.0) -> Tensor:
+        """Learn from a window's tensors; return (loss, gradient norm) of all ranks."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._in_bfloat16):
-            loss = self._loss(Window(*window), valid) * share
+            loss = self._loss(Window(*window)) * share
         (loss * self.ranks.size).backward()  # DistributedDataParallel averages over ranks
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.optimizer.step()
@@ -270,7 +272,7 @@ class Trainer:
         environment, started = self.agent.environment, time.perf_counter()
         assert environment is not None  # load_dataset saw to it
         self._check_finite()
-        targets, reference = self.agent.config.targets, self.agent.reference
+        targets, reference = self.agent.config.targets, self.agent.config.reference
         try:
             # Several processes finish an evaluation together, and stop after it.
             with self.signals.interruptible() if self.ranks.size == 1 else nullcontext():
@@ -376,8 +378,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, window: Window, valid: Tensor) -> Tensor:
-        return self.model.loss(window, valid)
+    def forward(self, window: Window) -> Tensor:
+        return self.model.loss(window)
 
 
 def _optimizer_state(

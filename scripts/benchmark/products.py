@@ -13,7 +13,7 @@ from torch import Tensor
 from workload import num_tokens
 
 from flowrl.model.transformer import SequenceModel
-from flowrl.native.products import input_gradient, multiply, weight_gradient
+from flowrl.native.linear import library_is_held_back, onednn_product
 
 ONE_BLOCK = 128  # tokens up to which the attention's Gram matrix is one block's; else blocks of head_dim
 
@@ -103,12 +103,10 @@ def _attention(sequences: int, length: int, head_dim: int, layers: int) -> list[
 
 
 def _routine(product: Product, left: Tensor, right: Tensor) -> Callable[[], Tensor]:
-    """The way to this product that an update takes: the fastest that flowrl knows on this machine."""
-    if product.right_transposed:
-        return partial(multiply, left, right.mT)
-    if product.left_transposed:
-        return partial(weight_gradient, left.mT, right)
-    return partial(input_gradient, left, right)
+    """The product by the library that updates use on this machine."""
+    if library_is_held_back():
+        return partial(onednn_product, left, right.mT)
+    return partial(torch.mm, left, right)
 
 
 def _operand(rows: int, columns: int, transposed: bool) -> Tensor:

@@ -50,7 +50,7 @@ class RecordingPolicy:
         self.slots = np.arange(num_envs)
         self.actions: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
 
-    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
+    def act(self, observations: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
         acted = self._policy.act(observations, self._generator)
         for slot, action in zip(self.slots.tolist(), acted, strict=True):
             self.actions[slot].append(action)
@@ -72,9 +72,9 @@ class ScriptedAgent:
         if self._agent is not None:
             self._agent.reset(num_envs, target_return)
 
-    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
+    def act(self, observations: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
         if self._agent is not None:
-            self._agent.act(observations, rewards_since_last_act)
+            self._agent.act(observations, rewards)
         self._step += 1
         return self._episodes.actions[self._slots, self._step - 1]
 

@@ -8,6 +8,7 @@ from workload import Sizes, make_episodes, open_trainer, paper_config
 
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.sampler import Batch, WindowSampler
+from flowrl.window import Window
 
 
 class LoopSampler:
@@ -47,7 +48,7 @@ class LoopSampler:
 
     def gather(self, episodes: list[int], offsets: list[int]) -> Batch:
         """Return the windows that start ``offsets`` timesteps into these episodes."""
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in Batch._fields[:6]}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in Window._fields}
         spans = []
         for number, offset in zip(episodes, offsets, strict=True):
             episode = self._episodes[number]
@@ -68,7 +69,7 @@ class LoopSampler:
                 columns[name].append(_padded(values, self._context_length))
         tensors = {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
         num_timesteps = int(tensors["valid"].sum())
-        return Batch(**tensors, spans=torch.tensor(spans), num_timesteps=num_timesteps, share=1.0)
+        return Batch(Window(**tensors), torch.tensor(spans), num_timesteps, share=1.0)
 
     def _returns_to_go(self, episode: dict[str, np.ndarray], offset: int, end: int) -> np.ndarray:
         if not self._sums_returns:

@@ -12,7 +12,8 @@ from flowrl.attention.naive_linear import (
     naive_linear_attention,
     naive_performer_attention,
 )
-from flowrl.model.transformer import INIT_STD, ModelConfig, SequenceModel, Window
+from flowrl.model.transformer import INIT_STD, ModelConfig, SequenceModel
+from flowrl.window import Window
 
 LAYOUTS = ("interleaved", "fused")
 KINDS = tuple(ATTENTION_KINDS)
@@ -51,7 +52,9 @@ def make_window(batch=3, length=7, first_timesteps=(0, 5, 31), seed=1, dtype=tor
     timesteps = torch.tensor(first_timesteps)[:, None] + torch.arange(length)
     actions = torch.rand((batch, length, 2), generator=generator, dtype=dtype)
     previous = torch.cat((torch.rand((batch, 1, 2), generator=generator, dtype=dtype), actions[:, :-1]), 1)
-    return Window(normal(batch, length, 3), actions, previous, 30 + 20 * normal(batch, length), timesteps)
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    returns_to_go = 30 + 20 * normal(batch, length)
+    return Window(normal(batch, length, 3), actions, previous, returns_to_go, timesteps, valid)
 
 
 def plain_softmax(queries, keys, values):
@@ -80,7 +83,7 @@ def plain_forward(model, window):
     heads = config.num_heads
     rows = []
     for row in range(len(window.observations)):
-        observations, actions, previous, returns, timesteps = (tensor[row] for tensor in window)
+        observations, actions, previous, returns, timesteps, _ = (tensor[row] for tensor in window)
         tokens = []
         for t in range(len(returns)):
             time = model.embed_timestep.weight[min(int(timesteps[t]), config.max_timesteps - 1)]
@@ -145,9 +148,9 @@ def test_padding_changes_no_valid_output_no_loss_and_no_gradient(layout, attenti
                 torch.where(valid.view(3, 7, *[1] * (a.ndim - 2)), a, (scale * b).to(a.dtype))
                 for a, b in zip(window, junk, strict=True)
             )
-        )
+        )._replace(valid=valid)
         model.zero_grad()
-        loss = model.loss(padded, valid)
+        loss = model.loss(padded)
         loss.backward()
         gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         results.append((model(padded)[valid].detach(), loss.detach(), gradients))
@@ -172,7 +175,8 @@ def test_loss_is_the_mean_square_over_valid_actions():
                     total += (float(predicted[row, t, component]) - action) ** 2
                     count += 1
     assert count == 13 * 2
-    assert model.loss(window, valid).item() == pytest.approx(total / count, rel=1e-6)  # it is float32
+    loss = model.loss(window._replace(valid=valid)).item()
+    assert loss == pytest.approx(total / count, rel=1e-6)  # computed in float32
 
 
 def changed_outputs(model, window, field, t):
@@ -257,10 +261,9 @@ def test_dropout_is_for_training_only():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_autocast_gives_the_loss_of_float32(layout):
     model, window = make_model(layout, dtype=torch.float32), make_window(dtype=torch.float32)
-    valid = torch.ones(3, 7, dtype=torch.bool)
-    exact = model.loss(window, valid)
+    exact = model.loss(window)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model.loss(window, valid)
+        rounded = model.loss(window)
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=0.03)
 
@@ -268,7 +271,7 @@ def test_bfloat16_autocast_gives_the_loss_of_float32(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_acting_takes_a_timestep_in_one_go_and_reads_one_token(layout):
     model, window = make_model(layout), make_window()
-    seen, states = [], [None, None]
+    seen, state = [], model.start(3)
     for block in model.blocks:
         block.mlp[0].register_forward_hook(
             lambda module, inputs, output: seen.append(tuple(output.shape[:2]))
@@ -277,9 +280,9 @@ def test_acting_takes_a_timestep_in_one_go_and_reads_one_token(layout):
     with torch.inference_mode():
         for t in range(2):
             seen.clear()
-            previous = None if layout == "interleaved" and t == 0 else window.actions[:, t - 1]
-            inputs = (window.returns_to_go[:, t], window.observations[:, t], previous, window.timesteps[:, t])
-            predicted, states = model.step(*inputs, states)
+            state = state._replace(previous_actions=window.actions[:, t - 1])
+            inputs = (window.observations[:, t], window.returns_to_go[:, t], window.timesteps[:, t])
+            predicted, state = model.step(*inputs, state)
             if layout == "interleaved":  # the fused layout looks at an action before the window, too
                 assert (predicted - expected[:, t]).abs().max() < 1e-10
-    assert seen == ([(3, 3), (1, 3)] if layout == "interleaved" else [(1, 3), (1, 3)])
+    assert seen == ([(3, 3), (3, 1)] if layout == "interleaved" else [(3, 1), (3, 1)])

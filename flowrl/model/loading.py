@@ -1,0 +1,149 @@
+"""Agents to and from the plain data of a checkpoint; ``flowrl.load_agent`` is here."""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from reprlib import repr as short_repr
+from typing import Any, TypeVar, get_args
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from flowrl.attention.cosformer import MAX_TOKENS
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.errors import UserError
+from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName
+from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
+from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, load_checkpoint
+from flowrl.model.transformer import ModelConfig, SequenceModel
+
+T = TypeVar("T")
+MODELS: dict[AgentName, type[ModelConfig] | type[BehaviorCloningConfig]] = {
+    "transformer": ModelConfig,
+    "bc": BehaviorCloningConfig,
+}
+BEFORE = {"context_tokens": MAX_TOKENS}  # what agents had whose files lack the entry
+
+
+def load_agent(
+    run: str | Path, *, checkpoint: int | None = None, acting: Acting | None = None, device: str = "cpu"
+) -> Agent:
+    """Load a trained agent from its run folder; the dataset is not needed.
+
+    Args:
+        run: run folder, or one checkpoint's folder.
+        checkpoint: step to load; the newest whole one by default.
+        acting: recurrent or window; by default the way the agent was trained for.
+        device: where it runs: auto, cpu, cuda, cuda:1, ...
+
+    Raises:
+        UserError: nothing there, damaged files, or tensors that do not fit the configuration.
+    """
+    run = Path(run)
+    if acting not in (None, *get_args(Acting)):
+        raise UserError(f"acting '{acting}': expected one of {', '.join(get_args(Acting))}")
+    loaded = load_checkpoint(run, checkpoint)
+    config = agent_config_from_dict(loaded.agent, where=f"{run}: {AGENT_JSON}")
+    model = build_model(config.model, loaded.model, where=f"{run}: {MODEL_TENSORS}")
+    model.to(pick_device(device))
+    return Agent(model.eval(), config, acting=acting, checkpoint_step=loaded.step)
+
+
+def untrained_model(config: ModelConfig | BehaviorCloningConfig) -> SequenceModel | BehaviorCloningModel:
+    """Make a model of this shape, with random weights."""
+    return SequenceModel(config) if isinstance(config, ModelConfig) else BehaviorCloningModel(config)
+
+
+def build_model(
+    config: ModelConfig | BehaviorCloningConfig, tensors: dict[str, Tensor], where: str
+) -> SequenceModel | BehaviorCloningModel:
+    """Make a model of these tensors; a missing, extra or misshapen one is a UserError that names it."""
+    with torch.device("meta"):  # shapes first: no memory is taken on the word of a file
+        model = untrained_model(config)
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise UserError(f"{where}: tensor '{name}' is missing")
+        if name not in expected:
+            raise UserError(f"{where}: unknown tensor '{name}'")
+        if tensors[name].shape != expected[name].shape or tensors[name].dtype != expected[name].dtype:
+            raise UserError(
+                f"{where}: tensor '{name}' is {tensors[name].dtype} {tuple(tensors[name].shape)}, "
+                f"expected {expected[name].dtype} {tuple(expected[name].shape)}"
+            )
+        if not tensors[name].isfinite().all():
+            raise UserError(f"{where}: tensor '{name}' holds NaN or infinity")
+    # Copies: tensors of a file begin at odd addresses, and MKL sums in another order there.
+    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    return model.requires_grad_(True)
+
+
+def agent_config_to_dict(config: AgentConfig) -> dict[str, Any]:
+    """Return plain JSON types, the inverse of :func:`agent_config_from_dict`."""
+    agent: AgentName = "bc" if isinstance(config.model, BehaviorCloningConfig) else "transformer"
+    return {
+        "agent": agent,
+        **asdict(config),
+        "targets": list(config.targets),
+        "environment": config.environment and config.environment.to_dict(),
+    }
+
+
+def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
+    """Check and build; a missing, unknown or unsuitable entry is a UserError that names it."""
+    data = dict(data)
+    agent = data.pop("agent", "transformer")  # absent in files from before there was a choice
+    if agent not in get_args(AgentName):
+        raise UserError(f"{where}: 'agent' is {agent!r}, expected one of {', '.join(get_args(AgentName))}")
+    if isinstance(data.get("model"), dict) and agent == "transformer":
+        data["model"] = {**BEFORE, **data["model"]}
+    if "model" not in data or "environment" not in data:
+        raise UserError(f"{where}: missing entry '{'environment' if 'model' in data else 'model'}'")
+    model = _validated(MODELS[agent], data["model"], f"{where}: model")
+    environment = data["environment"]
+    try:
+        environment = None if environment is None else EnvironmentSpec.from_dict(environment)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    config = _validated(AgentConfig, {**data, "model": asdict(model), "environment": None}, where)
+    if config.context_length > model.max_timesteps:  # no window is longer than the longest episode
+        raise UserError(f"{where}: 'context_length' {config.context_length} is beyond 'max_timesteps'")
+    return replace(config, model=model, environment=environment)
+
+
+def pick_device(device: str, local_rank: int = 0) -> torch.device:
+    """Turn a --device value into a device; ``auto`` takes a GPU when there is one.
+
+    A GPU without a number is that of ``local_rank``, this process' number among those on this machine.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return picked
+
+
+def _validated(kind: type[T], data: Any, where: str) -> T:
+    """A dataclass of pydantic's from JSON types; every entry must be there, whatever its default."""
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: expected an object, not {short_repr(data)}")
+    for name in sorted(field.name for field in fields(kind)):  # type: ignore[arg-type]
+        if name not in data:
+            raise UserError(f"{where}: missing entry '{name}'")
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            raise UserError(f"{where}: unknown entry '{name}'") from error
+        raise UserError(f"{where}: '{name}' is {short_repr(first['input'])}: {first['msg']}") from error

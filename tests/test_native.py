@@ -1,0 +1,287 @@
+"""Acting, dropout and linear layers as flowrl.native puts them into a model, against plain torch."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flowrl.attention import ATTENTION_KINDS
+from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
+from flowrl.native import kernels, linear
+from flowrl.native.accelerate import accelerate_acting, accelerate_training
+from flowrl.native.acting import PackedBlocks
+from flowrl.native.dropout import FastDropout
+from flowrl.native.linear import OneDNNLinear
+
+
+@pytest.fixture(autouse=True)
+def fresh_checks(monkeypatch):
+    """Every test sees the kernels checked anew."""
+    monkeypatch.setattr(kernels, "_trusted", {})
+
+
+def make_model(seed=0, **options):
+    torch.manual_seed(seed)
+    shape = {"num_layers": 2, "embed_dim": 64, "num_heads": 2, **options}
+    model = SequenceModel(ModelConfig(5, 3, 50, **shape))
+    for parameter in model.parameters():  # biases and norms that matter, too
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def is_accelerated(model):
+    return "read" in vars(model)
+
+
+def timesteps_of(batch, steps, seed=1):
+    """Observations, returns-to-go, timesteps and the actions taken before them."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        drawn = [torch.randn(batch, *shape, generator=generator) for shape in ((5,), (), (3,))]
+        yield *drawn[:2], torch.full((batch,), step), drawn[2]
+
+
+@torch.no_grad()
+def act(model, inputs, state):
+    """Actions (steps, batch, action_dim) and the state after them."""
+    actions = []
+    for *inputs_now, previous in inputs:
+        predicted, state = model.step(*inputs_now, state._replace(previous_actions=previous))
+        actions.append(predicted)
+    return torch.stack(actions), state
+
+
+# Acting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "fused"])
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (5, {"num_layers": 1}),
+        (33, {"embed_dim": 96, "num_heads": 3}),  # 32 wide heads, panels that are not whole
+        (130, {"num_heads": 4}),  # several slices a thread
+    ],
+)
+def test_actions_and_states_are_the_blocks_own(batch, options, layout):
+    model = make_model(token_layout=layout, **options)
+    expected, expected_state = act(model, timesteps_of(batch, 20), model.start(batch))
+    accelerate_acting(model)
+    assert is_accelerated(model)
+    actual, state = act(model, timesteps_of(batch, 20), model.start(batch))
+    assert torch.allclose(actual, expected, atol=2e-6)
+    for layer, reference in zip(state.layers, expected_state.layers, strict=True):
+        for name, a, b in zip(reference._fields, layer, reference, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), name
+
+
+def test_neither_threads_nor_other_episodes_change_a_bit():
+    """Of the blocks, that is: in torch's layers before and after them a row may depend on its neighbours."""
+    packed = PackedBlocks(make_model())
+    tokens = torch.randn(6, 70, 3, 64, generator=torch.Generator().manual_seed(2))
+
+    def run(tokens):
+        outputs, layers = [], (None, None)
+        with torch.no_grad():
+            for step in tokens:
+                last, layers = packed.read(step, layers)
+                outputs.append(last)
+        return torch.stack(outputs), *(tensor for layer in layers for tensor in layer)
+
+    expected = run(tokens)
+    assert torch.equal(run(tokens[:, [41]])[0], expected[0][:, [41]])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, run(tokens), expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_episodes_may_leave_and_restart():
+    outcomes = []
+    for accelerates in (False, True):
+        model = make_model()
+        if accelerates:
+            accelerate_acting(model)
+        _, state = act(model, timesteps_of(9, 4), model.start(9))
+        state = state.keep(torch.tensor([7, 0, 3]))
+        with torch.no_grad():
+            state = model.restart(state, torch.tensor([False, True, False]), torch.full((3,), 4))
+        outcomes.append(act(model, timesteps_of(3, 1, seed=2), state)[0])
+    assert torch.allclose(*outcomes, atol=2e-6)
+    assert outcomes[0].std() > 1e-3
+
+
+def test_a_value_that_is_not_a_number_stays_with_its_episode():
+    model = make_model()
+    accelerate_acting(model)
+    observations, *others = next(timesteps_of(40, 1))
+    observations[7, 2] = float("nan")
+    actions, _ = act(model, [(observations, *others)], model.start(40))
+    assert actions[0, 7].isnan().all()
+    assert actions.isnan().sum() == 3
+
+
+def test_acting_uses_the_weights_of_the_last_call():
+    model = make_model()
+    first, _ = act(model, timesteps_of(4, 3), model.start(4))
+    accelerate_acting(model)
+    assert is_accelerated(copy.deepcopy(model))
+    model.blocks[0].attention.qkv.weight.data *= 2
+    unchanged, _ = act(model, timesteps_of(4, 3), model.start(4))
+    assert torch.allclose(unchanged, first, atol=2e-6)
+    accelerate_acting(model)
+    changed, _ = act(model, timesteps_of(4, 3), model.start(4))
+    assert not torch.allclose(changed, first, atol=1e-4)
+
+
+def gelu_for_relu(model):
+    for block in model.blocks:
+        block.mlp[1] = nn.GELU()
+
+
+def another_order_of_norms(model):
+    for block in model.blocks:
+        block.step = lambda x, state, read: (x[:, read], state)
+
+
+@pytest.mark.parametrize("change", [gelu_for_relu, nn.Module.double])
+def test_a_model_of_another_structure_acts_in_torch(change):
+    model = make_model()
+    change(model)
+    accelerate_acting(model)
+    assert not is_accelerated(model)
+
+
+@pytest.mark.parametrize("change", [another_order_of_norms])
+def test_a_model_that_computes_otherwise_acts_in_torch_with_a_warning(change):
+    model = make_model()
+    change(model)
+    with pytest.warns(UserWarning, match=r"acting in C\+\+ .*torch is used instead"):
+        accelerate_acting(model)
+    assert not is_accelerated(model)
+
+
+@pytest.mark.parametrize("attention", sorted(set(ATTENTION_KINDS) - {"flow"}))
+def test_other_kinds_of_attention_act_in_torch(attention):
+    model = make_model(attention=attention)
+    accelerate_acting(model)
+    assert not is_accelerated(model)
+
+
+@pytest.mark.parametrize("options", [{"embed_dim": 40, "num_heads": 5}, {"embed_dim": 48, "num_heads": 3}])
+def test_other_widths_act_in_torch(options):
+    model = make_model(**options)
+    accelerate_acting(model)
+    assert not is_accelerated(model)
+
+
+def test_gradients_and_autocast_act_in_torch(monkeypatch):
+    model = make_model()
+    accelerate_acting(model)
+    library = type("Library", (), {"act": lambda *_: pytest.fail("C++ was called")})
+    monkeypatch.setattr("flowrl.native.acting.acting_library", lambda: library)
+    observations, returns, timesteps, _ = next(timesteps_of(4, 1))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model.step(observations, returns, timesteps, model.start(4))
+    actions, _ = model.step(observations, returns, timesteps, model.start(4))
+    assert actions.requires_grad
+
+
+def test_agents_accelerate_their_model_at_every_reset():
+    model = make_model()
+    agent = Agent(model, AgentConfig(model.config, 5, full_episodes=True, targets=(1.0,)), acting="window")
+    agent.reset(2, 1.0)
+    assert not is_accelerated(model)
+    agent.acting = "recurrent"
+    agent.reset(2, 1.0)
+    first = model.read
+    agent.act(np.zeros((2, 5)))
+    agent.reset(2, 1.0)
+    assert model.read is not first  # the weights may have changed in between
+
+
+def test_the_switch_turns_everything_off(monkeypatch):
+    monkeypatch.setenv("FLOWRL_KERNELS", "off")
+    model = make_model(dropout=0.1)
+    accelerate_acting(model)
+    accelerate_training(model)
+    assert not is_accelerated(model)
+    assert type(model.dropout) is nn.Dropout
+
+
+# Dropout --------------------------------------------------------------------------------------------------
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    torch.manual_seed(0)
+    x = torch.ones(400, 257, requires_grad=True)
+    outputs = FastDropout(0.1).train()(x)
+    outputs.sum().backward()
+    kept = outputs != 0
+    assert abs(1 - kept.double().mean() - 0.1) < 5 * (0.1 * 0.9 / x.numel()) ** 0.5
+    assert torch.allclose(outputs[kept], torch.tensor(1 / 0.9), rtol=1e-4)
+    assert torch.equal(x.grad, outputs)  # dropped where the input was
+    share_of_columns = kept.double().mean(0)
+    assert (share_of_columns - 0.9).abs().max() < 6 * (0.1 * 0.9 / 400) ** 0.5  # none is favoured
+
+
+def test_dropout_is_the_identity_in_evaluation_and_at_zero():
+    x = torch.randn(3, 5)
+    assert FastDropout(0.5).eval()(x) is x
+    assert FastDropout(0.0).train()(x) is x
+
+
+def test_training_gets_the_fast_dropout_with_the_same_weights():
+    model = make_model(dropout=0.25)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accelerate_training(model)
+    assert type(model.blocks[0].dropout) is FastDropout
+    assert model.blocks[0].dropout.p == 0.25
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# Linear layers --------------------------------------------------------------------------------------------
+
+
+def test_onednn_gives_the_outputs_and_gradients_of_torch(monkeypatch):
+    monkeypatch.setattr("flowrl.native.accelerate.library_is_held_back", lambda: True)
+    torch.manual_seed(0)
+    plain = nn.Linear(96, 64)
+    layer = copy.deepcopy(plain)
+    layer.__class__ = OneDNNLinear
+    x = torch.randn(8, 50, 96)
+    results = []
+    for module in (layer, plain):
+        inputs = x.clone().requires_grad_()
+        outputs = module(inputs)
+        outputs.square().sum().backward()
+        results.append((outputs, inputs.grad, module.weight.grad, module.bias.grad))
+    assert type(results[0][0].grad_fn).__name__ == "_LinearBackward"
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_wrong_product_is_noticed_and_torch_is_used(monkeypatch):
+    right = linear.onednn_product
+    monkeypatch.setattr(linear, "onednn_product", lambda *arguments: right(*arguments) + 0.1)
+    layer = OneDNNLinear(16, 8)
+    x = torch.randn(200, 16)
+    with pytest.warns(UserWarning, match="linear layers by oneDNN differs from torch"):
+        outputs = layer(x)
+    assert torch.equal(outputs, nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_failing_product_is_noticed_and_torch_is_used(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no such primitive")
+
+    monkeypatch.setattr(linear, "onednn_product", fail)
+    with pytest.warns(UserWarning, match="failed: no such primitive"):
+        OneDNNLinear(16, 8)(torch.randn(200, 16))
