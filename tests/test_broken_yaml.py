@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from broken_inputs import MARKER, PICKLES, ending, refusal
 
-from flowrl.training.config import TrainConfig, parse_train_config, read_yaml_arguments
+from flowrl.training.config import TrainConfig, parse_train_config, read_options
 
 OPTIONS = sorted({field.name for field in fields(TrainConfig)} - {"resume"})
 # Of the wrong type for every option.
 WRONG = (
     *("{a: 1}", "[[1]]", "[{}]", "!!binary aGVsbG8=", "2024-01-01", "2024-01-01 10:00:00", "!!set {a}"),
-    *("--help", "'--steps'", "!!python/name:os.mkdir", "!!int x", "&a [*a]"),
+    *("!!python/name:os.mkdir", "!!int x", "&a [*a]"),
 )
 NO_NUMBERS = ("x", "true", "''", "1 2", "[1, 2]", "1:x", "0x")
 NUMBERS = (
@@ -33,7 +33,7 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_option_of_the_wrong_type_is_refused_by_name(preset: Path, option: str) -> None:
     for value in (*WRONG, *(NO_NUMBERS if option in NUMBERS else ())):
         preset.write_text(f"{option}: {value}\n")
-        line = refusal(lambda: read_yaml_arguments(preset))
+        line = refusal(lambda: read_options(preset))
         assert str(preset) in line
         assert option in line or "not plain YAML" in line
     assert list(preset.parent.iterdir()) == [preset]
@@ -43,7 +43,7 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(preset: Path, option: st
 def test_an_option_given_twice_or_misspelt_is_refused(preset: Path, option: str) -> None:
     for text in (f"{option}: 1\n{option}: 1", f"{option}: 1\n'{option}': 1", f"{option}: 1\n? {option}\n: 2"):
         preset.write_text(text)
-        assert f"'{option}' is given twice" in refusal(lambda: read_yaml_arguments(preset))
+        assert f"'{option}' is given twice" in refusal(lambda: read_options(preset))
     for name in (
         f"{option}_",
         option.upper(),
@@ -53,9 +53,9 @@ def test_an_option_given_twice_or_misspelt_is_refused(preset: Path, option: str)
         f"<<: {option}",
     ):
         preset.write_text(f"{name}: 1")
-        assert str(preset) in refusal(lambda: read_yaml_arguments(preset))
+        assert str(preset) in refusal(lambda: read_options(preset))
     preset.write_text(f"<<: {{{option}: 1}}")  # merged in, past the check for duplicates
-    assert "a key must be a name" in refusal(lambda: read_yaml_arguments(preset))
+    assert "a key must be a name" in refusal(lambda: read_options(preset))
 
 
 @pytest.mark.parametrize("option", NUMBERS)
@@ -85,7 +85,7 @@ DOCUMENTS = (
 @pytest.mark.parametrize("index", range(len(DOCUMENTS)))
 def test_what_is_no_mapping_of_options_is_refused(preset: Path, index: int) -> None:
     preset.write_bytes(DOCUMENTS[index])
-    assert str(preset) in refusal(lambda: read_yaml_arguments(preset))
+    assert str(preset) in refusal(lambda: read_options(preset))
     (preset.parent / "config.yaml").write_bytes(DOCUMENTS[index])
     assert "config.yaml" in refusal(lambda: parse_train_config(["--resume", str(preset.parent)]))
     assert not (preset.parent / MARKER).exists()
@@ -98,7 +98,7 @@ def test_a_truncated_or_flipped_preset_gives_a_configuration_or_one_line(preset:
         flipped = whole[:position] + bytes([whole[position] ^ 0x11]) + whole[position + 1 :]
         for content in (whole[:position], flipped):
             preset.write_bytes(content)
-            refused += ending(lambda: read_yaml_arguments(preset)) is not None
+            refused += ending(lambda: read_options(preset)) is not None
             tried += 1
     assert tried == 2 * len(whole) > 150
     assert refused > 80

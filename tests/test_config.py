@@ -15,12 +15,12 @@ from tiny_training import train_here
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS
 from flowrl.errors import UserError
 from flowrl.training.config import (
-    PRESET_FOLDER,
     RESUMABLE,
     TrainConfig,
     check_values,
     parse_train_config,
-    read_yaml_arguments,
+    read_options,
+    to_arguments,
     to_yaml,
 )
 
@@ -31,7 +31,7 @@ SCRIPT = REPOSITORY / "scripts" / "train.py"
 def write_run(folder, **options):
     """A folder that looks like a run trained with these options."""
     folder.mkdir()
-    config = TrainConfig(**{"env": "hopper-medium", "run_dir": folder, **options})
+    config = TrainConfig(**{"env": "hopper-medium", "run_dir": folder, "warmup_steps": 10, **options})
     (folder / "config.yaml").write_text(to_yaml(config))
     return config
 
@@ -69,15 +69,36 @@ def test_env_picks_the_preset_of_its_name_and_config_another():
         parse_train_config(["--env", "hopper-medium", "--config", "hoper-medium"])
 
 
-@pytest.mark.parametrize("path", sorted(PRESET_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_is_valid(path):
-    config = parse_train_config(["--config", path.stem])
-    assert config.env == path.stem.removesuffix("-long").removesuffix("-fused")
-    assert config.env in D4RL_ENVIRONMENTS
-    assert (config.token_layout == "fused") == path.stem.endswith(("-fused", "-long"))
-    assert config.context_length == ("episode" if path.stem.endswith("-long") else 20)
-    best = {"hopper": 3600.0, "walker2d": 5000.0, "halfcheetah": 12000.0}[path.stem.split("-")[0]]
-    assert config.targets == (best, best / 2)
+TARGETS = {"hopper": (3600.0, 1800.0), "halfcheetah": (12000.0, 6000.0), "walker2d": (5000.0, 2500.0)}
+SHAPES = {"": (20, "interleaved", 64), "-fused": (20, "fused", 64), "-long": ("episode", "fused", 4)}
+
+
+@pytest.mark.parametrize("recipe", SHAPES)
+@pytest.mark.parametrize("data", ["medium", "medium-replay", "medium-expert"])
+@pytest.mark.parametrize("robot", TARGETS)
+def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, recipe):
+    env = f"{robot}-{data}"
+    context, layout, batch = SHAPES[recipe]
+    expected = TrainConfig(
+        env=env, config=f"{env}{recipe}", targets=TARGETS[robot], return_scale=1000.0, context_length=context,
+        token_layout=layout, batch_size=batch, steps=100_000, learning_rate=1e-3, weight_decay=1e-4,
+    )  # fmt: skip
+    assert env in D4RL_ENVIRONMENTS
+    assert parse_train_config(["--config", expected.config]) == expected
+    if recipe == "":
+        assert parse_train_config(["--env", env]) == replace(expected, config=None)
+        assert parse_train_config(["--env", env, "--config", "windows"]) == replace(
+            expected, config="windows"
+        )
+    else:
+        name = recipe.removeprefix("-")
+        assert parse_train_config(["--env", env, "--config", name]) == replace(expected, config=name)
+
+
+def test_a_recipe_serves_other_data_too():
+    config = parse_train_config(["--env", "Hopper-v4", "--dataset", "x.hdf5", "--config", "long"])
+    assert (config.context_length, config.token_layout, config.batch_size) == ("episode", "fused", 4)
+    assert (config.env, config.targets, config.return_scale) == ("Hopper-v4", (), None)
 
 
 @pytest.mark.parametrize(
@@ -95,34 +116,36 @@ def test_numbers_in_yaml_are_numbers(tmp_path, text, expected):
 
 
 REFUSED = {
-    "stepz: 5": "unknown option 'stepz'; did you mean 'steps'",
-    "batch-size: 5": "unknown option 'batch-size'; did you mean 'batch_size'",
-    "5: 5": "unknown option 5",
-    "~: 5": "unknown option None",
-    "resume: runs/x": "unknown option 'resume'",
+    "stepz: 5": "'stepz': unknown option; did you mean 'steps'",
+    "batch-size: 5": "'batch-size': unknown option; did you mean 'batch_size'",
+    "5: 5": "'5': unknown option",
+    "~: 5": "'None': unknown option",
+    "resume: runs/x": "'resume': this is for the command line alone",
     "steps: 1\nseed: 2\nsteps: 3": "key 'steps' is given twice",
-    "steps: 1.5": "'steps' cannot be 1.5",
-    "steps: 1e3": "'steps' cannot be '1e3'",
-    "steps: true": "'steps' cannot be True",
-    "steps: [1, 2]": "'steps' cannot be [1, 2]",
-    "steps: ~": "'steps' cannot be None",
-    "steps: many": "'steps' cannot be 'many'",
-    "learning_rate: fast": "'learning_rate' cannot be 'fast'",
-    "learning_rate: {a: 1}": "'learning_rate' cannot be {'a': 1}",
-    "compile: 'yes'": "'compile' cannot be 'yes'",
-    "compile: 1": "'compile' cannot be 1",
-    "attention: lineal": "'attention' cannot be 'lineal'",
-    "context_length: all": "'context_length' cannot be 'all'",
-    "acting: 5": "'acting' cannot be 5",
-    "targets: [1, x]": "'targets' cannot be [1, 'x']",
-    "targets: [[1, 2]]": "'targets' cannot be [[1, 2]]",
-    "targets: ['5', '--steps', '7']": "'targets' cannot be ['5', '--steps', '7']",
-    "env: --compile": "'env' cannot be '--compile'",
-    "env: --help": "'env' cannot be '--help'",
-    "env: [a, b]": "'env' cannot be ['a', 'b']",
-    "env: {a: b}": "'env' cannot be {'a': 'b'}",
-    "env: 2024-01-01": "'env' cannot be datetime.date",
-    f"env: [{'a' * 100_000}, b]": "'env' cannot be ['aaa",
+    "steps: 1.5": "'steps' 1.5: should be a valid integer",
+    "steps: 1e3": "'steps' 1000.0: should be a valid integer",
+    "steps: true": "'steps' True: should be a valid integer",
+    "steps: '5'": "'steps' '5': should be a valid integer",
+    "steps: [1, 2]": "'steps' [1, 2]: should be a valid integer",
+    "steps: ~": "'steps' None: should be a valid integer",
+    "steps: many": "'steps' 'many': should be a valid integer",
+    "steps: 0": "'steps' 0: should be greater than or equal to 1",
+    "learning_rate: fast": "'learning_rate' 'fast': should be a valid number",
+    "learning_rate: .inf": "'learning_rate' inf: should be a finite number",
+    "learning_rate: {a: 1}": "'learning_rate' {'a': 1}: should be a valid number",
+    "compile: 'yes'": "'compile' 'yes': should be a valid boolean",
+    "compile: 1": "'compile' 1: should be a valid boolean",
+    "attention: lineal": "'attention' 'lineal': should be 'flow', 'softmax', 'linear'",
+    "context_length: all": "'context_length' 'all': should be a valid integer or should be 'episode'",
+    "acting: 5": "'acting' 5: should be 'recurrent' or 'window'",
+    "targets: [1, x]": "'targets' [1, 'x']: should be a valid number",
+    "targets: [[1, 2]]": "'targets' [[1, 2]]: should be a valid number",
+    "targets: ['5', '--steps', '7']": "'targets' ['5', '--steps', '7']: should be a valid number",
+    "env: [a, b]": "'env' ['a', 'b']: should be a valid string",
+    "env: {a: b}": "'env' {'a': 'b'}: should be a valid string",
+    "env: 2024-01-01": "'env' datetime.date",
+    "run_dir: 5": "'run_dir' 5: is not a valid path",
+    f"env: [{'a' * 100_000}, b]": "'env' ['aaa",
     "? [steps]\n: 5": "a key must be a name",
     "? {steps: 5}\n: 5": "a key must be a name",
     "targets: &x [1]\nenv: *x": "references",
@@ -146,7 +169,7 @@ def test_yaml_that_is_wrong_is_refused_by_file_and_key(tmp_path, monkeypatch, ca
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*{re.escape(REFUSED[text])}") as caught:
-        read_yaml_arguments(path)
+        read_options(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
     assert capfd.readouterr() == ("", "")  # the message is all there is
@@ -158,7 +181,7 @@ def test_yaml_that_is_not_text_is_refused(tmp_path, content):
     path = tmp_path / "x.yaml"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read as text|not plain YAML)"):
-        read_yaml_arguments(path)
+        read_options(path)
 
 
 def flag(name):
@@ -167,37 +190,42 @@ def flag(name):
 
 FROM_1 = ("context_length", "num_layers", "embed_dim", "num_heads", "steps", "batch_size")
 FROM_1 += ("log_every", "checkpoint_every", "keep_checkpoints")
-FROM_0 = ("eval_every", "eval_episodes", "warmup_steps", "weight_decay", "dropout", "seed")
+FROM_0 = ("eval_every", "eval_episodes", "eval_seed", "warmup_steps", "weight_decay", "dropout", "ema_decay")
+FROM_0 += ("seed",)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({name: 0}, f"{flag(name)} 0: must be at least 1") for name in FROM_1),
-        *(({name: -1}, f"{flag(name)} -1: must be at least 0") for name in FROM_0),
+        *(({name: 0}, f"{flag(name)} 0: should be greater than or equal to 1") for name in FROM_1),
+        *(({name: -1}, f"{flag(name)} -1: should be greater than or equal to 0") for name in FROM_0),
         *(
-            ({name: value}, f"{flag(name)} {value}: must be a finite number above 0")
+            ({name: value}, f"{flag(name)} {value}: should be {bound}")
             for name in ("learning_rate", "gradient_clip", "return_scale")
-            for value in (0.0, -1.0, float("nan"), float("inf"))
+            for value, bound in {
+                0.0: "greater than 0", -1.0: "greater than 0",
+                float("nan"): "a finite number", float("inf"): "a finite number",
+            }.items()
         ),
-        *(
-            ({"top_fraction": x}, f"--top-fraction {x}: must be above 0")
-            for x in (0.0, -0.1, 1.01, float("nan"))
-        ),
-        ({"dropout": 1.0}, "--dropout 1.0: must be below 1"),
-        ({"dropout": float("nan")}, "--dropout nan: must be at least 0"),
-        ({"weight_decay": float("inf")}, "--weight-decay inf: must be finite"),
+        *(({"top_fraction": x}, f"--top-fraction {x}: should be greater than 0") for x in (0.0, -0.1)),
+        ({"top_fraction": 1.01}, "--top-fraction 1.01: should be less than or equal to 1"),
+        ({"top_fraction": float("nan")}, "--top-fraction nan: should be a finite number"),
+        ({"dropout": 1.0}, "--dropout 1.0: should be less than 1"),
+        ({"ema_decay": 1.0}, "--ema-decay 1.0: should be less than 1"),
+        ({"dropout": float("nan")}, "--dropout nan: should be a finite number"),
+        ({"weight_decay": float("inf")}, "--weight-decay inf: should be a finite number"),
         ({"embed_dim": 65}, "--embed-dim 65: must be a multiple of --num-heads 4"),
-        ({"num_layers": 1001}, "--num-layers 1001: must be at most 1000"),
-        ({"embed_dim": 10**30}, "--embed-dim 10{30}: must be at most"),
-        ({"batch_size": 10**15}, "--batch-size 10{15}: must be at most"),
-        ({"seed": 1 << 64}, "--seed 18446744073709551616: must be at most"),
-        ({"targets": (1.0, float("nan"))}, "--targets 1.0 nan: must be finite"),
-        ({"targets": (float("-inf"),)}, "--targets -inf: must be finite"),
+        ({"num_layers": 1001}, "--num-layers 1001: should be less than or equal to 1000"),
+        ({"embed_dim": 10**30}, "--embed-dim 10+.*: should be less than"),
+        ({"batch_size": 10**15}, "--batch-size 10{15}: should be less than"),
+        ({"seed": 1 << 64}, "--seed 18446744073709551616: should be less than"),
+        ({"targets": (1.0, float("nan"))}, r"--targets \(1.0, nan\): should be a finite number"),
+        ({"targets": (float("-inf"),)}, r"--targets \(-inf,\): should be a finite number"),
+        ({"attention": "lineal"}, "--attention 'lineal': should be 'flow', 'softmax'"),
         ({"env": None}, "give --env .* or --dataset"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_values_that_make_no_sense_name_their_flag(options, message):
     with pytest.raises(UserError, match=message):
         check_values(TrainConfig(**{"env": "hopper-medium", **options}))
@@ -220,8 +248,9 @@ def test_written_configuration_reads_back_the_same(tmp_path):
         attention="softmax", token_layout="fused", context_length="episode", num_layers=2, embed_dim=64,
         num_heads=2, dropout=0.0, steps=7, batch_size=3, learning_rate=1e-05, weight_decay=1e-22,
         warmup_steps=3, schedule="constant", gradient_clip=1e16, return_scale=123.456, reward_mode="delayed",
-        seed=9, device="cpu", precision="float32", compile=True, targets=(-1.5, 1e-07), eval_every=0,
-        eval_episodes=1, acting="window", log_every=2, checkpoint_every=3, keep_checkpoints=4,
+        ema_decay=0.5, seed=9, device="cpu", precision="float32", compile=True, targets=(-1.5, 1e-07),
+        eval_every=0, eval_episodes=1, eval_seed=7, acting="window", log_every=2, checkpoint_every=3,
+        keep_checkpoints=4,
     )  # fmt: skip
     default = TrainConfig(env="hopper-random")
     for field in fields(TrainConfig):
@@ -231,6 +260,8 @@ def test_written_configuration_reads_back_the_same(tmp_path):
         path.write_text(to_yaml(config))
         assert parse_train_config(["--config", str(path)]) == replace(config, config=str(path))
         assert yaml.safe_load(path.read_text())["learning_rate"] == config.learning_rate
+        words = [*to_arguments(config), *([f"--run-dir={config.run_dir}"] if config.run_dir else [])]
+        assert parse_train_config(words) == replace(config, config=None)
 
 
 def test_resume_takes_the_run_s_configuration(tmp_path):
@@ -241,6 +272,22 @@ def test_resume_takes_the_run_s_configuration(tmp_path):
     assert changed == replace(saved, resume=run, steps=900, targets=(1.0, 2.0))
     moved = run.rename(tmp_path / "moved")
     assert parse_train_config(["--resume", str(moved)]).resume == moved
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(None, 10), (4, 4)])
+def test_resume_never_lengthens_the_warm_up(tmp_path, saved, resumed):
+    """Runs from before it was resolved at the start have the one of their saved number of updates."""
+    write_run(tmp_path / "run", steps=100, warmup_steps=saved)
+    for more in ([], ["--warmup-steps", "None"]):
+        config = parse_train_config(["--resume", str(tmp_path / "run"), "--steps", "100000", *more])
+        assert (config.warmup_steps, config.steps) == (resumed, 100_000)
+
+
+def test_resume_keeps_the_precision_that_the_first_device_had(tmp_path):
+    write_run(tmp_path / "run", precision="bfloat16", device="cuda")
+    for more in ([], ["--precision", "auto"]):
+        config = parse_train_config(["--resume", str(tmp_path / "run"), "--device", "cpu", *more])
+        assert config.precision == "bfloat16"
 
 
 def another(value):
@@ -254,7 +301,10 @@ def another(value):
     return str(value * 2 + 1) if isinstance(value, int) else choices[value]
 
 
-@pytest.mark.parametrize("name", sorted({f.name for f in fields(TrainConfig)} - RESUMABLE))
+FIXED = sorted({field.name for field in fields(TrainConfig)} - RESUMABLE)
+
+
+@pytest.mark.parametrize("name", FIXED)
 def test_resume_cannot_change_what_was_computed(tmp_path, name):
     run = tmp_path / "run"
     saved = write_run(run)
@@ -273,7 +323,7 @@ def test_resume_of_something_else_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"not a run folder, it has no config\.yaml"):
             parse_train_config(["--resume", str(folder)])
     (tmp_path / "config.yaml").write_text("steps: x")
-    with pytest.raises(UserError, match=r"config\.yaml: 'steps' cannot be 'x'"):
+    with pytest.raises(UserError, match=r"config\.yaml: 'steps' 'x': should be"):
         parse_train_config(["--resume", str(tmp_path)])
 
 
@@ -283,7 +333,7 @@ def test_resume_of_something_else_is_refused(tmp_path):
         (["--env", "hoper-medium", "--device", "cpu"], "did you mean 'hopper-medium'?"),
         (["--dataset", "absent.hdf5"], "absent.hdf5: no such file"),
         (["--env", "hopper-medium", "--device", "tpu"], "--device tpu: expected auto, cpu, cuda or cuda:N"),
-        (["--env", "hopper-medium", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["--env", "hopper-medium", "--steps", "0"], "--steps 0: should be greater than or equal to 1"),
         (["--resume", "absent"], "--resume absent: not a run folder"),
         ([], "nothing to train on: give --env"),
     ],

@@ -131,7 +131,7 @@ def test_shipped_sweeps_are_of_known_options(name: str, tmp_path: Path) -> None:
     [
         ("datasets: [hoper-medium]\nmethods: {a: {}}", [], "did you mean 'hopper-medium'"),
         ("datasets: [hopper-medium]\nmethods: {a: {atention: flow}}", [], "did you mean 'attention'"),
-        ("datasets: [hopper-medium]\nmethods: {a: {attention: foo}}", [], "'attention' cannot be 'foo'"),
+        ("datasets: [hopper-medium]\nmethods: {a: {attention: foo}}", [], "'attention' 'foo': should be"),
         ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--methods", "b"], "no such method"),
         ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--attention", "flow"], "has its own methods"),
         ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--seed", "1"], "--seeds"),

@@ -1,19 +1,12 @@
 """What every model of actions has: the data's units, the loss, and its state while it acts."""
 
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from flowrl.attention.kinds import clear_rows, select_rows
 from flowrl.window import Window
-
-LARGEST_DIMENSION = 1 << 20  # a stored size beyond this is damage or malice, not a model
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Size = Annotated[int, Field(ge=1, le=LARGEST_DIMENSION)]
-NumLayers = Annotated[int, Field(ge=1, le=1000)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ActingState(NamedTuple):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.model.action_model import STRICT, ActingState, Size
+from flowrl.model.action_model import ActingState
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.transformer import ModelConfig, SequenceModel
 from flowrl.native.accelerate import accelerate_acting
+from flowrl.options import STRICT, Size
 from flowrl.window import Window
 
 AgentName = Literal["transformer", "bc"]

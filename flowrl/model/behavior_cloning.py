@@ -11,7 +11,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from flowrl.model.action_model import STRICT, ActingState, ActionModel, NumLayers, Probability, Size
+from flowrl.model.action_model import ActingState, ActionModel
+from flowrl.options import STRICT, NumLayers, Probability, Size
 from flowrl.window import Window
 
 

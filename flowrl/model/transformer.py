@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from flowrl.attention.cosformer import MAX_TOKENS
 from flowrl.attention.kinds import AttentionName, State, attention_kind
-from flowrl.model.action_model import STRICT, ActingState, ActionModel, NumLayers, Probability, Size
+from flowrl.model.action_model import ActingState, ActionModel
+from flowrl.options import STRICT, NumLayers, Probability, Size
 from flowrl.window import Window
 
 TokenLayout = Literal["interleaved", "fused"]

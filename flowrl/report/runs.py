@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from flowrl.errors import UserError
+from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.sweeps.plan import PLAN_FILE, read_plan
-from flowrl.training.config import TrainConfig, read_yaml_mapping
+from flowrl.training.config import TrainConfig
 from flowrl.training.metrics import METRICS_FILE, read_metrics
 
 # Options in which runs of one cell of the table may differ.

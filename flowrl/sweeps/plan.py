@@ -20,13 +20,9 @@ from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.embedded import EMBEDDED, SOURCE, embedded_named
 from flowrl.data.sources import FILE_SUFFIXES, MINARI_PREFIX
 from flowrl.errors import UserError, did_you_mean
-from flowrl.training.config import (
-    PRESET_FOLDER,
-    TrainConfig,
-    options_to_arguments,
-    parse_train_config,
-    read_yaml_mapping,
-)
+from flowrl.plain_yaml import read_yaml_mapping
+from flowrl.training.config import TrainConfig, checked_options, parse_train_config
+from flowrl.training.presets import PRESET_FOLDER
 from flowrl.training.setup import load_dataset
 
 PLAN_FILE = "sweep.json"
@@ -201,8 +197,8 @@ def _cell_config(
         raise UserError(f"{where}: give '{TIMESTEPS_PER_UPDATE}' or 'batch_size', not both")
     if wanted is not None and (type(wanted) is not int or wanted < 1):
         raise UserError(f"{where}: '{TIMESTEPS_PER_UPDATE}' must be a whole number above 0, not {wanted}")
-    arguments = [*_data_arguments(dataset), *options_to_arguments(merged, where)]
-    config = parse_train_config([*arguments, *sweep.arguments])
+    options = {**_data_options(dataset), **checked_options(merged, where)}
+    config = parse_train_config(sweep.arguments, options)
     if _is_file(dataset):
         is_its_own = config.dataset == dataset
     else:
@@ -220,8 +216,8 @@ def _cell_config(
         if key not in loaded:
             loaded[key] = load_dataset(config)
         length = mean_drawn_episode_length(loaded[key].episode_lengths)
-    batch = ["--batch-size", str(max(1, round(wanted / length)))]
-    config = parse_train_config([*arguments, *batch, *sweep.arguments])
+    options["batch_size"] = max(1, round(wanted / length))
+    config = parse_train_config(sweep.arguments, options)
     return config, round(config.batch_size * length)
 
 
@@ -235,11 +231,11 @@ def mean_drawn_episode_length(episode_lengths: np.ndarray) -> float:
     return float(np.square(lengths).sum() / lengths.sum())
 
 
-def _data_arguments(dataset: str) -> list[str]:
+def _data_options(dataset: str) -> dict[str, str]:
     if dataset in D4RL_ENVIRONMENTS or dataset in EMBEDDED:
-        return ["--env", dataset]
+        return {"env": dataset}
     if _is_file(dataset):
-        return ["--dataset", dataset]
+        return {"dataset": dataset}
     known = did_you_mean(dataset, {*D4RL_ENVIRONMENTS, *EMBEDDED})
     raise UserError(
         f"unknown dataset '{dataset}'{known} "

@@ -12,11 +12,11 @@ from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import delayed_rewards, top_episodes
 from flowrl.envs.spaces import action_bounds, check_environment
 from flowrl.errors import UserError
-from flowrl.model.action_model import LARGEST_DIMENSION
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig
 from flowrl.model.loading import untrained_model
 from flowrl.model.transformer import TOKENS_PER_TIMESTEP, ModelConfig, SequenceModel
+from flowrl.options import LARGEST_DIMENSION
 from flowrl.training.config import TrainConfig
 
 _ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need

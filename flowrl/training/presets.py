@@ -1,0 +1,47 @@
+"""Presets: what differs between datasets in one table, what differs between recipes in a file each."""
+
+from pathlib import Path
+from typing import Any
+
+from flowrl.errors import UserError, did_you_mean
+from flowrl.plain_yaml import read_yaml_mapping
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Inside an installed package; beside it in the repository.
+PRESET_FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+DEFAULT_RECIPE = "windows"
+
+
+def preset_options(name: str | None, env: str | None) -> dict[str, Any]:
+    """Return the options of a preset, by field of TrainConfig.
+
+    Args:
+        name: a dataset with the default recipe, such as hopper-medium; DATASET-RECIPE; or a recipe for the
+            dataset of ``env``. None: the dataset of ``env`` where it has a preset, else no options.
+        env: the value of ``--env``.
+
+    Raises:
+        UserError: no preset of this name.
+    """
+    datasets, recipes = _datasets(), sorted(path.stem for path in (PRESET_FOLDER / "recipes").glob("*.yaml"))
+    presets = {f"{dataset}-{recipe}": (dataset, recipe) for dataset in datasets for recipe in recipes}
+    presets |= {dataset: (dataset, DEFAULT_RECIPE) for dataset in datasets}
+    if name is None:
+        if env not in datasets:
+            return {}
+        name = env
+    dataset, recipe = presets.get(name, (env or "", name))
+    if recipe not in recipes:
+        raise UserError(f"--config {name}: no such file or preset{did_you_mean(name, [*presets, *recipes])}")
+    options = read_yaml_mapping(PRESET_FOLDER / "recipes" / f"{recipe}.yaml")
+    return {**datasets.get(dataset, {}), **options, "env": dataset or None}
+
+
+def _datasets() -> dict[str, dict[str, Any]]:
+    """The options of each dataset in the table."""
+    rows = read_yaml_mapping(PRESET_FOLDER / "datasets.yaml").values()
+    return {
+        name: {option: value for option, value in row.items() if option != "datasets"}
+        for row in rows
+        for name in row["datasets"]
+    }
