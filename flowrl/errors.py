@@ -20,6 +20,11 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
 
 
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on one line, or its type's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a :class:`UserError` into one line on stderr and exit code 2; other exceptions pass.

@@ -1,7 +1,6 @@
 """An HTTP server on this machine whose answers the tests choose, and the ways in which servers fail."""
 
 import hashlib
-import re
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +8,6 @@ from typing import Any
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes: many reads
 SIZE, SHA256 = len(CONTENT), hashlib.sha256(CONTENT).hexdigest()
-HALF = SIZE // 2
 
 
 class Server(ThreadingHTTPServer):
@@ -20,7 +18,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: dict[str, Callable[[Handler], None]] = {}
-        self.requests: list[tuple[str, str | None]] = []  # path and Range header
+        self.requests: list[str] = []  # paths
         self.stopping = threading.Event()
 
     def url(self, path: str, answer: "Callable[[Handler], None]") -> str:
@@ -28,7 +26,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}{path}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is what many tests are about."""
+        """Clients close connections early in many tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -36,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self.server.requests.append((self.path, self.headers.get("Range")))
+        self.server.requests.append(self.path)
         self.server.answers[self.path](self)
         self.close_connection = True
 
@@ -47,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def head(self, status: int, length: int | None, **headers: str) -> None:
         self.send_response(status)
+        self.send_header("Connection", "close")
         if length is not None:
             self.send_header("Content-Length", str(length))
         for name, value in headers.items():
@@ -54,53 +53,36 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def whole(handler: Handler, content: bytes = CONTENT, etag: str = '"v1"') -> None:
-    """A well-behaved server: ranges, If-Range, an ETag."""
-    wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-    if wanted and handler.headers.get("If-Range", etag) == etag:
-        start = int(wanted[1])
-        if start >= len(content):
-            handler.head(416, 0, Content_Range=f"bytes */{len(content)}")
-            return
-        span = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        handler.head(206, len(content) - start, Content_Range=span, ETag=etag)
-        handler.wfile.write(content[start:])
-        return
-    handler.head(200, len(content), ETag=etag)
-    handler.wfile.write(content)
+def sends(content: bytes, length: int | None = None) -> Callable[[Handler], None]:
+    """Send ``content`` under a Content-Length of its own or another one."""
+
+    def answer(handler: Handler) -> None:
+        handler.head(200, len(content) if length is None else length)
+        handler.wfile.write(content)
+
+    return answer
 
 
-def without_ranges(handler: Handler) -> None:
-    handler.head(200, SIZE)
+def until_close(handler: Handler) -> None:
+    """Send the content without its length."""
+    handler.head(200, None)
     handler.wfile.write(CONTENT)
 
 
-def dropped_halfway(handler: Handler) -> None:
-    handler.head(200, SIZE, ETag='"v1"')
-    handler.wfile.write(CONTENT[:HALF])
+def broken_chunks(handler: Handler) -> None:
+    handler.head(200, None, Transfer_Encoding="chunked")
+    handler.wfile.write(b"ff\r\nshort")
 
 
 def stalled_halfway(handler: Handler) -> None:
-    dropped_halfway(handler)
+    sends(CONTENT[: SIZE // 2], SIZE)(handler)
     handler.wfile.flush()
     handler.server.stopping.wait(30)
-
-
-def dripping(handler: Handler) -> None:
-    handler.head(200, SIZE)
-    for byte in CONTENT[:400]:
-        handler.wfile.write(bytes([byte]))
-        if handler.server.stopping.wait(0.05):
-            return
 
 
 def silent(handler: Handler) -> None:
     handler.server.stopping.wait(30)
 
 
-def status(code: int) -> Callable[[Handler], None]:
-    return lambda handler: handler.head(code, 0)
-
-
-def redirect(code: int, location: str) -> Callable[[Handler], None]:
-    return lambda handler: handler.head(code, 0, Location=location)
+def status(code: int, **headers: str) -> Callable[[Handler], None]:
+    return lambda handler: handler.head(code, 0, **headers)

@@ -1,8 +1,8 @@
 """D4RL files that are broken in every way at hand: each is refused by name, or read as documented."""
 
-import json
 import os
-import zlib
+import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,10 @@ from flowrl.training.config import TrainConfig
 from flowrl.training.setup import load_dataset
 
 STEPS = 60
-FLOATS, FLAGS = ("observations", "actions", "rewards"), ("terminals", "timeouts")
-KEYS = FLOATS + FLAGS
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 CONFIG = TrainConfig(env="Hopper-v4", eval_episodes=0)
+
+Change = Callable[[h5py.File, str], None]
 
 
 def load(path: Path, env: str | None = "Hopper-v4") -> EpisodeDataset:
@@ -29,14 +30,7 @@ def load(path: Path, env: str | None = "Hopper-v4") -> EpisodeDataset:
     return load_dataset(replace(CONFIG, dataset=str(path), env=env))
 
 
-@pytest.fixture(scope="module")
-def inflating() -> bytes:
-    """Half a megabyte of deflate that becomes half a gigabyte."""
-    compressor, zeros = zlib.compressobj(6), bytes(1 << 24)
-    return b"".join(compressor.compress(zeros) for _ in range(32)) + compressor.flush()
-
-
-def replaced(**options: Any) -> Callable[[h5py.File, str], None]:
+def replaced(**options: Any) -> Change:
     """Put another dataset in the place of a key's."""
 
     def change(file: h5py.File, key: str) -> None:
@@ -47,7 +41,7 @@ def replaced(**options: Any) -> Callable[[h5py.File, str], None]:
     return change
 
 
-def transformed(transform: Callable[[np.ndarray], Any]) -> Callable[[h5py.File, str], None]:
+def transformed(transform: Callable[[np.ndarray], Any]) -> Change:
     def change(file: h5py.File, key: str) -> None:
         values = transform(file[key][()])
         del file[key]
@@ -56,7 +50,7 @@ def transformed(transform: Callable[[np.ndarray], Any]) -> Callable[[h5py.File, 
     return change
 
 
-def linked(link: Any) -> Callable[[h5py.File, str], None]:
+def linked(link: Any) -> Change:
     def change(file: h5py.File, key: str) -> None:
         del file[key]
         file[key] = link
@@ -69,65 +63,40 @@ def grouped(file: h5py.File, key: str) -> None:
     file.create_group(f"{key}/{key}")
 
 
-def named_type(file: h5py.File, key: str) -> None:
-    del file[key]
-    file[key] = np.dtype("f4")
+def claiming(steps: int) -> Change:
+    """Data of this many steps, none of which is stored."""
+
+    def change(file: h5py.File, key: str) -> None:
+        shape = file[key].shape[1:]
+        replaced(shape=(steps, *shape), chunks=(1, *shape), compression="gzip")(file, key)
+
+    return change
 
 
-def virtual(file: h5py.File, key: str) -> None:
-    layout = h5py.VirtualLayout(shape=file[key].shape, dtype="f4")
-    del file[key]
-    file.create_virtual_dataset(key, layout)
-
-
-def doubly_compressed(file: h5py.File, key: str) -> None:
-    shape = file[key].shape
-    del file[key]
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_chunk(shape)
-    properties.set_deflate(9)
-    properties.set_filter(h5py.h5z.FILTER_DEFLATE, h5py.h5z.FLAG_MANDATORY, (9,))
-    h5py.h5d.create(file.id, key.encode(), h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple(shape), properties)
-
-
-REFUSED: dict[str, Callable[[h5py.File, str], None]] = {
-    "missing": lambda file, key: file.__delitem__(key),
-    "renamed": lambda file, key: file.move(key, key.upper()),
-    "a group": grouped,
-    "a type": named_type,
-    "a scalar": transformed(lambda values: values.flat[0]),
-    "no steps": transformed(lambda values: values[:0]),
-    "one step short": transformed(lambda values: values[:-1]),
-    "one step long": transformed(lambda values: np.concatenate((values, values[:1]))),
-    "a dimension more": transformed(lambda values: values[:, None]),
-    "steps last": transformed(lambda values: values.T[None] if values.ndim == 1 else values.T),
-    "complex": transformed(lambda values: values * 1j),
-    "text": transformed(lambda values: values.astype("S8")),
-    "records": transformed(lambda values: np.zeros(values.shape, [("a", "f4"), ("b", "f4")])),
-    "opaque": transformed(lambda values: np.zeros(values.shape, "V4")),
-    "arrays in cells": replaced(dtype=np.dtype(("f4", (3,)))),
-    "text of any length": replaced(dtype=h5py.string_dtype()),
-    "rows of any length": replaced(dtype=h5py.vlen_dtype(np.float32)),
-    "references": replaced(dtype=h5py.ref_dtype),
-    "null": transformed(lambda values: h5py.Empty("f4")),
-    "a link to nothing": linked(h5py.SoftLink("/nowhere")),
-    "a link to itself": lambda file, key: linked(h5py.SoftLink(f"/{key}"))(file, key),
-    "a link to the root": linked(h5py.SoftLink("/")),
-    "a link to no file": linked(h5py.ExternalLink("absent.hdf5", "x")),
-    "values in another file": replaced(external=[("/dev/zero", 0, 10_000)]),
-    "values from anywhere": virtual,
-    "a filter of few bits": replaced(dtype="i4", chunks=True, scaleoffset=2),
-    "compressed twice": doubly_compressed,
-    "of 10^12 steps": lambda file, key: replaced(
-        shape=(10**12, *file[key].shape[1:]), chunks=(1, *file[key].shape[1:]), compression="gzip"
-    )(file, key),
-    "chunks of gigabytes": lambda file, key: replaced(
-        chunks=(1 << 29, *file[key].shape[1:]), maxshape=(None, *file[key].shape[1:]), compression="gzip"
-    )(file, key),
-}
-BAD_VALUES = {
-    **dict.fromkeys(FLOATS, (np.nan, np.inf, -np.inf, 3.5e38)),
-    **dict.fromkeys(FLAGS, (np.nan, np.inf, -1.0, 2.0, 0.5)),
+REFUSED: dict[str, tuple[str, Change, str]] = {
+    **{f"no {key}": (key, lambda file, key: file.__delitem__(key), f"'{key}' is missing") for key in KEYS},
+    "renamed": ("rewards", lambda file, key: file.move(key, key.upper()), "'rewards' is missing"),
+    "a group": ("rewards", grouped, "'rewards' must be an array, not a group"),
+    "a scalar": ("terminals", transformed(lambda values: values.flat[0]), "'terminals' must have shape"),
+    "no steps": ("rewards", transformed(lambda values: values[:0]), "keys differ in length"),
+    "one step short": ("observations", transformed(lambda values: values[:-1]), "observations 59"),
+    "one step long": ("timeouts", transformed(lambda v: np.concatenate((v, v[:1]))), "timeouts 61"),
+    "a dimension more": ("actions", transformed(lambda values: values[:, None]), "'actions' must have shape"),
+    "no numbers": ("actions", transformed(lambda values: values[:, :0]), "'actions' must have shape"),
+    "complex": ("actions", transformed(lambda values: values * 1j), "'actions' must hold numbers"),
+    "text": ("terminals", transformed(lambda values: values.astype("S8")), "'terminals' must hold numbers"),
+    "records": ("rewards", transformed(lambda v: np.zeros(v.shape, [("a", "f4")])), "must hold numbers"),
+    "rows of any length": ("rewards", replaced(dtype=h5py.vlen_dtype(np.float32)), "must hold numbers"),
+    "null": ("rewards", transformed(lambda values: h5py.Empty("f4")), "'rewards' must have shape"),
+    "a link to nothing": ("rewards", linked(h5py.SoftLink("/nowhere")), "'rewards' is missing"),
+    "a link to itself": ("rewards", linked(h5py.SoftLink("/rewards")), "not a readable HDF5 file"),
+    "a link to no file": ("rewards", linked(h5py.ExternalLink("absent.hdf5", "x")), "is missing"),
+    "flags of two": ("timeouts", transformed(np.cumsum), r"'timeouts'\[.*\] is 2: flags must be 0 or 1"),
+    "flags of nan": ("terminals", transformed(lambda v: v * np.nan), r"'terminals'\[0\] is nan"),
+    **{
+        f"{value} in {key}": (key, transformed(lambda v, value=value: v + np.float64(value)), rf"'{key}'\[0")
+        for key, value in zip(KEYS[:3] * 2, (np.nan, np.inf, -np.inf, 3.5e38, np.nan, 1e39), strict=True)
+    },
 }
 
 
@@ -142,86 +111,37 @@ def write(path: Path, **options: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_broken_key_is_refused_by_name(tmp_path: Path, case: str, key: str) -> None:
+def test_a_broken_key_is_refused_by_name(tmp_path: Path, case: str) -> None:
     path = write(tmp_path / "broken.hdf5")
+    key, change, message = REFUSED[case]
     with h5py.File(path, "a") as file:
-        REFUSED[case](file, key)
+        change(file, key)
     line = refusal(lambda: load(path))
     assert str(path) in line
-    assert key in line or "links" in line  # HDF5 follows them, and names none
+    assert re.search(message, line), line
 
 
-@pytest.mark.parametrize("position", [0, STEPS // 2, STEPS - 1])
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key in KEYS for value in BAD_VALUES[key]])
-def test_a_bad_value_is_named_with_its_place(tmp_path: Path, key: str, value: float, position: int) -> None:
+def test_the_first_bad_value_is_named_with_its_place(tmp_path: Path) -> None:
     path = write(tmp_path / "broken.hdf5")
     with h5py.File(path, "a") as file:
-        values = file[key][()].astype(np.float64)
-        del file[key]
-        values[position] = value
-        file[key] = values
-    assert f"{path}: '{key}'[{position}" in refusal(lambda: load(path))
+        file["observations"][6, 3] = np.inf
+        file["observations"][8, 0] = np.nan
+    assert f"{path}: 'observations'[6, 3] is inf: every value must be" in refusal(lambda: load(path))
 
 
-def test_a_chunk_that_inflates_to_half_a_gigabyte_is_refused(tmp_path: Path, inflating: bytes) -> None:
-    for key in KEYS:
-        path = write(tmp_path / "bomb.hdf5")
-        with h5py.File(path, "a") as file:
-            shape = file[key].shape
-            replaced(chunks=shape, compression="gzip")(file, key)
-            file[key].id.write_direct_chunk((0,) * len(shape), inflating)
-        assert path.stat().st_size < 1 << 20
-        assert f"'{key}' has a compressed chunk of" in refusal(lambda path=path: load(path))
-
-
-@pytest.mark.parametrize("compression", [None, "gzip", "lzf"])
-def test_large_honest_chunks_are_read(tmp_path: Path, compression: str | None) -> None:
-    """Stored sizes that could be bombs, and are none: one chunk of noise, checksummed."""
-    random = np.random.default_rng(0)
-    steps = 50_000
-    noise = {"observations": random.normal(size=(steps, 11)), "actions": random.uniform(-1, 1, (steps, 3))}
-    path = tmp_path / "large.hdf5"
-    with h5py.File(path, "w") as file:
-        for key, values in noise.items():
-            file.create_dataset(
-                key, data=values, dtype="f4", chunks=values.shape, compression=compression, fletcher32=True
-            )
-        file["rewards"] = np.ones(steps, np.float32)
-        file["terminals"] = file["timeouts"] = np.zeros(steps, bool)
-    dataset = load(path)
-    for key, values in noise.items():
-        np.testing.assert_array_equal(getattr(dataset, key), values.astype(np.float32))
-
-
-def write_one_chunk(path: Path, compression: str, chunk: bytes, filter_mask: int) -> None:
-    """A file whose 100,000 observations are stored as one chunk of these bytes."""
-    steps = 100_000
-    with h5py.File(path, "w") as file:
-        shape = (steps, 11)
-        observations = file.create_dataset("observations", shape, "f4", chunks=shape, compression=compression)
-        observations.id.write_direct_chunk((0, 0), chunk, filter_mask)
-        file["actions"], file["rewards"] = np.zeros((steps, 3), np.float32), np.ones(steps, np.float32)
-        file["terminals"] = file["timeouts"] = np.zeros(steps, bool)
-
-
-@pytest.mark.parametrize("compression", ["gzip", "lzf"])
-def test_a_chunk_that_was_left_uncompressed_is_read(tmp_path: Path, compression: str) -> None:
-    """Its bytes are the values: as lzf's, so many would be refused for what they may become."""
-    values = np.random.default_rng(0).normal(size=(100_000, 11)).astype(np.float32)
-    write_one_chunk(tmp_path / "large.hdf5", compression, values.tobytes(), filter_mask=1)
-    np.testing.assert_array_equal(load(tmp_path / "large.hdf5").observations, values)
-
-
-def test_a_chunk_of_damaged_deflate_is_refused(tmp_path: Path, inflating: bytes) -> None:
-    for name, chunk in (
-        ("noise", np.random.default_rng(0).bytes(1 << 20)),
-        ("head", bytes(9) + inflating[9:]),
-    ):
-        path = tmp_path / f"{name}.hdf5"
-        write_one_chunk(path, "gzip", chunk, filter_mask=0)
-        assert "not a readable HDF5 file" in refusal(lambda path=path: load(path))
+def test_data_larger_than_memory_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    path = write(tmp_path / "huge.hdf5")
+    with h5py.File(path, "a") as file:
+        for key in KEYS:
+            claiming(10**12)(file, key)
+    assert path.stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        assert "1000000000000 steps take 55,879.4 GiB of memory" in refusal(lambda: load(path))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -235,24 +155,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path, layout: str) -> None:
     whole = write(tmp_path / "whole.hdf5", **LAYOUTS[layout]).read_bytes()
     path = tmp_path / "cut.hdf5"
-    lengths = [*range(0, 96, 8), *range(96, len(whole), len(whole) // 80)]
-    for length in lengths:
+    for length in [0, 8, 64, *range(96, len(whole), len(whole) // 20)]:
         path.write_bytes(whole[:length])
         assert str(path) in refusal(lambda: load(path))
-    assert len(lengths) > 80
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_flipped_byte_gives_data_or_one_line(tmp_path: Path, layout: str) -> None:
-    """In the headers every byte, elsewhere some; a flip inside values cannot be told from data."""
+    """A flip inside a value cannot be distinguished from data."""
     whole = write(tmp_path / "whole.hdf5", **LAYOUTS[layout]).read_bytes()
     path, refused = tmp_path / "flipped.hdf5", 0
-    positions = [*range(96), *range(96, len(whole), max(len(whole) // 60, 1))]
-    for position in positions:
+    for position in [*range(0, 96, 3), *range(96, len(whole), len(whole) // 30)]:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         refused += ending(lambda: load(path)) is not None
-    assert len(positions) > 150
-    assert refused > 40
+    assert refused > 10
 
 
 def test_what_is_not_d4rls_is_ignored(tmp_path: Path) -> None:
@@ -269,13 +185,23 @@ def test_what_is_not_d4rls_is_ignored(tmp_path: Path) -> None:
     assert load(path).sha256 == expected
 
 
-@pytest.mark.parametrize("pickled", PICKLES)
-@pytest.mark.parametrize("name", ["data.hdf5", "data.h5", "data.pkl", "data", "data.npz", "data.hdf5.pt"])
-def test_a_pickle_is_refused_under_any_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pickled: bytes
+@pytest.mark.parametrize("content", [*PICKLES, b"", b"\x89HDF\r\n\x1a\n", b"<html>404</html>" * 100])
+@pytest.mark.parametrize("name", ["data.hdf5", "data.h5"])
+def test_other_content_is_refused_and_never_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_bytes(pickled)
+    (tmp_path / name).write_bytes(content)
+    assert f"{name}: not a readable HDF5 file" in refusal(lambda: load(tmp_path / name))
+    assert not (tmp_path / MARKER).exists()
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "data", "data.npz", "data.hdf5.pt"])
+def test_a_pickle_is_refused_under_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(PICKLES[0])
     assert name in refusal(lambda: load(tmp_path / name))
     assert not (tmp_path / MARKER).exists()
 
@@ -285,16 +211,10 @@ def test_a_pickle_is_refused_under_any_name(
     [
         ("Hopper-v4", 12, 3),
         ("Hopper-v4", 11, 4),
-        ("Hopper-v4", 3, 11),
-        ("Hopper-v5", 1, 1),
-        ("HalfCheetah-v4", 11, 3),
-        ("Walker2d-v5", 17, 5),
         ("Ant-v4", 112, 8),
-        ("Ant-v5", 27, 8),
         ("hopper-medium", 17, 6),
         ("CartPole-v1", 4, 1),
         ("Hopper-v999", 11, 3),
-        ("no_such_module:Hopper-v4", 11, 3),
         ("", 11, 3),
         (None, 11, 3),
     ],
@@ -312,21 +232,10 @@ def test_the_wrong_environment_is_refused(
 
 
 NAMES = (
-    *(
-        "",
-        ".",
-        "..",
-        "/",
-        "~",
-        "~nobody-of-this-name/x.hdf5",
-        "/dev/null",
-        "/dev/zero",
-        "absent.hdf5",
-        ".hdf5",
-    ),
-    *("a" * 300, "a" * 300 + ".hdf5", "a\0b", "a\0b.hdf5", "a\nb.hdf5", "é" * 200 + ".h5", "D4RL/hopper"),
-    *("minari:", "minari:../../x-v0", "minari:/x-v0", "minari:x-v0\n", "minari:" + "a" * 300 + "-v0"),
-    *("http://127.0.0.1:9/x.hdf5", "hopper-medium-v2", "flowrl", json.dumps({"a": 1})),
+    *("", ".", "/", "~", "~nobody-of-this-name/x.hdf5", "/dev/zero", "absent.hdf5", ".hdf5"),
+    *("a" * 300 + ".hdf5", "a\0b", "a\0b.hdf5", "a\nb.hdf5", "é" * 200 + ".h5"),
+    *("minari:", "minari:../../x-v0", "minari:x-v0\n", "minari:" + "a" * 300 + "-v0"),
+    *("http://127.0.0.1:9/x.hdf5", "hopper-medium-v2", "flowrl"),
 )
 
 

@@ -1,13 +1,12 @@
 """The behaviour policies that ship with flowrl: a folder per environment, with an index of their worth."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from flowrl.atomic import write_text
+from flowrl.atomic import file_sha256, write_text
 from flowrl.behavior.measure import MeasuredReturns, measure_returns
 from flowrl.behavior.policy import BehaviorPolicy, load_policy, save_policy
 from flowrl.envs.reference_scores import reference_scores
@@ -79,10 +78,6 @@ def load_behavior(environment: str, name: str, assets_dir: Path = ASSETS_DIR) ->
     if digest != asset.sha256:
         raise UserError(f"{path}: SHA-256 is {digest}, the index says {asset.sha256}; reinstall flowrl")
     return load_policy(path)
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)

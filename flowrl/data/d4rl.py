@@ -9,12 +9,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from flowrl.data.dataset import EpisodeDataset, build_episodes
-from flowrl.data.download import DownloadError, download, file_sha256
-from flowrl.data.hdf5 import check_hdf5_dataset
+from flowrl.atomic import file_sha256
+from flowrl.data.dataset import EpisodeDataset, build_episodes, check_fits_memory
+from flowrl.data.download import DownloadError, download
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.errors import UserError
+from flowrl.errors import UserError, one_line
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
@@ -61,8 +61,8 @@ def read_d4rl(name: str) -> EpisodeDataset:
     """Read D4RL's v2 dataset ``name`` (a key of ``D4RL_ENVIRONMENTS``), downloading it when it is not here.
 
     The file, ``hopper_medium-v2.hdf5`` for ``hopper-medium``, is looked for in ``$D4RL_DATASET_DIR`` and
-    ``~/.d4rl/datasets``. A local file is used whatever it holds, but it is called D4RL's only when its size
-    and SHA-256 do not contradict that.
+    ``~/.d4rl/datasets``. A local file is used whatever it holds, but its data is named D4RL's only when its
+    size and SHA-256 do not contradict that.
 
     Raises:
         UserError: neither found nor downloaded, or not a valid file (see :func:`read_d4rl_file`).
@@ -106,7 +106,6 @@ def find_d4rl_file(name: str) -> Path:
         download(
             [url.format(file=file_name) for url in D4RL_URLS],
             path,
-            size=published.size if published else None,
             sha256=published.sha256 if published else None,
             check=_check_readable,
         )
@@ -144,13 +143,14 @@ def read_d4rl_file(
         notes: sentences to show to the user, kept before this function's own.
 
     Raises:
-        UserError: the file is missing, not HDF5, truncated or damaged; a key is missing or has a wrong
-            type, shape or length; a value is NaN or infinite; the file holds no steps.
+        UserError: the file is missing, not HDF5, truncated, damaged or larger than memory; a key is missing
+            or has a wrong type, shape or length; a value is NaN or infinite; the file holds no steps.
     """
     with open_d4rl_file(path) as datasets:
-        for key in ("observations", "actions", "rewards"):
-            check_hdf5_dataset(str(path), key, datasets[key])
-        # Columns are converted to float32 by HDF5 as they are read, so no float64 copy ever exists.
+        steps = len(datasets["rewards"])
+        numbers = sum(int(np.prod(datasets[key].shape)) for key in ("observations", "actions", "rewards"))
+        check_fits_memory(str(path), f"{steps} steps", 4 * numbers)
+        # HDF5 converts columns to float32 as it reads them, so that no float64 copy ever exists.
         observations, actions, rewards = (
             _read_float32(datasets[key]) for key in ("observations", "actions", "rewards")
         )
@@ -190,9 +190,10 @@ def open_d4rl_file(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
             datasets = {key: _dataset(path, file, key) for key in REQUIRED_KEYS}
             _check_shapes(path, datasets)
             yield datasets
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a readable HDF5 file (damaged, or another format): {reason}") from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
+        raise UserError(
+            f"{path}: not a readable HDF5 file (damaged, or another format): {one_line(error)}"
+        ) from error
 
 
 def _match_ant(
@@ -220,10 +221,6 @@ def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
         raise UserError(f"{path}: key '{key}' is missing; D4RL files have {', '.join(REQUIRED_KEYS)}")
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{path}: '{key}' must be an array, not a {type(dataset).__name__.lower()}")
-    if dataset.file.filename != file.filename:
-        raise UserError(
-            f"{path}: '{key}' keeps its values in another file; only self-contained files are read"
-        )
     kinds = "fiu" if key in ("observations", "actions", "rewards") else "fiub"
     if dataset.dtype.kind not in kinds:
         raise UserError(f"{path}: '{key}' must hold numbers, not {dataset.dtype}")
@@ -253,7 +250,6 @@ def _read_float32(dataset: h5py.Dataset) -> np.ndarray:
 
 
 def _read_flags(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
-    check_hdf5_dataset(str(path), key, dataset)
     values = dataset[()]
     wrong = np.flatnonzero((values != 0) & (values != 1))
     if len(wrong):

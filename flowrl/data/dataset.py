@@ -9,6 +9,7 @@ import numpy as np
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
+from flowrl.machine import available_memory
 
 _ROWS_PER_CHECK = 1 << 16  # bounds the temporary mask of the finiteness check
 
@@ -139,6 +140,16 @@ def build_episodes(
         reference=reference,
         notes=tuple(notes),
     )
+
+
+def check_fits_memory(where: str, what: str, needed: int) -> None:
+    """Raise UserError when ``needed`` bytes, which a file claims to hold, are more than this machine has."""
+    memory = available_memory()
+    if memory is not None and needed > memory:
+        raise UserError(
+            f"{where}: {what} take {needed / 2**30:,.1f} GiB of memory, this machine has "
+            f"{memory / 2**30:,.1f}: the data is too large, or its header is damaged"
+        )
 
 
 def delayed_rewards(dataset: EpisodeDataset) -> EpisodeDataset:

@@ -5,21 +5,20 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 from gymnasium import spaces
 
-from flowrl.data.dataset import EpisodeDataset, build_episodes
+from flowrl.atomic import publish
+from flowrl.data.dataset import EpisodeDataset, build_episodes, check_fits_memory
 from flowrl.data.download import require_answer
-from flowrl.data.hdf5 import check_claimed_size, check_hdf5_file
+from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.specs import EnvironmentSpec, wrappers_in_gymnasium_json
-from flowrl.errors import UserError, did_you_mean
+from flowrl.errors import UserError, did_you_mean, one_line
 
 
 def read_minari(dataset_id: str) -> EpisodeDataset:
@@ -43,15 +42,14 @@ def read_minari(dataset_id: str) -> EpisodeDataset:
     folder = datasets_folder() / dataset_id
     with _named_errors(name, folder):
         metadata = _read_metadata(folder)
-        _check_storage(name, folder, metadata)
         dataset = minari.load_dataset(dataset_id)
         space = dataset.action_space
         if not isinstance(space, spaces.Box):
             raise UserError(f"{name}: actions must be a Box space, not {space}")
         leaves = _leaves(name, dataset.observation_space, json.loads(metadata["observation_space"]))
-        total_steps, stored = int(dataset.total_steps), _folder_size(folder)
+        total_steps = int(dataset.total_steps)
         dimensions = (sum(math.prod(leaf.shape) for _, leaf in leaves), math.prod(space.shape))
-        check_claimed_size(name, f"{total_steps} steps", 4 * total_steps * (sum(dimensions) + 1), stored)
+        check_fits_memory(name, f"{total_steps} steps", 4 * total_steps * (sum(dimensions) + 1))
         observations = np.empty((total_steps, dimensions[0]), dtype=np.float32)
         actions = np.empty((total_steps, dimensions[1]), dtype=np.float32)
         rewards = np.empty(total_steps, dtype=np.float32)
@@ -106,32 +104,31 @@ def check_minari_id(dataset_id: str) -> None:
         raise UserError(f"malformed Minari id '{dataset_id}': one looks like mujoco/hopper/medium-v0")
 
 
+def flat_name(dataset_id: str) -> str:
+    """Return the id as one file name."""
+    return dataset_id.replace("/", "--")
+
+
 def _ensure_local(dataset_id: str) -> None:
     """Download the dataset unless it is in the local cache; whole or not at all."""
     import minari
 
     check_minari_id(dataset_id)
     root = datasets_folder()
-    if (root / dataset_id).exists():
+    final = root / dataset_id
+    if final.exists():
         return
-    flat_name = dataset_id.replace("/", "--")
-    staging = root / f".incomplete-{flat_name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root / f".{flat_name}.lock"):
-            if (root / dataset_id).exists():  # another process was faster
+        with staging(root, flat_name(dataset_id)) as folder:
+            if final.exists():  # another process was faster
                 return
-            shutil.rmtree(staging, ignore_errors=True)
-            try:
-                if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
-                    # huggingface_hub retries for half a minute before it admits that there is no network.
-                    require_answer(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-                with minari_folder(staging):
-                    minari.download_dataset(dataset_id)
-                (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(staging / dataset_id, root / dataset_id)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+            if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
+                # huggingface_hub would retry for half a minute where there is no network.
+                require_answer(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+            with minari_folder(folder):
+                minari.download_dataset(dataset_id)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            publish(folder / dataset_id, final)
     except Exception as error:  # whatever minari's remote storage and its HTTP library raise
         raise UserError(
             f"minari:{dataset_id} is not in {root}{_local_hint(dataset_id)}, and minari could not download "
@@ -171,22 +168,16 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     whatever the file says. Such a file is refused before minari sees it.
     """
     metadata = json.loads((folder / "data" / "metadata.json").read_text(encoding="utf-8"))
+    where = folder / "data" / "metadata.json"
+    if not isinstance(metadata, dict):
+        raise UserError(f"{where}: expected a JSON object")
     for key in ("observation_space", "action_space", "data_format"):
-        if not isinstance(metadata, dict) or not isinstance(metadata.get(key), str):
-            raise UserError(f"{folder / 'data' / 'metadata.json'}: key '{key}' is missing or not a string")
+        if not isinstance(metadata.get(key), str):
+            raise UserError(f"{where}: key '{key}' is missing or not a string")
+    episodes, steps = (metadata.get(key) for key in ("total_episodes", "total_steps"))
+    if type(episodes) is not int or type(steps) is not int or not 0 <= episodes <= steps:
+        raise UserError(f"{where}: 'total_episodes' {episodes!r} and 'total_steps' {steps!r} are not counts")
     return metadata
-
-
-def _check_storage(name: str, folder: Path, metadata: dict[str, Any]) -> None:
-    """Check what minari allocates or reads on the word of the files."""
-    for key in ("total_episodes", "total_steps"):
-        if type(metadata.get(key)) is not int:
-            raise UserError(f"{name}: {folder} cannot be read: its '{key}' is {metadata.get(key)!r}")
-    # Every episode has a group of its own, so there are fewer episodes than bytes.
-    if not 0 <= metadata["total_episodes"] <= _folder_size(folder):
-        raise UserError(f"{name}: {folder} cannot be read: it has no {metadata['total_episodes']} episodes")
-    if metadata["data_format"] == "hdf5":
-        check_hdf5_file(name, folder / "data" / "main_data.hdf5")
 
 
 def _leaves(name: str, space: spaces.Space[Any], recorded: Any) -> list[tuple[tuple[str, ...], spaces.Box]]:
@@ -279,9 +270,4 @@ def _named_errors(name: str, folder: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}".rstrip(": ")
-
-
-def _folder_size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"

@@ -2,28 +2,26 @@
 
 import json
 import os
-import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
 import gymnasium
 import h5py
 import mujoco
 import numpy as np
 
 import flowrl
-from flowrl.atomic import atomic_path, sync_folder
+from flowrl.atomic import atomic_path, publish, sync
 from flowrl.data.collect import Collection, Episode, Recipe, collect, plain_recipe, policy_hashes, to_dataset
 from flowrl.data.dataset import EpisodeDataset
-from flowrl.data.minari import check_minari_id, datasets_folder, minari_folder
+from flowrl.data.minari import check_minari_id, datasets_folder, flat_name, minari_folder
+from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.vector import make_env, no_deprecations
-from flowrl.errors import UserError
+from flowrl.errors import UserError, one_line
 
 METADATA_KEY = "flowrl"  # of what flowrl adds to a Minari dataset's metadata
 
@@ -43,10 +41,12 @@ def collect_minari(recipe: Recipe, dataset_id: str, overwrite: bool = False) -> 
             :func:`flowrl.data.collect.collect` refuses, or a disk that cannot be written.
     """
     check_minari_id(dataset_id)
-    with _locked(dataset_id) as folder:
+    root = datasets_folder()
+    folder = root / dataset_id
+    with _disk_errors(folder), staging(root, flat_name(dataset_id)) as aside:
         if folder.exists() and not overwrite:
             raise UserError(f"dataset {dataset_id} exists already ({folder}); replace it with --overwrite")
-        _collect_into(recipe, dataset_id, folder)
+        _collect_into(recipe, dataset_id, folder, aside)
     return folder
 
 
@@ -57,9 +57,11 @@ def ensure_minari(recipe: Recipe, dataset_id: str) -> Path:
         UserError: as :func:`collect_minari`, and for a dataset of that id which another recipe collected or
             which nothing says that flowrl collected.
     """
-    with _locked(dataset_id) as folder:
+    root = datasets_folder()
+    folder = root / dataset_id
+    with _disk_errors(folder), staging(root, flat_name(dataset_id)) as aside:
         if not folder.exists():
-            _collect_into(recipe, dataset_id, folder)
+            _collect_into(recipe, dataset_id, folder, aside)
     provenance = read_provenance(folder)
     wanted = {"recipe": plain_recipe(recipe), "policy_sha256": policy_hashes(recipe)}
     if any(provenance.get(key) != value for key, value in wanted.items()):
@@ -134,46 +136,16 @@ def _provenance(collection: Collection, sha256: str) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _locked(dataset_id: str) -> Iterator[Path]:
-    """Yield the dataset's folder while no other process collects or downloads it."""
-    root = datasets_folder()
-    with _disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(root / f".{_flat(dataset_id)}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            print(f"waiting for another process that is collecting {dataset_id}", file=sys.stderr)
-            lock.acquire()
-    try:
-        yield root / dataset_id
-    finally:
-        lock.release()
-
-
-def _collect_into(recipe: Recipe, dataset_id: str, folder: Path) -> None:
-    """Collect and write aside, then put the dataset where it belongs, in the place of one that is there."""
-    root = datasets_folder()
-    staging = root / f".incomplete-{_flat(dataset_id)}"
-    with _disk_errors(root):
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+def _collect_into(recipe: Recipe, dataset_id: str, folder: Path, aside: Path) -> None:
+    """Collect and write in ``aside``, then move the dataset to ``folder``, replacing one that is there."""
     collection = collect(recipe)
-    with _disk_errors(folder):
-        try:
-            staging.mkdir()
-            _check_space(staging / "space", collection)
-            with minari_folder(staging):
-                _write_minari(collection, dataset_id)
-            for file in staging.rglob("*"):
-                _sync(file)
-            _add_namespaces(dataset_id)
-            if folder.exists():
-                os.replace(folder, staging / "replaced")
-            os.replace(staging / dataset_id, folder)
-            sync_folder(folder.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    _check_space(aside / "space", collection)
+    with minari_folder(aside):
+        _write_minari(collection, dataset_id)
+    _add_namespaces(dataset_id)
+    if folder.exists():
+        os.replace(folder, aside / "replaced")
+    publish(aside / dataset_id, folder)
 
 
 def _write_minari(collection: Collection, dataset_id: str) -> None:
@@ -211,8 +183,7 @@ def _check_space(path: Path, collection: Collection) -> None:
         with path.open("wb") as file:
             for _ in range(int(size) // len(_ZEROS) + 1):
                 file.write(_ZEROS)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(path)
     finally:
         path.unlink(missing_ok=True)
 
@@ -242,22 +213,10 @@ def _add_namespaces(dataset_id: str) -> None:
         create_namespace(namespace)
 
 
-def _flat(dataset_id: str) -> str:
-    return dataset_id.replace("/", "--")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk, as Python and HDF5 report it, into one UserError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be written: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from error

@@ -11,7 +11,6 @@ these environments stops that for the whole process (``MjData.timer`` stays as i
 """
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from gymnasium.spaces import Box
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+
+from flowrl.machine import available_cores
 
 SLOTS_PER_THREAD = 4  # fewer are stepped faster than another thread is woken
 
@@ -126,8 +127,7 @@ class MujocoVectorEnv(VectorEnv):
         self._terminations = np.zeros(num_envs, dtype=bool)
         self._truncations = np.zeros(num_envs, dtype=bool)
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._threads = max(1, min(cores, num_envs // SLOTS_PER_THREAD))
+        self._threads = max(1, min(available_cores(), num_envs // SLOTS_PER_THREAD))
         self._pool = ThreadPoolExecutor(self._threads)
 
     def reset(

@@ -14,7 +14,7 @@ from gymnasium.wrappers import FlattenObservation
 
 from flowrl.envs.mujoco_vector import MUJOCO_VECTOR_IDS, MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.errors import UserError
+from flowrl.errors import UserError, one_line
 
 
 def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gym.Env:
@@ -37,8 +37,7 @@ def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gy
                 **rendering,
             )
     except Exception as error:  # an environment's constructor may raise anything
-        reason = " ".join(str(error).split())
-        raise UserError(f"environment {environment.env_id} cannot be made: {reason}") from error
+        raise UserError(f"environment {environment.env_id} cannot be made: {one_line(error)}") from error
     if isinstance(env.observation_space, Box) and len(env.observation_space.shape) == 1:
         return env
     return FlattenObservation(env)

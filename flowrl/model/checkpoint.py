@@ -5,9 +5,7 @@
 size and SHA-256 of each. The folder is written under a temporary name, synced, then renamed.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowrl.atomic import TEMPORARY_SUFFIX, sync_folder
+from flowrl.atomic import TEMPORARY_SUFFIX, file_sha256, publish
 from flowrl.errors import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -67,15 +65,10 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         files = {name: _describe(temporary / name) for name in sorted(_FILES)}
         manifest = {"step": checkpoint.step, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(temporary)
         if final.exists():  # saved before: at the same moment, or damaged and now reached again
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-        temporary.rename(final)
-        sync_folder(final.parent)
+        publish(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{final}: cannot save the checkpoint: {error}") from error
@@ -158,9 +151,7 @@ def _load(folder: Path, for_training: bool) -> Checkpoint:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _verify(path: Path, expected: object) -> None:

@@ -8,6 +8,7 @@ from signal import SIGTERM
 
 import torch
 
+from flowrl.machine import available_cores
 from flowrl.signals import StopSignals
 from flowrl.sweeps.plan import PlannedRun
 from flowrl.sweeps.progress import SweepProgress
@@ -41,7 +42,7 @@ def local_slots(jobs: int | None, device: str) -> Slots:
 
     A device such as "cuda:1" is taken as it is: all runs go there.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
     jobs = jobs or gpus or (1 if device.startswith("cuda") else cores)
     return Slots(jobs, max(1, cores // jobs), gpus)

@@ -1,7 +1,6 @@
 """What a run starts from: the data, the environment, and an agent that knows the data's statistics."""
 
 import ctypes
-import os
 import sys
 
 import gymnasium
@@ -12,6 +11,7 @@ from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import delayed_rewards, top_episodes
 from flowrl.envs.spaces import action_bounds, check_environment
 from flowrl.errors import UserError
+from flowrl.machine import available_memory
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig
 from flowrl.model.loading import untrained_model
@@ -129,8 +129,8 @@ def _check_memory(config: TrainConfig, model_config: ModelConfig | BehaviorCloni
     with torch.device("meta"):  # which takes no memory itself
         parameters = list(untrained_model(model_config).parameters())
     needed = _TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in parameters)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
+    memory = available_memory()
+    if memory is not None and needed > memory:
         raise UserError(
             f"--embed-dim {config.embed_dim}, --num-layers {config.num_layers}: to train this model takes "
             f"{needed / 2**30:,.1f} GiB of memory, this machine has {memory / 2**30:,.1f}"

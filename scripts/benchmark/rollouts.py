@@ -4,7 +4,6 @@ Untrained agents fall at once, so the agents compute their actions but the robot
 medium behaviour policy: every contender steps through the very same episodes, as long as hopper-medium's.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
@@ -22,6 +21,7 @@ from flowrl.behavior.policy import BehaviorPolicy
 from flowrl.behavior.shipped import load_behavior
 from flowrl.envs.vector import make_env
 from flowrl.evaluation.rollout import rollout
+from flowrl.machine import available_cores
 from flowrl.model.agent import Agent
 
 TARGET_RETURN = 3600.0
@@ -131,9 +131,7 @@ class RawPhysics:
             env.reset(seed=seed)
             self._starts.append((base.data.qpos.copy(), base.data.qvel.copy()))
         env.close()
-        self._cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self._cores = available_cores()
 
     def run(self) -> list[np.ndarray]:
         """Simulate to the end; return every episode's last (nq,) positions."""
