@@ -269,7 +269,7 @@ def test_a_disk_that_fills_up_costs_nothing_already_saved(tiny_dataset, tmp_path
     """The metrics and TensorBoard's events grow until no file may: a clear end, then the run goes on."""
     options = {"steps": 1500, "eval_episodes": 0, "checkpoint_every": 100, "log_every": 1}
     run = tmp_path / "run"
-    code, _, errors = finish(start(arguments(tiny_dataset, run, **options), limit=limit_files(100_000)))
+    code, _, errors = finish(start(arguments(tiny_dataset, run, **options), limit=limit_files(150_000)))
     assert code == 2
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines()[-1:]
     assert str(run) in errors.splitlines()[-1]
