@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from test_sweep import METHODS, TINY, start_sweep, write_sweep
+from test_sweep import METHODS, TINY, last_step, start_sweep, write_sweep
 from tiny_training import REPOSITORY, assert_same_end, figures, finish, wait_for
 
 from flowrl.errors import UserError
 from flowrl.sweeps.command import run_sweep
 from flowrl.sweeps.plan import plan_runs, read_sweep
+from flowrl.sweeps.process import is_finished, log_path
 from flowrl.sweeps.ray_cluster import train_on_node
-from flowrl.sweeps.state import is_finished, last_step, log_path
 from flowrl.training.config import parse_train_config
 from flowrl.training.run import train
 

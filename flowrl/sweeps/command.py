@@ -1,4 +1,4 @@
-"""The command line of a sweep: what to train, where, and what happens at the end."""
+"""The command line of a sweep."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -12,7 +12,6 @@ from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError, did_you_mean
 from flowrl.model.transformer import TokenLayout
 from flowrl.signals import StopSignals
-from flowrl.sweeps.estimate import format_plan, measure_costs
 from flowrl.sweeps.local import local_slots, run_local
 from flowrl.sweeps.plan import (
     TIMESTEPS_PER_UPDATE,
@@ -23,18 +22,17 @@ from flowrl.sweeps.plan import (
     read_sweep,
     write_plan,
 )
-from flowrl.sweeps.progress import SweepProgress
+from flowrl.sweeps.process import check_startable, is_finished
 from flowrl.sweeps.ray_cluster import check_ray, run_on_ray
-from flowrl.sweeps.state import check_startable, is_finished
 
 EXIT_FAILED_RUNS = 1
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Train every method on every dataset with every seed, one run folder each; run it again to go on.
+    """Train every method on every dataset with every seed, one run folder each; run it again to resume.
 
-    Options of scripts/train.py may be given too; they hold for all runs.
+    Options of `flowrl train` may be given too; they hold for all runs.
     """
 
     sweep: str | None = None
@@ -62,15 +60,15 @@ class SweepConfig:
     jobs: int | None = None
     """Runs at a time on a machine like this one; by default one per GPU, or per core."""
     dry_run: bool = False
-    """Print the plan and how long it would take, measured from a few updates, and train nothing."""
+    """Print the plan and train nothing."""
 
 
 def run_sweep(arguments: list[str] | None = None) -> int:
-    """Parse the command line and do what it asks; return the exit code, 1 when a run failed.
+    """Parse the command line and run the sweep; return the exit code, 1 when a run failed.
 
     Raises:
         UserError: bad input, or another sweep at work in the same folder.
-        Stopped: SIGINT or SIGTERM came; all trainings have saved.
+        Stopped: SIGINT or SIGTERM came; all runs have saved a checkpoint.
     """
     config, train_arguments = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
     runs_dir = config.runs_dir or Path("runs") / (Path(config.sweep).stem if config.sweep else "sweep")
@@ -79,32 +77,36 @@ def run_sweep(arguments: list[str] | None = None) -> int:
             if config.on == "ray":
                 check_ray(config.address)
             runs = plan_runs(_sweep_of(config, tuple(train_arguments)), runs_dir.absolute())
-            finished = [run for run in runs if is_finished(run)]
-            unfinished = [run for run in runs if run not in finished]
+            unfinished = [run for run in runs if not is_finished(run)]
             for run in runs:
                 check_startable(run)
-            slots = local_slots(config.jobs, runs[0].config.device)
             if config.dry_run:
-                costs = measure_costs(unfinished, slots.threads, signals)
-                print(format_plan(runs, {run.name for run in finished}, costs, slots.jobs))
+                print(_format_plan(runs, unfinished))
                 return 0
+            slots = local_slots(config.jobs, runs[0].config.device)
         try:
             runs_dir.mkdir(parents=True, exist_ok=True)
             with FileLock(runs_dir / ".lock", timeout=0):
                 write_plan(runs, runs_dir)
-                progress = SweepProgress(runs, finished)
-                try:
-                    if config.on == "ray":
-                        failures = run_on_ray(unfinished, slots, config.address, progress, signals)
-                    else:
-                        failures = run_local(unfinished, slots, progress, signals)
-                finally:
-                    progress.close()
+                if config.on == "ray":
+                    ended = run_on_ray(unfinished, slots, config.address, signals)
+                else:
+                    ended = run_local(unfinished, slots, signals)
+                failures, finished = [], len(runs) - len(unfinished)
+                for run, failure in ended:
+                    if failure is not None:
+                        failures.append(failure)
+                    finished += failure is None
+                    outcome = f"finished {run.name}" if failure is None else f"failed {failure}"
+                    print(f"{outcome}; {finished} of {len(runs)} finished", flush=True)
         except Timeout as error:
             raise UserError(f"--runs-dir {runs_dir}: another sweep is at work in this folder") from error
         except OSError as error:
             raise UserError(f"--runs-dir {runs_dir}: cannot be written: {error}") from error
-    return _summarize(runs, runs_dir, failures)
+    print(f"{finished} of {len(runs)} runs finished in {runs_dir}")
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return EXIT_FAILED_RUNS if failures else 0
 
 
 def _sweep_of(config: SweepConfig, train_arguments: tuple[str, ...]) -> Sweep:
@@ -147,8 +149,14 @@ def _sweep_of(config: SweepConfig, train_arguments: tuple[str, ...]) -> Sweep:
     )
 
 
-def _summarize(runs: list[PlannedRun], runs_dir: Path, failures: list[str]) -> int:
-    print(f"{len(runs) - len(failures)} of {len(runs)} runs finished in {runs_dir}")
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    return EXIT_FAILED_RUNS if failures else 0
+def _format_plan(runs: list[PlannedRun], unfinished: list[PlannedRun]) -> str:
+    """A line per run and a line of totals."""
+    lines = []
+    for run in runs:
+        state = "finished" if run not in unfinished else "started" if run.run_dir.exists() else "new"
+        timesteps = f", {run.timesteps} timesteps" if run.timesteps else ""
+        size = f"{run.config.steps} updates of batch size {run.config.batch_size}{timesteps}"
+        lines.append(f"{run.name}: {state}, {size}")
+    total = sum(run.config.steps for run in unfinished)
+    lines.append(f"{len(runs)} runs, {len(unfinished)} of them to train: at most {total} updates")
+    return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""A sweep on this machine: as many trainings at a time as there are cores or GPUs to share out."""
+"""A sweep on this machine: as many runs at a time as there are cores or GPUs."""
 
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from signal import SIGTERM
 
@@ -11,15 +12,14 @@ import torch
 from flowrl.machine import available_cores
 from flowrl.signals import StopSignals
 from flowrl.sweeps.plan import PlannedRun
-from flowrl.sweeps.progress import SweepProgress
-from flowrl.sweeps.state import failure_of, start_training
+from flowrl.sweeps.process import failure_of, start_training
 
 _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How many runs go at a time, and what each gets."""
+    """How many runs train at a time, and what each gets."""
 
     jobs: int
     threads: int
@@ -38,9 +38,9 @@ class Slots:
 
 
 def local_slots(jobs: int | None, device: str) -> Slots:
-    """Share out this machine: one run per GPU, or per core where the runs are for the CPU; or ``jobs`` runs.
+    """Divide this machine: one run per GPU, or per core where the runs are for the CPU; or ``jobs`` runs.
 
-    A device such as "cuda:1" is taken as it is: all runs go there.
+    All runs of a device such as "cuda:1" use that one.
     """
     cores = available_cores()
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
@@ -49,14 +49,14 @@ def local_slots(jobs: int | None, device: str) -> Slots:
 
 
 def run_local(
-    runs: list[PlannedRun], slots: Slots, progress: SweepProgress, signals: StopSignals
-) -> list[str]:
-    """Train the runs, ``slots.jobs`` at a time, in order; return one line for each that failed.
+    runs: list[PlannedRun], slots: Slots, signals: StopSignals
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Train the runs in order, ``slots.jobs`` at a time; yield each that ends, with its failure if it failed.
 
     Raises:
-        Stopped: after SIGINT or SIGTERM, once every training has saved a checkpoint and ended.
+        Stopped: after SIGINT or SIGTERM, once every run has saved a checkpoint and ended.
     """
-    waiting, failures = list(runs), []
+    waiting = list(runs)
     processes: dict[int, tuple[PlannedRun, subprocess.Popen]] = {}  # by slot
     while waiting or processes:
         for slot in range(slots.jobs):
@@ -65,21 +65,12 @@ def run_local(
                 processes[slot] = (run, start_training(run, slots.environment(slot)))
         time.sleep(_POLL_SECONDS)
         if signals.received is not None:
-            _stop([process for _, process in processes.values()])
+            for _, process in processes.values():
+                process.send_signal(SIGTERM)
+            for _, process in processes.values():
+                process.wait()
             signals.stop()
         for slot, (run, process) in list(processes.items()):
             if process.poll() is not None:
                 del processes[slot]
-                failure = failure_of(run, process.returncode)
-                failures += [] if failure is None else [failure]
-                progress.ended(run, failure)
-        progress.show([run for run, _ in processes.values()])
-    return failures
-
-
-def _stop(processes: list[subprocess.Popen]) -> None:
-    """Have all save and end, and wait for it."""
-    for process in processes:
-        process.send_signal(SIGTERM)
-    for process in processes:
-        process.wait()
+                yield run, failure_of(run, process.returncode)

@@ -1,4 +1,4 @@
-"""A sweep on a Ray cluster: one task per run; runs of lost nodes go on elsewhere from their last checkpoint.
+"""A sweep on a Ray cluster: one task per run; runs of lost nodes resume elsewhere from their last checkpoint.
 
 Run folders must be on storage that all nodes share; so must the data, where it is not downloaded.
 """
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from signal import SIGTERM
 from typing import Any
 
@@ -18,8 +19,7 @@ from flowrl.errors import UserError
 from flowrl.signals import StopSignals
 from flowrl.sweeps.local import Slots
 from flowrl.sweeps.plan import PlannedRun
-from flowrl.sweeps.progress import SweepProgress
-from flowrl.sweeps.state import TRAIN_SCRIPT, failure_of, is_finished, start_training
+from flowrl.sweeps.process import failure_of, is_finished, python_path, start_training
 
 _CONNECT_SECONDS = 5.0
 _HEALTH_SECONDS = 20.0
@@ -32,10 +32,10 @@ _PASSED_ON = ("MINARI_DATASETS_PATH", "D4RL_DATASET_DIR", "MUJOCO_GL")
 def check_ray(address: str | None) -> None:
     """Raise a UserError, within seconds, where Ray is not installed or no cluster answers at HOST:PORT.
 
-    Ray itself would go on trying for minutes, or for ever at an address where something else listens.
+    Ray itself would retry for minutes, or for ever at an address where another program listens.
     """
     if importlib.util.find_spec("ray") is None:
-        raise UserError("--on ray needs Ray: pip install -e '.[ray]'")
+        raise UserError("--on ray needs Ray: pip install 'flowrl[ray]'")
     if address is None:
         return
     host, _, port = address.rpartition(":")
@@ -51,40 +51,39 @@ def check_ray(address: str | None) -> None:
     except subprocess.TimeoutExpired:
         healthy = False
     if not healthy:
-        raise UserError(f"--address {address}: what listens there does not answer as a Ray cluster")
+        raise UserError(f"--address {address}: the server there does not answer as a Ray cluster")
 
 
 def run_on_ray(
-    runs: list[PlannedRun], slots: Slots, address: str | None, progress: SweepProgress, signals: StopSignals
-) -> list[str]:
-    """Train the runs on the cluster at ``address`` (HOST:PORT), or on one started here for it.
+    runs: list[PlannedRun], slots: Slots, address: str | None, signals: StopSignals
+) -> Iterator[tuple[PlannedRun, str | None]]:
+    """Train the runs on the cluster at ``address`` (HOST:PORT), or on one that is started here.
 
-    Each run takes ``slots.threads`` cores, and a GPU where the cluster has any. A run whose node is lost is
-    started again on another; before it goes on, it waits until the lost one has let go of its folder.
+    Each run takes ``slots.threads`` cores, and a GPU where the cluster has any. A run whose node is lost
+    starts again on another node, once the lost process has released the run's folder.
 
-    Returns:
-        One line for each run that failed.
+    Yields:
+        Each run that ends, with its failure if it failed.
 
     Raises:
         UserError: the cluster cannot be joined (see also :func:`check_ray`, to be called before).
-        Stopped: after SIGINT or SIGTERM, once the trainings were told to save and end.
+        Stopped: after SIGINT or SIGTERM, once the runs have saved a checkpoint and ended.
     """
     with signals.interruptible():
         ray = _connect(address, slots)
     try:
-        with StopSignals() as now:  # Ray's own handlers, set while connecting, would leave at once
-            return _run(ray, runs, slots, progress, now)
+        with StopSignals() as now:  # Ray has set handlers of its own, which would exit at once
+            yield from _run(ray, runs, slots, now)
     finally:
         ray.shutdown()
 
 
 def _run(
-    ray: Any, runs: list[PlannedRun], slots: Slots, progress: SweepProgress, signals: StopSignals
-) -> list[str]:
+    ray: Any, runs: list[PlannedRun], slots: Slots, signals: StopSignals
+) -> Iterator[tuple[PlannedRun, str | None]]:
     gpus = 1 if ray.cluster_resources().get("GPU") and runs and runs[0].config.device != "cpu" else 0
     task = ray.remote(num_cpus=slots.threads, num_gpus=gpus, max_retries=_RETRY_FOREVER)(train_on_node)
     waiting = {task.remote(run, slots.threads): run for run in runs}
-    failures = []
     while waiting:
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_POLL_SECONDS)
         if signals.received is not None:
@@ -98,16 +97,13 @@ def _run(
                 failure = ray.get(reference)
             except ray.exceptions.RayError as error:
                 failure = f"{run.name}: {str(error).strip().splitlines()[-1]}"
-            failures += [] if failure is None else [failure]
-            progress.ended(run, failure)
-        progress.show(list(waiting.values()))
-    return failures
+            yield run, failure
 
 
 def train_on_node(run: PlannedRun, threads: int) -> str | None:
-    """Train or continue one run in a process of its own on this node; return one line if it failed.
+    """Start or resume one run in a process of its own on this node; return one line if it failed.
 
-    It may be called again for a run that another node has begun, or even finished.
+    Another node may have begun the run, or even finished it.
     """
     wait_until_free(run)
     if is_finished(run):
@@ -124,25 +120,23 @@ def train_on_node(run: PlannedRun, threads: int) -> str | None:
 
 
 def wait_until_free(run: PlannedRun) -> None:
-    """Wait for the end of a training in the run's folder that is saving its last checkpoint; not forever."""
+    """Wait for a process that is still saving its last checkpoint in the run's folder; at most a minute."""
     if not run.run_dir.is_dir():
         return
     try:
         with FileLock(run.run_dir / ".lock", timeout=_STOP_SECONDS):
             return
     except Timeout:
-        return  # the training that starts now says that the folder is in use
+        return  # training will report that the folder is in use
 
 
 def _connect(address: str | None, slots: Slots) -> Any:
     """Return the ray module, connected."""
-    import ray  # an extra: only --on ray needs it
+    import ray  # of an extra
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    variables["PYTHONPATH"] = os.pathsep.join(
-        path for path in (str(TRAIN_SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")) if path
-    )
+    variables["PYTHONPATH"] = python_path()
     settings: dict[str, Any] = {
         "runtime_env": {"env_vars": variables}, "log_to_driver": False, "logging_level": "error",
     }  # fmt: skip

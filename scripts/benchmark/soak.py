@@ -18,7 +18,6 @@ from flowrl.atomic import write_text
 from flowrl.errors import UserError, exit_on_user_error
 from flowrl.training.metrics import METRICS_FILE
 
-TRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 ENDLESS = 1_000_000_000  # updates; the run is stopped by a signal
 # Tiny, so that hours hold many evaluations, checkpoints and lines of metrics.
 OPTIONS = [
@@ -72,7 +71,7 @@ def soak(config: SoakConfig) -> dict[str, float]:
         words = ["--env", config.env, "--dataset", "flowrl", "--steps", str(ENDLESS), "--run-dir", str(run)]
         with (Path(folder) / "output").open("w+", encoding="utf-8") as output:
             process = subprocess.Popen(
-                [sys.executable, str(TRAIN_SCRIPT), *words, *OPTIONS], stdout=output, stderr=output
+                [sys.executable, "-m", "flowrl", "train", *words, *OPTIONS], stdout=output, stderr=output
             )
             try:
                 samples = _watch(process, config)
