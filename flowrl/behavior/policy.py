@@ -1,15 +1,12 @@
 """Behaviour policies: small tanh-Gaussian actors that act with numpy alone, the same on every machine."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from flowrl.atomic import atomic_path
 from flowrl.errors import UserError
 
 # The range in which a soft actor-critic actor clips its log standard deviation (Haarnoja et al., 2018).
@@ -77,42 +74,16 @@ class BehaviorPolicy:
         actions = np.clip(np.tanh(mean + np.exp(log_std) * normals) + noise, -1.0, 1.0)
         return (np.round(actions / ACTION_GRID) * ACTION_GRID).astype(np.float32)
 
-    def to_tensors(self) -> dict[str, Float64]:
-        """Return the weights by the names they have in a snapshot file."""
-        layers = {f"hidden.{index}": layer for index, layer in enumerate(self.hidden)}
-        layers |= {"mean": self.mean, "log_std": self.log_std}
-        return {
-            f"{name}.{part}": array
-            for name, layer in layers.items()
-            for part, array in zip(("weight", "bias"), layer, strict=True)
-        }
-
-
-def save_policy(policy: BehaviorPolicy, path: Path, dtype: type[np.floating] = np.float32) -> None:
-    """Write ``policy`` as a safetensors snapshot in ``dtype``, whole or not at all."""
-    tensors = {name: np.ascontiguousarray(array, dtype=dtype) for name, array in policy.to_tensors().items()}
-    metadata = {"env_id": policy.env_id, "steps": str(policy.steps)}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(_with_sorted_metadata(save(tensors, metadata)))
-
-
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """The same safetensors file with its metadata in order, so that equal policies have equal hashes.
-
-    A file begins with its header's length, 8 bytes, and the header, JSON; safetensors writes the metadata in
-    an order of chance.
-    """
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    return data[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + data[end:]
-
 
 def load_policy(path: Path) -> BehaviorPolicy:
-    """Read a snapshot that :func:`save_policy` wrote, of any depth, width and floating-point type.
+    """Read a safetensors snapshot of any depth, width and floating-point type.
 
-    Raises UserError naming the file and what is wrong with it: unreadable, metadata missing, a tensor
-    missing, not expected, of the wrong shape or type, or not finite.
+    Its tensors are ``hidden.0.weight`` (inputs, outputs), ``hidden.0.bias``, ..., ``mean.weight``,
+    ``mean.bias``, ``log_std.weight`` and ``log_std.bias``; its metadata give ``env_id`` and ``steps``.
+
+    Raises:
+        UserError: unreadable, metadata missing, or a tensor missing, not expected, of the wrong shape or
+            type, or not finite; the file and the fault are named.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such behaviour policy (a .safetensors snapshot)")

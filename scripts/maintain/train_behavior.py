@@ -21,12 +21,12 @@ from typing import Any, Literal
 import gymnasium
 import numpy as np
 import tyro
+from export_behavior import measure_returns, save_policy
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from flowrl.atomic import atomic_path, write_text
-from flowrl.behavior.measure import measure_returns
-from flowrl.behavior.policy import BehaviorPolicy, Layer, save_policy
+from flowrl.behavior.policy import BehaviorPolicy, Layer
 from flowrl.errors import UserError, exit_on_user_error
 
 EVALUATION_SEED = 1_000_000  # far from the training seeds, the same for every snapshot
