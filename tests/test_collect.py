@@ -160,8 +160,8 @@ def test_a_tampered_policy_is_refused_and_nothing_is_left(
         (CollectCommand("hopper"), "give --policies, of random, "),
         (CollectCommand("hopper", ("mediun",), id="a-v0"), "did you mean 'medium'"),
         (CollectCommand("hopper", ("medium=much",), id="a-v0"), "--policies medium=much"),
-        (CollectCommand("hopper", ("medium=0",), id="a-v0"), "share is 0"),
-        (CollectCommand("hopper", ("medium",), noise=-1.0, id="a-v0"), "noise is -1"),
+        (CollectCommand("hopper", ("medium=0",), id="a-v0"), "--policies medium=0"),
+        (CollectCommand("hopper", ("medium",), noise=-1.0, id="a-v0"), "--noise -1.0"),
         (CollectCommand("hopper", ("medium",), steps=0, id="a-v0"), "--steps 0"),
         (CollectCommand("hopper", ("medium",), seed=-1, id="a-v0"), "--seed -1"),
         (CollectCommand("hopper", ("medium",)), "--id"),
@@ -244,7 +244,7 @@ def counted(recipe):
     return collect(recipe)
 writers.collect = counted
 recipe = Recipe("hopper", (Part("25k"),), steps=3000, seed=4)
-print(writers.collected_sha256(writers.ensure_minari(recipe, "mine/x-v0")))
+print(writers.read_provenance(writers.ensure_minari(recipe, "mine/x-v0"))["sha256"])
 """
 
 

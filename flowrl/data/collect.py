@@ -1,5 +1,6 @@
-"""Collection: episodes of behaviour policies, the same arrays for the same seed on any number of cores."""
+"""Collect episodes of behaviour policies: the same arrays for the same seed on any number of cores."""
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,18 @@ class Part:
     noise: float = 0.0
     """Standard deviation of the normal noise that is added to each action before it is clipped."""
 
+    @classmethod
+    def parse(cls, text: str, noise: float = 0.0) -> "Part":
+        """Build from NAME or NAME=SHARE, such as ``medium=3``; a UserError unless the share is positive."""
+        name, _, share = text.partition("=")
+        try:
+            part = cls(name, float(share or 1), noise)
+        except ValueError:
+            part = cls(name, 0.0)
+        if not 0 < part.share < np.inf:
+            raise UserError(f"--policies {text}: expected NAME or NAME=SHARE, such as medium=3")
+        return part
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -41,6 +54,16 @@ class Recipe:
     steps: int = 200_000
     """Transitions in all, at least: every episode is whole."""
     seed: int = 0
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the content follows from, in JSON types: the recipe and its policies' hashes.
+
+        Raises:
+            UserError: an unknown environment or policy.
+        """
+        assets = behavior_assets(self.environment, ASSETS_DIR)
+        hashes = {part.policy: assets[part.policy].sha256 for part in self.parts}
+        return {"recipe": json.loads(json.dumps(asdict(self))), "policy_sha256": hashes}
 
 
 @dataclass(frozen=True)
@@ -62,26 +85,6 @@ class Collection:
     recipe: Recipe
     environment: EnvironmentSpec
     episodes: tuple[Episode, ...]
-    policy_sha256: dict[str, str]  # of the policy files that acted, by name
-
-    @property
-    def num_transitions(self) -> int:
-        return sum(len(episode.rewards) for episode in self.episodes)
-
-    def provenance(self) -> dict[str, Any]:
-        """Return what the content follows from, as plain JSON types."""
-        return {"recipe": plain_recipe(self.recipe), "policy_sha256": self.policy_sha256}
-
-
-def plain_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as the plain JSON types in which a dataset's metadata keeps it."""
-    return {**asdict(recipe), "parts": [asdict(part) for part in recipe.parts]}
-
-
-def policy_hashes(recipe: Recipe) -> dict[str, str]:
-    """Return the SHA-256 of the policy files that a recipe names, by policy name."""
-    assets = behavior_assets(recipe.environment, ASSETS_DIR)
-    return {part.policy: assets[part.policy].sha256 for part in recipe.parts}
 
 
 def collect(recipe: Recipe) -> Collection:
@@ -92,10 +95,10 @@ def collect(recipe: Recipe) -> Collection:
     neither the number of cores nor the order in which episodes end changes anything.
 
     Raises:
-        UserError: unknown environment or policy, a policy file that is not the shipped one, or a recipe
-            with no steps, shares or noise that make sense.
+        UserError: unknown environment or policy, or a policy file that is not the shipped one.
     """
-    policies = _checked_policies(recipe)
+    names = dict.fromkeys(part.policy for part in recipe.parts)
+    policies = {name: load_behavior(recipe.environment, name, ASSETS_DIR) for name in names}
     environments = {policy.env_id for policy in policies.values()}
     if len(environments) != 1:
         raise UserError(f"policies of {recipe.environment} are for different environments: {environments}")
@@ -110,7 +113,7 @@ def collect(recipe: Recipe) -> Collection:
                 episodes += _collect_part(recipe.seed, index, part, policies[part.policy], target, envs, bar)
     finally:
         envs.close()
-    return Collection(recipe, environment, tuple(episodes), policy_hashes(recipe))
+    return Collection(recipe, environment, tuple(episodes))
 
 
 def to_dataset(collection: Collection, dataset_id: str) -> EpisodeDataset:
@@ -129,24 +132,8 @@ def to_dataset(collection: Collection, dataset_id: str) -> EpisodeDataset:
     )
 
 
-def _checked_policies(recipe: Recipe) -> dict[str, BehaviorPolicy]:
-    if recipe.steps < 1:
-        raise UserError(f"--steps {recipe.steps}: want at least 1")
-    if recipe.seed < 0:
-        raise UserError(f"--seed {recipe.seed}: want 0 or more")
-    if not recipe.parts:
-        raise UserError("--policies: want at least one policy")
-    for part in recipe.parts:
-        if not 0 < part.share < np.inf:
-            raise UserError(f"policy {part.policy}: its share is {part.share}; want more than 0")
-        if not 0 <= part.noise < np.inf:
-            raise UserError(f"policy {part.policy}: its noise is {part.noise}; want 0 or more")
-    names = dict.fromkeys(part.policy for part in recipe.parts)
-    return {name: load_behavior(recipe.environment, name, ASSETS_DIR) for name in names}
-
-
 class _Running:
-    """An episode that a slot is in the middle of."""
+    """The unfinished episode of a slot."""
 
     def __init__(self, seed: int, part_index: int, number: int, limit: int, action_dim: int) -> None:
         self.number = number

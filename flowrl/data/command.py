@@ -1,6 +1,6 @@
-"""What ``scripts/collect.py`` does with its options."""
+"""The command ``scripts/collect.py``: its options, and the recipe that they describe."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from flowrl.data.collect import Part, Recipe
 from flowrl.data.embedded import EMBEDDED, embedded_id
 from flowrl.data.writers import collect_d4rl, collect_minari, read_provenance
 from flowrl.errors import UserError, did_you_mean
+from flowrl.options import Count, NotNegative, PositiveCount, checked, flag
 from flowrl.signals import StopSignals
 
 
@@ -22,11 +23,11 @@ class CollectCommand:
     """An embedded dataset (hopper-medium), or an environment (hopper) with --policies."""
     policies: tuple[str, ...] = ()
     """NAME or NAME=SHARE of the steps, such as medium=3 expert=1."""
-    noise: float = 0.0
+    noise: NotNegative = 0.0
     """Standard deviation of the normal noise added to actions; with --policies."""
-    steps: int | None = None
+    steps: PositiveCount | None = None
     """Transitions, at least; 200000 unless given."""
-    seed: int | None = None
+    seed: Count | None = None
     format: Literal["minari", "d4rl"] = "minari"
     id: str | None = None
     """Id of the Minari dataset; an embedded dataset as published has its own."""
@@ -41,6 +42,7 @@ def run_collect(command: CollectCommand) -> None:
     Raises:
         UserError: a name, policy or option that makes no sense, and see :mod:`flowrl.data.writers`.
     """
+    checked(CollectCommand, asdict(command), flag)
     recipe = _recipe(command)
     with StopSignals() as signals, signals.interruptible():
         if command.format == "d4rl":
@@ -65,20 +67,12 @@ def _recipe(command: CollectCommand) -> Recipe:
         if not command.policies:
             known = ", ".join(behavior_assets(command.name))
             raise UserError(f"{command.name}: give --policies, of {known}")
-        recipe = Recipe(command.name, tuple(_part(policy, command.noise) for policy in command.policies))
+        recipe = Recipe(command.name, tuple(Part.parse(policy, command.noise) for policy in command.policies))
     else:
         hint = did_you_mean(command.name, (*EMBEDDED, *behavior_names()))
         raise UserError(f"no dataset or environment '{command.name}'{hint}")
     steps = recipe.steps if command.steps is None else command.steps
     return replace(recipe, steps=steps, seed=recipe.seed if command.seed is None else command.seed)
-
-
-def _part(policy: str, noise: float) -> Part:
-    name, separator, share = policy.partition("=")
-    try:
-        return Part(name, float(share) if separator else 1.0, noise)
-    except ValueError:
-        raise UserError(f"--policies {policy}: want NAME or NAME=SHARE, such as medium=3") from None
 
 
 def _dataset_id(command: CollectCommand, recipe: Recipe) -> str:

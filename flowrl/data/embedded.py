@@ -1,4 +1,4 @@
-"""The nine datasets that flowrl brings as recipes: collected here, on first use, by the policies it ships.
+"""The nine datasets that flowrl ships as recipes, collected on first use by the policies that it ships.
 
 They are not D4RL's: other policies, other environments (-v5), fewer steps. Scores on one of them compare with
 scores on the same data only.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from flowrl.data.collect import Part, Recipe
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.minari import read_minari
-from flowrl.data.writers import collected_sha256, ensure_minari
+from flowrl.data.writers import ensure_minari, read_provenance
 from flowrl.errors import UserError, did_you_mean
 
 SOURCE = "flowrl"  # what --dataset takes
@@ -27,76 +27,35 @@ class Embedded:
 
 # A replay set holds what the training run saw on its way to its medium policy: each snapshot stands for the
 # training steps around it, which are the shares (in thousands of steps).
-EMBEDDED = {
-    "hopper-medium": Embedded(
-        Recipe("hopper", (Part("medium"),), seed=1),
-        "f401a3462b2fb1f3caa2f59f0bd4741ac81e153fc4aced41382fe35c4b6ad502",
-    ),
-    "hopper-medium-replay": Embedded(
-        Recipe(
-            "hopper",
-            (
-                Part("random", 12),
-                Part("25k", 38),
-                Part("75k", 50),
-                Part("125k", 38),
-                Part("150k", 25),
-                Part("175k", 25),
-                Part("200k", 25),
-                Part("225k", 62),
-                Part("medium", 50),
-            ),
-            seed=2,
-        ),
-        "025fe06c4e849674d32aba608980bf2714426ac4f1a791cfe0611c23ef683c74",
-    ),
-    "hopper-medium-expert": Embedded(
-        Recipe("hopper", (Part("medium"), Part("expert")), seed=3),
-        "26a1e718bdf4011a3a4c8c10f654607d5ea387386148207f17ab9c695bdb4750",
-    ),
-    "halfcheetah-medium": Embedded(
-        Recipe("halfcheetah", (Part("medium"),), seed=1),
-        "95d8309f7048a5fee6a2a0756378b00b32c50c6e4ab7e5e53f19b5fc0c03b47b",
-    ),
-    "halfcheetah-medium-replay": Embedded(
-        Recipe(
-            "halfcheetah",
-            (Part("random", 12), Part("25k", 25), Part("50k", 25), Part("75k", 25), Part("medium", 13)),
-            seed=2,
-        ),
-        "2e55a86ff6ec7990457f2262b800b7a09f2c83628da24a2c4947ca0550b4477a",
-    ),
-    "halfcheetah-medium-expert": Embedded(
-        Recipe("halfcheetah", (Part("medium"), Part("expert")), seed=3),
-        "a20872ba8d71e8398f73626a4f37071cb6de1e0db6e0762d5cc4f8cd08fbce64",
-    ),
-    "walker2d-medium": Embedded(
-        Recipe("walker2d", (Part("medium"),), seed=1),
-        "aa7a82d947ffbe4638d07f94e9a4ff5f449ec17772684039fb0593c97da077c4",
-    ),
-    "walker2d-medium-replay": Embedded(
-        Recipe(
-            "walker2d",
-            (
-                Part("random", 12),
-                Part("25k", 38),
-                Part("75k", 50),
-                Part("125k", 50),
-                Part("175k", 75),
-                Part("275k", 100),
-                Part("375k", 62),
-                Part("400k", 38),
-                Part("medium", 50),
-            ),
-            seed=2,
-        ),
-        "b3710861353674cf1e1e710403a5a1a413dbec6f2c49fce38c43b6512ebed806",
-    ),
-    "walker2d-medium-expert": Embedded(
-        Recipe("walker2d", (Part("medium"), Part("expert")), seed=3),
-        "a9b887c03cb15232df2442120141f4e3ab179ca063618199f8dc14a70d4a1ad0",
-    ),
+_REPLAYS = {
+    "hopper": "random=12 25k=38 75k=50 125k=38 150k=25 175k=25 200k=25 225k=62 medium=50",
+    "halfcheetah": "random=12 25k=25 50k=25 75k=25 medium=13",
+    "walker2d": "random=12 25k=38 75k=50 125k=50 175k=75 275k=100 375k=62 400k=38 medium=50",
 }
+_SHA256 = {
+    "hopper-medium": "f401a3462b2fb1f3caa2f59f0bd4741ac81e153fc4aced41382fe35c4b6ad502",
+    "hopper-medium-replay": "025fe06c4e849674d32aba608980bf2714426ac4f1a791cfe0611c23ef683c74",
+    "hopper-medium-expert": "26a1e718bdf4011a3a4c8c10f654607d5ea387386148207f17ab9c695bdb4750",
+    "halfcheetah-medium": "95d8309f7048a5fee6a2a0756378b00b32c50c6e4ab7e5e53f19b5fc0c03b47b",
+    "halfcheetah-medium-replay": "2e55a86ff6ec7990457f2262b800b7a09f2c83628da24a2c4947ca0550b4477a",
+    "halfcheetah-medium-expert": "a20872ba8d71e8398f73626a4f37071cb6de1e0db6e0762d5cc4f8cd08fbce64",
+    "walker2d-medium": "aa7a82d947ffbe4638d07f94e9a4ff5f449ec17772684039fb0593c97da077c4",
+    "walker2d-medium-replay": "b3710861353674cf1e1e710403a5a1a413dbec6f2c49fce38c43b6512ebed806",
+    "walker2d-medium-expert": "a9b887c03cb15232df2442120141f4e3ab179ca063618199f8dc14a70d4a1ad0",
+}
+
+
+def _recipe(name: str) -> Recipe:
+    environment, _, level = name.partition("-")
+    policies, seed = {
+        "medium": ("medium", 1),
+        "medium-replay": (_REPLAYS[environment], 2),
+        "medium-expert": ("medium expert", 3),
+    }[level]
+    return Recipe(environment, tuple(map(Part.parse, policies.split())), seed=seed)
+
+
+EMBEDDED = {name: Embedded(_recipe(name), sha256) for name, sha256 in _SHA256.items()}
 
 
 def embedded_id(name: str) -> str:
@@ -133,7 +92,7 @@ def load_embedded(name: str, why: str = "") -> EpisodeDataset:
     )
     folder = ensure_minari(embedded.recipe, dataset_id)
     dataset = read_minari(dataset_id)
-    if dataset.sha256 != collected_sha256(folder):
+    if dataset.sha256 != read_provenance(folder).get("sha256"):
         raise UserError(
             f"{folder}: its content is not what was collected (SHA-256 {dataset.sha256}): collect it again, "
             f"python scripts/collect.py {name} --overwrite"

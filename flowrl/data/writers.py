@@ -15,7 +15,7 @@ import numpy as np
 
 import flowrl
 from flowrl.atomic import atomic_path, publish, sync
-from flowrl.data.collect import Collection, Episode, Recipe, collect, plain_recipe, policy_hashes, to_dataset
+from flowrl.data.collect import Collection, Episode, Recipe, collect, to_dataset
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.minari import check_minari_id, datasets_folder, flat_name, minari_folder
 from flowrl.data.staging import staging
@@ -63,8 +63,7 @@ def ensure_minari(recipe: Recipe, dataset_id: str) -> Path:
         if not folder.exists():
             _collect_into(recipe, dataset_id, folder, aside)
     provenance = read_provenance(folder)
-    wanted = {"recipe": plain_recipe(recipe), "policy_sha256": policy_hashes(recipe)}
-    if any(provenance.get(key) != value for key, value in wanted.items()):
+    if any(provenance.get(key) != value for key, value in recipe.provenance().items()):
         raise UserError(
             f"{folder} was not collected by this version's recipe and policies: collect it again with "
             "scripts/collect.py and --overwrite, or move it away"
@@ -86,11 +85,6 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     if not isinstance(provenance, dict):
         raise UserError(f"{path}: '{METADATA_KEY}' must be a mapping")
     return provenance
-
-
-def collected_sha256(folder: Path) -> str:
-    """Return the content hash that a dataset had when flowrl collected it."""
-    return str(read_provenance(folder).get("sha256"))
 
 
 def collect_d4rl(recipe: Recipe, path: Path, overwrite: bool = False) -> str:
@@ -128,7 +122,7 @@ def _write_d4rl(dataset: EpisodeDataset, provenance: dict[str, Any], path: Path)
 
 def _provenance(collection: Collection, sha256: str) -> dict[str, Any]:
     return {
-        **collection.provenance(),
+        **collection.recipe.provenance(),
         "environment": collection.environment.to_dict(),
         "sha256": sha256,
         "flowrl_version": flowrl.__version__,
