@@ -1,8 +1,13 @@
 """Acting, slot by slot and step by step, against forward passes over the recorded history."""
 
+from functools import partial
+
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from flowrl.attention import ATTENTION_KINDS
 from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
@@ -230,3 +235,149 @@ def test_an_agent_acts_by_default_as_it_was_trained(full_episodes, acting):
     config = AgentConfig(agent.config.model, 5, full_episodes, (1.0,))
     assert Agent(agent.model, config).acting == acting
     assert Agent(agent.model, config, acting="window").acting == "window"
+
+
+# Resetting environments, single environments, changing targets --------------------------------------------
+
+
+class Counter(gymnasium.Env):
+    """Episodes of ``length`` timesteps whose observations and rewards are those of ``play``'s episodes."""
+
+    observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = Box(LOW, HIGH)
+
+    def __init__(self, slot, length):
+        self.slot, self.length, self.episode = slot, length, -1
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.t = self.episode + 1, 0
+        return observation_of(10 * self.slot + self.episode, 0), {}
+
+    def step(self, action):
+        reward, self.t = reward_of(10 * self.slot + self.episode, self.t), self.t + 1
+        ended = self.t == self.length
+        observation = observation_of(10 * self.slot + self.episode, self.t)
+        return observation, reward, ended and self.slot == 0, ended and self.slot == 1, {}
+
+
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_episodes_start_anew_in_every_autoreset_mode(mode, layout, acting):
+    """Slots end after 3 and 4 timesteps; each of their episodes is acted in as by a fresh agent."""
+    lengths, played = (3, 4), {}
+    envs = SyncVectorEnv(
+        [partial(Counter, slot, length) for slot, length in enumerate(lengths)], autoreset_mode=mode
+    )
+    agent = make_agent(layout, acting=acting)
+    agent.reset(2, 300.0, autoreset_mode=envs.metadata["autoreset_mode"])
+    observations, _ = envs.reset()
+    rewards = terminations = truncations = None
+    for _ in range(13):
+        actions = agent.act(observations, rewards, terminations, truncations)
+        over = np.zeros(2, bool) if terminations is None else terminations | truncations
+        for slot, env in enumerate(envs.envs):
+            if not (over[slot] and mode == AutoresetMode.NEXT_STEP):  # whose action the environment ignores
+                played.setdefault((slot, env.episode), []).append(actions[slot])
+        observations, rewards, terminations, truncations, _ = envs.step(actions)
+        over = terminations | truncations
+        if mode == AutoresetMode.DISABLED and over.any():
+            observations, _ = envs.reset(options={"reset_mask": over})
+    assert len(played) >= 6
+    for (slot, episode), actions in played.items():
+        expected = play(make_agent(layout, acting=acting), 10 * slot + episode, len(actions), 300.0)
+        np.testing.assert_allclose(np.stack(actions), expected, atol=1e-5)
+        assert len(actions) <= lengths[slot]
+
+
+def test_a_single_environment_needs_no_batch_axis():
+    expected, agent = play(make_agent(), 2, 6, 300.0), make_agent()
+    agent.reset(None, 300.0)
+    for t in range(6):
+        action = agent.act(observation_of(2, t), reward_of(2, t - 1) if t else None, False, False)
+        assert action.shape == (2,)
+        np.testing.assert_allclose(action, expected[t], atol=1e-6)
+    with pytest.raises(ValueError, match=r"observations has shape \(1, 3\), this agent was reset for \(3,\)"):
+        agent.act(np.zeros((1, 3)))
+
+
+def test_a_target_may_change_in_mid_episode():
+    """From then on actions are those of an agent that was asked for the new return less what was earned."""
+    agent = make_agent()
+    agent.reset(1, 300.0)
+    for t in range(3):
+        agent.act(observation_of(1, t)[None], np.array([1.0]))
+    agent.set_target(500.0)
+    assert float(agent._returns_to_go) == pytest.approx(500.0 - 2.0)
+    agent.restart(np.array([True]))
+    np.testing.assert_allclose(
+        agent.act(observation_of(1, 0)[None]), play(make_agent(), 1, 1, 500.0), atol=1e-6
+    )
+
+
+def test_acting_before_a_reset_is_an_error():
+    with pytest.raises(RuntimeError, match=r"call reset\(num_envs, target_return\) before act"):
+        make_agent().act(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="autoreset_mode 'never'"):
+        make_agent().reset(1, 300.0, autoreset_mode="never")
+
+
+# Discrete actions -----------------------------------------------------------------------------------------
+
+
+def make_discrete_agent(choices, layout="fused", acting="recurrent", temperature=0.0):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        *(3, sum(choices), 1000, "flow", layout),
+        num_layers=1,
+        embed_dim=16,
+        num_heads=2,
+        action_choices=choices,
+    )
+    model = SequenceModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        model.action_low.zero_()
+    return Agent(model, AgentConfig(config, 5, True, (1.0,)), acting=acting, temperature=temperature)
+
+
+def test_the_loss_of_discrete_actions_is_their_cross_entropy():
+    model = make_discrete_agent((3, 2)).model.eval()
+    generator = np.random.default_rng(0)
+    indices = np.stack([generator.integers(n, size=(2, 5)) for n in (3, 2)], axis=-1)
+    one_hot = np.concatenate([np.eye(n)[indices[..., i]] for i, n in enumerate((3, 2))], axis=-1)
+    actions = torch.from_numpy(one_hot).float()
+    valid = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    observations, timesteps = torch.randn(2, 5, 3), torch.arange(5).expand(2, 5)
+    window = Window(observations, actions, actions.roll(1, 1), torch.ones(2, 5), timesteps, valid)
+    logits = model(window).detach().double().numpy()
+    total = 0.0
+    for row, t in zip(*np.nonzero(valid.numpy()), strict=True):
+        for part, index in zip(np.split(logits[row, t], [3]), indices[row, t], strict=True):
+            total -= part[index] - np.log(np.exp(part).sum())
+    assert model.loss(window).item() == pytest.approx(total / (7 * 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("choices", [(4,), (3, 2)])
+def test_discrete_actions_are_the_likeliest_choices(choices, layout, acting):
+    agent = make_discrete_agent(choices, layout, acting)
+    agent.reset(3, 1.0)
+    for t in range(4):
+        actions = agent.act(np.random.default_rng(t).normal(size=(3, 3)), np.zeros(3))
+        assert actions.shape == ((3,) if len(choices) == 1 else (3, 2))
+        assert actions.dtype == np.int64
+        assert (actions.reshape(3, -1) < np.array(choices)).all()
+        one_hot = agent._state.previous_actions.numpy()
+        assert (one_hot.sum(axis=1) == len(choices)).all()
+        assert set(np.unique(one_hot)) == {0, 1}
+
+
+def test_a_temperature_draws_from_the_softmax():
+    model = make_discrete_agent((3,)).model
+    torch.manual_seed(0)
+    logits = torch.tensor([1.0, 0.0, -1.0])
+    drawn = model.to_actions(logits.expand(40_000, 3), temperature=2.0).mean(0)
+    torch.testing.assert_close(drawn, (logits / 2).softmax(-1), atol=0.01, rtol=0)

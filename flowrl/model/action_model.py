@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowrl.attention.kinds import clear_rows, select_rows
@@ -27,10 +28,11 @@ class ActingState(NamedTuple):
 
 
 class ActionModel(nn.Module):
-    """Predicts actions in [-1, 1], where -1 and 1 stand for the action bounds.
+    """Predicts actions: continuous ones in [-1, 1], where -1 and 1 stand for the action bounds, or logits.
 
-    Observation normalisation and action bounds are buffers, so they travel with the weights and everything
-    enters and leaves in the data's own units.
+    Discrete actions are one-hot vectors, with ``action_choices`` numbers of choices side by side; for
+    continuous ones it is empty. Observation normalisation and action bounds are buffers, so they travel with
+    the weights and everything enters and leaves in the data's own units.
     """
 
     has_memory: bool  # whether actions depend on earlier timesteps
@@ -39,20 +41,50 @@ class ActionModel(nn.Module):
     action_low: Tensor  # (action_dim,)
     action_high: Tensor
 
-    def __init__(self, observation_dim: int, action_dim: int) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, action_choices: tuple[int, ...] = ()) -> None:
         super().__init__()
+        self.action_choices = action_choices
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
         self.register_buffer("action_low", -torch.ones(action_dim))
         self.register_buffer("action_high", torch.ones(action_dim))
 
     def loss(self, window: Window) -> Tensor:
-        """Mean squared error over the components of valid timesteps' actions, in bounds-normalised units.
+        """Mean over the components of valid timesteps' actions, to which padding adds nothing.
 
-        Padding adds neither to the sum nor to the number it is divided by.
+        Of continuous actions it is the squared error in bounds-normalised units, of discrete ones the
+        cross-entropy.
         """
-        errors = (self(window).float() - self.normalize_actions(window.actions)).square()
+        outputs = self(window).float()
+        if self.action_choices:
+            taken = self.action_indices(window.actions)  # (batch, length, len(action_choices))
+            logits = outputs.split(self.action_choices, dim=-1)
+            pairs = zip(logits, taken.unbind(-1), strict=True)
+            errors = torch.stack(
+                [F.cross_entropy(x.mT, index, reduction="none") for x, index in pairs], dim=-1
+            )
+        else:
+            errors = (outputs - self.normalize_actions(window.actions)).square()
         return (errors.sum(-1) * window.valid).sum() / (window.valid.sum() * errors.shape[-1])
+
+    def to_actions(self, outputs: Tensor, temperature: float = 0.0) -> Tensor:
+        """Turn what the model returns, (batch, action_dim), into actions in the data's units.
+
+        Continuous actions end within the bounds. Of discrete ones the likeliest is taken, or with a
+        ``temperature`` above 0 one is drawn from the distribution of the logits divided by it.
+        """
+        if not self.action_choices:
+            actions = self.denormalize_actions(outputs.float())
+            return torch.clamp(actions, self.action_low, self.action_high)
+        if temperature > 0:  # the largest of logits with Gumbel noise is distributed as their softmax
+            outputs = outputs / temperature - torch.empty_like(outputs).exponential_().log()
+        parts = outputs.split(self.action_choices, dim=-1)
+        one_hot = [F.one_hot(part.argmax(-1), part.shape[-1]) for part in parts]
+        return torch.cat(one_hot, dim=-1).float()
+
+    def action_indices(self, actions: Tensor) -> Tensor:
+        """One-hot vectors (..., action_dim) -> the chosen numbers (..., len(action_choices)) int64."""
+        return torch.stack([part.argmax(-1) for part in actions.split(self.action_choices, dim=-1)], dim=-1)
 
     def start(self, batch: int) -> ActingState:
         """The state before the first timestep of ``batch`` episodes."""
@@ -70,7 +102,7 @@ class ActionModel(nn.Module):
             state: of the timesteps before; it must not be used again. ``previous_actions`` are those taken
                 since, which the caller has put there.
 
-        Returns the actions (batch, action_dim) in [-1, 1] and the state after this timestep.
+        Returns the outputs (batch, action_dim), for :meth:`to_actions`, and the state after this timestep.
         """
         raise NotImplementedError
 

@@ -1,6 +1,7 @@
 """The agent: a trained model, all that it needs to act, and its state in the episodes under way."""
 
-from typing import Literal
+from enum import Enum
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from flowrl.window import Window
 
 AgentName = Literal["transformer", "bc"]
 Acting = Literal["recurrent", "window"]
-AutoresetMode = Literal["next_step", "same_step", "disabled"]
+AutoresetMode = Literal["NextStep", "SameStep", "Disabled"]  # values of gymnasium.vector.AutoresetMode
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -52,12 +53,14 @@ class Agent:
         config: AgentConfig,
         *,
         acting: Acting | None = None,
+        temperature: float = 0.0,
         checkpoint_step: int | None = None,
     ) -> None:
         self.model = model
         self.config = config
         by_default: Acting = "recurrent" if config.full_episodes or not model.has_memory else "window"
         self.acting: Acting = acting or by_default
+        self.temperature = temperature  # of discrete actions, drawn; 0 takes the likeliest
         self.checkpoint_step = checkpoint_step
         self._state: ActingState | None = None
 
@@ -75,7 +78,7 @@ class Agent:
         num_envs: int | None,
         target_return: float | np.ndarray,
         *,
-        autoreset_mode: AutoresetMode | str = "disabled",
+        autoreset_mode: AutoresetMode | Enum = "Disabled",
     ) -> None:
         """Start an episode in each of ``num_envs`` environments; None: in a single one, without a batch axis.
 
@@ -84,18 +87,19 @@ class Agent:
             target_return: one finite number, or one per slot.
             autoreset_mode: how the vector environment starts an episode after another, where :meth:`act` is
                 given ``terminations`` and ``truncations``: Gymnasium's ``envs.metadata["autoreset_mode"]``
-                or its value. "next_step": the step after an episode's last only resets; "same_step" and
-                "disabled": the observation that comes with the end is already the next episode's first.
+                or its value. NextStep: the step after an episode's last only resets; SameStep and Disabled:
+                the observation that comes with the end is already the next episode's first.
 
         Raises:
             ValueError: a target that is not finite, or an unknown mode.
         """
         self._batched, slots = num_envs is not None, 1 if num_envs is None else num_envs
-        mode = str(getattr(autoreset_mode, "value", autoreset_mode)).lower().replace("-", "_")
-        mode = mode.removeprefix("autoresetmode.")
-        if mode not in ("next_step", "same_step", "disabled"):
-            raise ValueError(f"autoreset_mode {autoreset_mode!r}: expected next_step, same_step or disabled")
-        self._resets_on_next_step = mode == "next_step"
+        mode = autoreset_mode.value if isinstance(autoreset_mode, Enum) else autoreset_mode
+        if mode not in get_args(AutoresetMode):
+            raise ValueError(
+                f"autoreset_mode {autoreset_mode!r}: expected one of {', '.join(get_args(AutoresetMode))}"
+            )
+        self._resets_on_next_step = mode == "NextStep"
         self.model.eval()
         if self.acting == "recurrent":
             accelerate_acting(self.model)
@@ -128,9 +132,11 @@ class Agent:
         terminations: np.ndarray | bool | None = None,
         truncations: np.ndarray | bool | None = None,
     ) -> np.ndarray:
-        """Return float32 actions (num_envs, action_dim) within the action bounds.
+        """Return the actions of all slots, as the environment takes them.
 
-        Without a batch axis (see :meth:`reset`), every array lacks its first axis.
+        Continuous ones are float32 (num_envs, action_dim) within the action bounds. Discrete ones are int64
+        (num_envs,), or (num_envs, components) for a MultiDiscrete space. Without a batch axis (see
+        :meth:`reset`), every array lacks its first axis.
 
         Args:
             observations: (num_envs, observation_dim).
@@ -152,13 +158,16 @@ class Agent:
             self._returns_to_go -= torch.where(self._timesteps > 0, earned, 0)
         if self._history is None:
             arguments = (observed, self._returns_to_go, self._timesteps)
-            predicted, self._state = self.model.step(*arguments, self._state)
-            actions = self._bounded(predicted)
+            outputs, self._state = self.model.step(*arguments, self._state)
+            actions = self.model.to_actions(outputs, self.temperature)
         else:
             actions = self._act_window(observed, self._state.previous_actions, self._history)
         self._timesteps += 1
         self._state = self._state._replace(previous_actions=actions)
-        answer = actions.cpu().numpy().copy()  # the agent remembers its own: the caller may change these
+        if choices := self.model.action_choices:
+            actions = self.model.action_indices(actions)
+            actions = actions[:, 0] if len(choices) == 1 else actions
+        answer = actions.cpu().numpy().copy()  # a copy, since the caller may change it
         return answer if self._batched else answer[0]
 
     @torch.inference_mode()
@@ -208,14 +217,10 @@ class Agent:
         for tensor, entry in zip(history, (*entries, torch.ones_like(full)), strict=True):
             tensor[row, place] = entry
         longest = int(place.max()) + 1
-        predicted = self.model(Window(*(tensor[:, :longest] for tensor in history)))
-        actions = self._bounded(predicted[row, place])
+        outputs = self.model(Window(*(tensor[:, :longest] for tensor in history)))
+        actions = self.model.to_actions(outputs[row, place], self.temperature)
         history.actions[row, place] = actions
         return actions
-
-    def _bounded(self, predicted: Tensor) -> Tensor:
-        actions = self.model.denormalize_actions(predicted.float())
-        return torch.clamp(actions, self.model.action_low, self.model.action_high)
 
     def _empty_history(self, slots: int) -> Window:
         config, shape = self.config.model, (slots, self.config.context_length)

@@ -29,6 +29,8 @@ class BehaviorCloningConfig:
     embed_dim: Size = 256
     """Width of each."""
     dropout: Probability = 0.1
+    action_choices: tuple[Size, ...] = ()
+    """Numbers of choices of discrete actions, whose one-hot vectors make up ``action_dim``."""
 
     token_layout: ClassVar[Literal["fused"]] = "fused"  # one input a timestep
 
@@ -39,7 +41,7 @@ class BehaviorCloningModel(ActionModel):
     has_memory = False
 
     def __init__(self, config: BehaviorCloningConfig) -> None:
-        super().__init__(config.observation_dim, config.action_dim)
+        super().__init__(config.observation_dim, config.action_dim, config.action_choices)
         self.config = config
         layers: list[nn.Module] = []
         width = config.observation_dim
@@ -49,7 +51,7 @@ class BehaviorCloningModel(ActionModel):
         self.mlp = nn.Sequential(*layers, nn.Linear(width, config.action_dim))
 
     def forward(self, window: Window) -> Tensor:
-        """Return the actions (batch, length, action_dim) in [-1, 1], where -1 and 1 stand for the bounds."""
+        """Return the actions (batch, length, action_dim) in [-1, 1], or the logits of discrete ones."""
         return self._predict(window.observations)
 
     def step(
@@ -59,4 +61,5 @@ class BehaviorCloningModel(ActionModel):
         return self._predict(observations), state
 
     def _predict(self, observations: Tensor) -> Tensor:
-        return torch.tanh(self.mlp(self.normalize_observations(observations)))
+        outputs = self.mlp(self.normalize_observations(observations))
+        return outputs if self.action_choices else torch.tanh(outputs)

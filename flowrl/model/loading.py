@@ -23,7 +23,10 @@ MODELS: dict[AgentName, type[ModelConfig] | type[BehaviorCloningConfig]] = {
     "transformer": ModelConfig,
     "bc": BehaviorCloningConfig,
 }
-BEFORE = {"context_tokens": MAX_TOKENS}  # what agents had whose files lack the entry
+BEFORE: dict[AgentName, dict[str, Any]] = {  # entries that older files lack, and what they were then
+    "transformer": {"context_tokens": MAX_TOKENS, "action_choices": ()},
+    "bc": {"action_choices": ()},
+}
 
 
 def load_agent(
@@ -96,8 +99,8 @@ def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
     agent = data.pop("agent", "transformer")  # absent in files from before there was a choice
     if agent not in get_args(AgentName):
         raise UserError(f"{where}: 'agent' is {agent!r}, expected one of {', '.join(get_args(AgentName))}")
-    if isinstance(data.get("model"), dict) and agent == "transformer":
-        data["model"] = {**BEFORE, **data["model"]}
+    if isinstance(data.get("model"), dict):
+        data["model"] = {**BEFORE[agent], **data["model"]}
     if "model" not in data or "environment" not in data:
         raise UserError(f"{where}: missing entry '{'environment' if 'model' in data else 'model'}'")
     model = _validated(MODELS[agent], data["model"], f"{where}: model")

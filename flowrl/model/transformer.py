@@ -37,12 +37,18 @@ class ModelConfig:
     embed_dim: Size = 256
     num_heads: Size = 4
     dropout: Probability = 0.1
+    action_choices: tuple[Size, ...] = ()
+    """Numbers of choices of discrete actions, whose one-hot vectors make up ``action_dim``."""
     context_tokens: Size = MAX_TOKENS
     """Tokens of the longest context in training: cosFormer's M, of no effect on other kinds."""
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
+        if self.action_choices and sum(self.action_choices) != self.action_dim:
+            raise ValueError(
+                f"action_choices {self.action_choices} must add up to action_dim {self.action_dim}"
+            )
 
 
 class SelfAttention(nn.Module):
@@ -102,7 +108,7 @@ class SequenceModel(ActionModel):
     return_scale: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.observation_dim, config.action_dim)
+        super().__init__(config.observation_dim, config.action_dim, config.action_choices)
         self.config = config
         width = config.embed_dim
         self.embed_return = nn.Linear(1, width)
@@ -120,12 +126,12 @@ class SequenceModel(ActionModel):
         self.apply(_initialize)
 
     def forward(self, window: Window) -> Tensor:
-        """Return the actions (batch, length, action_dim) in [-1, 1], where -1 and 1 stand for the bounds."""
+        """Return the actions (batch, length, action_dim) in [-1, 1], or the logits of discrete ones."""
         x = self.dropout(self.embed_norm(self._embed(window)))  # (batch, tokens, embed_dim)
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, self._action_tokens)
-        return torch.tanh(self.predict_action(self.final_norm(x)))
+        return self._predict(x)
 
     @property
     def _action_tokens(self) -> slice:
@@ -167,9 +173,8 @@ class SequenceModel(ActionModel):
             if state.pending:
                 tokens.insert(0, self._embed_pending(state, timesteps))
         x, layers = self.read(self.embed_norm(torch.stack(tokens, dim=1)), state.layers)
-        actions = torch.tanh(self.predict_action(self.final_norm(x)))
         pending = self.config.token_layout == "interleaved"
-        return actions, state._replace(layers=layers, pending=pending)
+        return self._predict(x), state._replace(layers=layers, pending=pending)
 
     def restart(self, state: ActingState, rows: Tensor, timesteps: Tensor) -> ActingState:
         """See :meth:`ActionModel.restart`. The rows that continue read their pending actions first."""
@@ -191,6 +196,10 @@ class SequenceModel(ActionModel):
             x, state = block.step(x, state, slice(-1, None) if last else slice(None))
             states.append(state)
         return x[:, -1], tuple(states)
+
+    def _predict(self, x: Tensor) -> Tensor:
+        outputs = self.predict_action(self.final_norm(x))
+        return outputs if self.action_choices else torch.tanh(outputs)
 
     # Parts of tokens ---------------------------------------------------------------------------------------
 
