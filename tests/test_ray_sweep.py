@@ -1,13 +1,11 @@
 """A sweep on a Ray cluster: two nodes on this machine, one of them lost on the way."""
 
-import importlib.util
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from test_sweep import METHODS, TINY, last_step, start_sweep, write_sweep
 from tiny_training import REPOSITORY, assert_same_end, figures, finish, wait_for
 
 from flowrl.errors import UserError
+from flowrl.sweeps import ray_cluster
 from flowrl.sweeps.command import run_sweep
 from flowrl.sweeps.plan import plan_runs, read_sweep
 from flowrl.sweeps.process import is_finished, log_path
@@ -22,29 +21,26 @@ from flowrl.sweeps.ray_cluster import train_on_node
 from flowrl.training.config import parse_train_config
 from flowrl.training.run import train
 
-needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'"
-)
 STEPS = 300
 
-# Starts a head node and another with one core each, says where, and loses the other when told to.
+# Starts a head node and another with one core each, prints the address, and removes the other on a line.
 CLUSTER = """
+import sys
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 other = cluster.add_node(num_cpus=1)
 cluster.wait_for_nodes()
 print("address", cluster.address, flush=True)
-for line in __import__("sys").stdin:
+for line in sys.stdin:
     cluster.remove_node(other, allow_graceful=False)
     print("lost", flush=True)
 cluster.shutdown()
 """
 
 
-@needs_ray
-def test_runs_of_a_lost_node_go_on_elsewhere(tiny_dataset: Path, tmp_path: Path) -> None:
-    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS, seeds=(0, 1))
-    runs = tmp_path / "runs"
+def test_the_run_of_a_lost_node_resumes_elsewhere(tiny_dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
     plan = plan_runs(read_sweep(str(file)), runs)
     cluster = subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
@@ -57,70 +53,65 @@ def test_runs_of_a_lost_node_go_on_elsewhere(tiny_dataset: Path, tmp_path: Path)
         lines = iter(cluster.stdout.readline, "")
         address = next(line.split()[1] for line in lines if line.startswith("address"))
         sweep = start_sweep(file, runs, "--on", "ray", "--address", address)
-        wait_for(lambda: sum(30 < last_step(run.run_dir) < STEPS for run in plan) >= 2, sweep)
+        wait_for(lambda: all(30 < last_step(run.run_dir) < STEPS for run in plan), sweep)
         print("lose it", file=cluster.stdin, flush=True)
         assert next(line for line in lines if line.startswith("lost"))
         code, output, errors = finish(sweep)
     finally:
         cluster.communicate(timeout=60)
-    assert (code, "4 of 4 runs finished" in output) == (0, True), (output, errors)
+    assert (code, "2 of 2 runs finished" in output) == (0, True), (output, errors)
     starts = {run.name: log_path(run).read_text().count("\nrun folder ") for run in plan}
-    assert sorted(starts.values()) == [1, 1, 1, 2]  # the one that was lost, and none finished twice
-    for run in plan:
-        assert [line["step"] for line in figures(run.run_dir, "train")] == list(range(5, STEPS + 1, 5))
+    assert sorted(starts.values()) == [1, 2]  # the lost one started twice, the other was left alone
     lost = next(run for run in plan if starts[run.name] == 2)
     resumed_at = re.search(r"resuming .* at step (\d+)", log_path(lost).read_text())
     assert resumed_at is not None
     assert 0 < int(resumed_at[1]) < STEPS
-    words = ["--dataset", str(tiny_dataset), "--steps", str(STEPS), "--seed", str(lost.config.seed)]
+    words = ["--dataset", str(tiny_dataset), "--steps", str(STEPS), "--run-dir", str(tmp_path / "whole")]
     for name, value in {**TINY, **METHODS[lost.method]}.items():
         words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    train(parse_train_config([*words, "--run-dir", str(tmp_path / "whole")]))
+    train(parse_train_config(words))
+    assert [line["step"] for line in figures(lost.run_dir, "train")] == list(range(5, STEPS + 1, 5))
     assert_same_end(lost.run_dir, tmp_path / "whole")
 
 
-@needs_ray
-def test_a_cluster_started_here_is_stopped_by_a_signal(tiny_dataset: Path, tmp_path: Path) -> None:
-    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS)
-    runs = tmp_path / "runs"
-    plan = plan_runs(read_sweep(str(file)), runs)
-    process = start_sweep(file, runs, "--on", "ray")
-    wait_for(lambda: all(last_step(run.run_dir) > 20 for run in plan), process)
+def test_a_signal_stops_the_runs_of_a_cluster_started_here(tiny_dataset: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
+    run = plan_runs(read_sweep(str(file)), runs)[0]
+    process = start_sweep(file, runs, "--methods", run.method, "--on", "ray")
+    wait_for(lambda: last_step(run.run_dir) > 20, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 143
-    for run in plan:
-        assert "continue with --resume" in log_path(run).read_text()
-        assert last_step(run.run_dir) < STEPS
-    code, output, _ = finish(start_sweep(file, runs))  # and goes on without Ray
-    assert (code, "2 of 2 runs finished" in output) == (0, True)
+    assert "continue with --resume" in log_path(run).read_text()
+    assert 20 < last_step(run.run_dir) < STEPS
 
 
-@needs_ray
 @pytest.mark.parametrize(
     ("listening", "message"),
     [(False, "no Ray cluster can be reached there"), (True, "does not answer as a Ray cluster")],
 )
-def test_an_unreachable_address_is_one_error_soon(
-    listening: bool, message: str, tiny_dataset: Path, tmp_path: Path
+def test_an_unreachable_address_is_an_error(
+    listening: bool, message: str, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(ray_cluster, "_HEALTH_SECONDS", 5.0)
     file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         if listening:
             other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        started = time.monotonic()
-        code, _, errors = finish(start_sweep(file, tmp_path / "runs", "--on", "ray", "--address", address))
-    assert (code, errors.count("\n")) == (2, 1)
-    assert f"error: --address {address}: " in errors
-    assert message in errors
-    assert time.monotonic() - started < 60  # on a busy machine; without the check, minutes
+        with pytest.raises(UserError, match=f"--address {address}: .*{message}"):
+            run_sweep([
+                *("--sweep", str(file), "--runs-dir", str(tmp_path / "runs")),
+                *("--on", "ray", "--address", address),
+            ])  # fmt: skip
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_finished_run_is_not_trained_again(tiny_dataset: Path, tmp_path: Path) -> None:
-    """What a task does that is given once more after its node was lost."""
+    """Ray repeats the task of a lost node, even one that had just ended."""
     file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
     run = plan_runs(read_sweep(str(file)), tmp_path / "runs")[0]
     assert train_on_node(run, threads=1) is None
