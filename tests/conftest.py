@@ -38,6 +38,20 @@ def write_tiny_dataset(path: Path, *, seed: int = 0, reward_scale: float = 1.0) 
         file["terminals"], file["timeouts"] = terminals, timeouts
 
 
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of the test's own instead of the user's, and no network."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    urls = ("http://127.0.0.1:9/{file}", "http://127.0.0.1:9/mirror/{file}")  # where nothing listens
+    monkeypatch.setattr("flowrl.data.d4rl.D4RL_URLS", urls)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of the file that :func:`write_tiny_dataset` makes; not to be changed."""

@@ -97,53 +97,6 @@ def test_one_step_episodes_and_a_single_step(tmp_path: Path) -> None:
     assert_matches(read_d4rl_file(write(tmp_path / "b.hdf5", one)), one)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "options"),
-    [
-        ("<f8", {}),
-        ("<f4", {"compression": "gzip", "chunks": True, "shuffle": True}),
-        (">f8", {"compression": "lzf"}),
-        (">f4", {"fletcher32": True}),
-        ("<f2", {"maxshape": None, "chunks": True}),
-    ],
-)
-def test_every_storage_gives_the_same_data_and_hash(
-    tmp_path: Path, dtype: str, options: dict[str, Any]
-) -> None:
-    data = columns()
-    for key in ("observations", "actions", "rewards"):
-        data[key] = data[key].astype(np.float16).astype(np.float32)  # exact in every dtype
-    plain = read_d4rl_file(write(tmp_path / "plain.hdf5", data))
-    stored = {
-        key: values.astype(dtype) if values.dtype == np.float32 else values for key, values in data.items()
-    }
-    dataset = read_d4rl_file(write(tmp_path / "stored.hdf5", stored, **options))
-    assert_matches(dataset, data)
-    assert dataset.sha256 == plain.sha256
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32, np.float64])
-def test_flags_may_be_numbers(tmp_path: Path, dtype: type) -> None:
-    data = columns()
-    numbers = {
-        **data,
-        "terminals": data["terminals"].astype(dtype),
-        "timeouts": data["timeouts"].astype(dtype),
-    }
-    assert_matches(read_d4rl_file(write(tmp_path / "a.hdf5", numbers)), data)
-
-
-def test_other_keys_are_ignored(tmp_path: Path) -> None:
-    data = columns()
-    extra = {
-        **data,
-        "next_observations": np.full((99, 1), np.nan),
-        "infos/qpos": np.zeros((3, 3)),
-        "metadata/algorithm": b"SAC",
-    }
-    assert_matches(read_d4rl_file(write(tmp_path / "a.hdf5", extra)), data)
-
-
 def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path: Path) -> None:
     data = columns(60_000, 17, 6)
     data["timeouts"][499::500] = True

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
 
 from flowrl.data.d4rl import read_d4rl_file
-from flowrl.data.dataset import EpisodeDataset, build_episodes, delayed_rewards
+from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.minari import read_minari
 from flowrl.data.sampler import WindowSampler
 
@@ -29,7 +29,7 @@ OFFSETS = ("episode_starts", "episode_lengths", "terminated")
 
 # The same examples on every machine: a failure here is never bad luck.
 PROPERTY = settings(
-    derandomize=True, deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow]
+    derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
@@ -190,17 +190,6 @@ def test_episodes_are_those_of_a_plain_loop(episodes: EpisodeSet) -> None:
         assert dataset.returns_to_go[row + length - 1] == np.float32(rewards[-1])
         assert dataset.timesteps[row : row + length].tolist() == list(range(length))
         row += length
-
-
-@PROPERTY
-@given(episodes=episode_sets())
-def test_delayed_rewards_keep_every_episodes_return(episodes: EpisodeSet) -> None:
-    dataset = in_memory(episodes)
-    delayed = delayed_rewards(dataset)
-    np.testing.assert_array_equal(delayed.episode_returns, dataset.episode_returns.astype(np.float32))
-    ends = dataset.episode_starts + dataset.episode_lengths - 1
-    assert not np.delete(delayed.rewards, ends).any()
-    np.testing.assert_array_equal(delayed.returns_to_go[dataset.episode_starts], delayed.rewards[ends])
 
 
 @PROPERTY

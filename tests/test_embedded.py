@@ -11,7 +11,7 @@ import pytest
 from summarize_data import DataSummary, summarize_data
 
 from flowrl.behavior.shipped import behavior_assets
-from flowrl.data import d4rl, embedded, load_episodes
+from flowrl.data import embedded, load_episodes
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
 from flowrl.data.embedded import EMBEDDED, Embedded, embedded_id, load_embedded
 from flowrl.data.minari import check_minari_id
@@ -27,16 +27,10 @@ ID = "flowrl/hopper/medium-v0"
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders of our own, servers that nobody runs, and a hopper-medium that is quickly collected."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(d4rl, "D4RL_URLS", ("http://127.0.0.1:9/{file}",))
+def folders(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hopper-medium that is quickly collected."""
     monkeypatch.setitem(EMBEDDED, "hopper-medium", Embedded(SMALL))
-    return tmp_path
+    return own_folders
 
 
 def test_the_table_names_nine_datasets_of_shipped_policies(monkeypatch: pytest.MonkeyPatch) -> None:

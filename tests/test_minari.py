@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import h5py
 import minari
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeAwareObservation
 from minari.data_collector import EpisodeBuffer
 
-from flowrl.data.d4rl import read_d4rl_file
 from flowrl.data.minari import read_minari
 from flowrl.envs.reference_scores import REFERENCE_SCORES, ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
@@ -96,19 +94,6 @@ def test_observations_are_aligned_with_the_actions_taken_on_them() -> None:
     assert row == dataset.num_transitions == 14
     assert dataset.observations.dtype == np.float32
     assert dataset.dataset_id == f"minari:{ID}"
-
-
-def test_the_same_data_as_a_d4rl_file_has_the_same_hash(tmp_path: Path) -> None:
-    buffers = create(env="Hopper-v5")
-    with h5py.File(tmp_path / "same.hdf5", "w") as file:
-        file["observations"] = np.concatenate([buffer.observations[:-1] for buffer in buffers])
-        for key in ("actions", "rewards"):
-            file[key] = np.concatenate([getattr(buffer, key) for buffer in buffers])
-        file["terminals"] = np.concatenate([buffer.terminations for buffer in buffers])
-        file["timeouts"] = np.concatenate([buffer.truncations for buffer in buffers])
-    from_file, from_minari = read_d4rl_file(tmp_path / "same.hdf5"), read_minari(ID)
-    assert from_file.sha256 == from_minari.sha256
-    assert np.array_equal(from_file.returns_to_go, from_minari.returns_to_go)
 
 
 class NestedEnv(gymnasium.Env[Any, Any]):

@@ -90,7 +90,7 @@ def find_d4rl_file(name: str) -> Path:
     """Return the local file of D4RL's v2 dataset ``name``, downloaded first if need be.
 
     Raises:
-        UserError: it is not here and cannot be downloaded; says where it was looked for and what to do.
+        UserError: it is not here and cannot be downloaded; the message names the folders and the remedies.
     """
     environment, _, level = name.partition("-")
     file_name = f"{environment}_{level.replace('-', '_')}-v2.hdf5"
@@ -133,7 +133,7 @@ def read_d4rl_file(
     """Read an HDF5 file in D4RL's layout; other keys (next_observations, infos, metadata) are ignored.
 
     An episode ends where ``terminals`` or ``timeouts`` is set; with both on one step it terminated. Steps
-    after the last end are kept as one truncated episode, which the notes say.
+    after the last end are kept as one truncated episode, with a note.
 
     Args:
         path: the file; float32, float64, either byte order, compressed or not.

@@ -33,7 +33,7 @@ class EpisodeDataset:
     sha256: str  # of the data as read (see content_sha256); delayed_rewards and top_episodes keep it
     environment: EnvironmentSpec | None = None
     reference: ReferenceScores | None = None
-    notes: tuple[str, ...] = ()  # what the user should be told about this data
+    notes: tuple[str, ...] = ()  # sentences about this data for the user
 
     @property
     def num_episodes(self) -> int:
@@ -168,7 +168,7 @@ def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
     """Return the episodes of highest return, in their order, that fill ``fraction`` of the timesteps.
 
     The best come first (of equals the earlier), until the next would exceed the share; at least one stays.
-    ``dataset_id`` then says so; ``sha256`` remains that of the data as read. Source: the percentile behaviour
+    ``dataset_id`` states the share; ``sha256`` remains that of the data as read. Source: the percentile behaviour
     cloning of Chen et al., "Decision Transformer" (2021).
     """
     if fraction == 1:

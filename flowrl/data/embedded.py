@@ -79,7 +79,7 @@ def load_embedded(name: str, why: str = "") -> EpisodeDataset:
 
     Args:
         name: a key of ``EMBEDDED``.
-        why: how it came to this data, for the note that says which data it is.
+        why: reason for using this data, printed before its name.
 
     Raises:
         UserError: no such dataset, policies or stored data that are not what they should be, or a disk that

@@ -164,8 +164,8 @@ def _local_hint(dataset_id: str) -> str:
 def _read_metadata(folder: Path) -> dict[str, Any]:
     """Read the dataset's metadata and check what minari would otherwise guess.
 
-    Without its spaces, minari makes the environment from an entry point that the file names, that is, calls
-    whatever the file says. Such a file is refused before minari sees it.
+    Without its spaces, minari makes the environment from the entry point in the file, that is, calls whatever
+    function the file names. Such a file is refused before minari sees it.
     """
     metadata = json.loads((folder / "data" / "metadata.json").read_text(encoding="utf-8"))
     where = folder / "data" / "metadata.json"
@@ -232,7 +232,7 @@ def _check_shapes(
 
 
 def _environment(metadata: Mapping[str, Any]) -> tuple[EnvironmentSpec | None, list[str]]:
-    """Return the evaluation environment that the dataset names, and what to tell the user about it."""
+    """Return the evaluation environment that the dataset names, and notes for the user."""
     recorded = metadata.get("eval_env_spec") or metadata.get("env_spec")
     if recorded is None:
         return None, ["the dataset names no environment: give one with --env to evaluate"]

@@ -28,7 +28,7 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
 
     Returns:
         The data; its ``environment`` is None when neither the source nor ``env`` names one, and its ``notes``
-        hold what the user should be told. Dimensions are not compared with the environment's here
+        are for the user. Dimensions are not compared with the environment's here
         (:func:`flowrl.envs.spaces.check_environment` does).
 
     Raises:

@@ -54,8 +54,8 @@ def ensure_minari(recipe: Recipe, dataset_id: str) -> Path:
     """Return the folder of a dataset in Minari's local storage, collected first if it is not there.
 
     Raises:
-        UserError: as :func:`collect_minari`, and for a dataset of that id which another recipe collected or
-            which nothing says that flowrl collected.
+        UserError: as :func:`collect_minari`, and for a dataset of that id from another recipe or from
+            elsewhere.
     """
     root = datasets_folder()
     folder = root / dataset_id
@@ -148,7 +148,7 @@ def _write_minari(collection: Collection, dataset_id: str) -> None:
     reference = reference_scores(collection.environment.env_id)
     environment = make_env(collection.environment)
     with no_deprecations(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # minari asks for an author, a permalink and so on
+        warnings.simplefilter("ignore", UserWarning)  # missing permalink, code and so on
         dataset = minari.create_dataset_from_buffers(
             dataset_id,
             [_to_buffer(index, episode) for index, episode in enumerate(collection.episodes)],
@@ -199,7 +199,7 @@ def _to_buffer(index: int, episode: Episode) -> Any:
 
 
 def _add_namespaces(dataset_id: str) -> None:
-    """Let minari know the folders between its root and the dataset."""
+    """Register the folders between minari's root and the dataset as its namespaces."""
     from minari.namespace import create_namespace, list_local_namespaces
 
     namespace = dataset_id.rpartition("/")[0]

@@ -6,8 +6,8 @@ rewards, terminations and observations are then computed for all slots at once. 
 states instead of keeping them and does not return the solver's warm start, without which the next step
 differs in its last digits.)
 
-MuJoCo times the stages of each step, a fifth of what Hopper's takes; here nobody reads it, so the first of
-these environments stops that for the whole process (``MjData.timer`` stays as it is).
+MuJoCo's internal timers take a fifth of Hopper's step and are not read here, so the first of these
+environments disables them for the whole process (``MjData.timer`` then keeps its values).
 """
 
 import ctypes
@@ -55,7 +55,7 @@ class _Task:
     gaussian_velocity_noise: bool
     """Initial velocities are disturbed by a normal distribution, otherwise a uniform one."""
     healthy: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
-    """From qpos (slots, nq) and qvel (slots, nv) whether each may go on; None: it always may."""
+    """From qpos (slots, nq) and qvel (slots, nv) whether each is healthy; None: it always is."""
     pays_when_unhealthy: bool = False
     """The -v4 environments pay the healthy reward in the terminal step too."""
     hidden_positions: int = 1
@@ -136,7 +136,7 @@ class MujocoVectorEnv(VectorEnv):
         """Start every slot anew, or those of ``options["reset_mask"]``, (num_envs,) bool.
 
         ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others;
-        without one a slot goes on drawing from its own generator, as Gymnasium's environments do.
+        without one a slot draws from its current generator, as Gymnasium's environments do.
         """
         if seed is None or isinstance(seed, int):
             seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
@@ -156,7 +156,7 @@ class MujocoVectorEnv(VectorEnv):
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step the slots whose episode goes on; the actions (num_envs, action_dim) of others are ignored."""
+        """Step the slots whose episode is running; the actions (num_envs, action_dim) of others are ignored."""
         task = self._task
         rewards = np.zeros(self.num_envs)
         slots = np.flatnonzero(~(self._terminations | self._truncations))
@@ -232,11 +232,11 @@ class MujocoVectorEnv(VectorEnv):
 
 @cache
 def stop_timers() -> None:
-    """Let MuJoCo ask no clock while it steps, unless the user gave it one by ``mujoco.set_mjcb_time``."""
+    """Disable MuJoCo's internal timers for this process, unless the user set a ``mujoco.set_mjcb_time``."""
     if mujoco.get_mjcb_time() is not None:
         return
     for path in Path(mujoco.__file__).parent.glob("libmujoco.*"):
         try:
             ctypes.c_void_p.in_dll(ctypes.CDLL(str(path)), "mjcb_time").value = None
-        except (OSError, ValueError):  # then it goes on as it did
+        except (OSError, ValueError):  # the timers stay on
             continue

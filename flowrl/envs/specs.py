@@ -72,7 +72,7 @@ class EnvironmentSpec:
             raise UserError("environment specification is not a Gymnasium EnvSpec: no 'id'")
         kwargs = data.get("kwargs") or {}
         if isinstance(kwargs, dict):
-            # render_mode says how the recording was watched, not what was recorded.
+            # render_mode is about watching the recording, not about what was recorded.
             kwargs = {key: value for key, value in kwargs.items() if key != "render_mode"}
         return cls.from_dict(
             {"env_id": data["id"], "kwargs": kwargs, "max_episode_steps": data.get("max_episode_steps")}

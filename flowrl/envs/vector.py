@@ -110,6 +110,6 @@ class StillVectorEnv(SyncVectorEnv):
         super().__init__(env_fns, autoreset_mode=AutoresetMode.DISABLED)
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        # SyncVectorEnv refuses to step past the end of an episode; these slots know what to do there.
+        # SyncVectorEnv refuses to step past the end of an episode; StayFinished handles it.
         self._autoreset_envs[:] = False
         return super().step(actions)
