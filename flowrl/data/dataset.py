@@ -168,8 +168,8 @@ def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
     """Return the episodes of highest return, in their order, that fill ``fraction`` of the timesteps.
 
     The best come first (of equals the earlier), until the next would exceed the share; at least one stays.
-    ``dataset_id`` states the share; ``sha256`` remains that of the data as read. Source: the percentile behaviour
-    cloning of Chen et al., "Decision Transformer" (2021).
+    ``dataset_id`` states the share; ``sha256`` remains that of the data as read. Source: the percentile
+    behaviour cloning of Chen et al., "Decision Transformer" (2021).
     """
     if fraction == 1:
         return dataset
