@@ -156,7 +156,7 @@ class MujocoVectorEnv(VectorEnv):
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step the slots whose episode is running; of the actions (num_envs, action_dim) others are ignored."""
+        """Step the slots that are in an episode; the actions (num_envs, action_dim) of others are ignored."""
         task = self._task
         rewards = np.zeros(self.num_envs)
         slots = np.flatnonzero(~(self._terminations | self._truncations))
