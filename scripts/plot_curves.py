@@ -3,8 +3,10 @@
 import tyro
 
 from flowrl.errors import exit_on_user_error
-from flowrl.training.curves import CurvesConfig, draw_curves
+from flowrl.report.plots import CurvesConfig, draw_curves
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        draw_curves(tyro.cli(CurvesConfig))
+        config = tyro.cli(CurvesConfig)
+        draw_curves(config)
+        print(f"curves in {config.output}")

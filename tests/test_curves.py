@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from flowrl.training.curves import CurvesConfig, draw_curves
+from flowrl.report.plots import CurvesConfig, draw_curves
 
 
 def write_metrics(run: Path, scored: bool) -> Path:
@@ -42,7 +42,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 @pytest.mark.parametrize(
     ("scored", "name", "points"),
     [
-        ((True,), "normalized_score", [[7, 12], [6, 11]]),
+        ((True,), "normalised score", [[7, 12], [6, 11]]),
         ((False,), "return", [[70, 120], [60, 110]]),  # an environment without reference scores
         ((True, False), "return", [[70, 120], [60, 110]] * 2),  # never two units on one axis
     ],

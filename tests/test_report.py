@@ -1,6 +1,7 @@
 """Reports: statistics against values worked out otherwise, tables of run folders written by hand."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -9,15 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from flowrl.errors import UserError
 from flowrl.report.command import ReportConfig, write_report
 from flowrl.report.runs import load_runs
 from flowrl.report.statistics import (
+    BANDIT_REPEATS,
+    PULLS,
+    bandit_scores,
+    correlation,
     improvement,
     improvement_interval,
     interquartile_mean,
     interquartile_mean_interval,
+    mean_interval,
     probability_of_improvement,
     standard_error,
 )
@@ -25,6 +32,18 @@ from flowrl.report.table import D4RL_DATASETS
 from flowrl.training.config import TrainConfig, to_yaml
 
 BASE = TrainConfig(env="hopper-medium", steps=100, eval_episodes=2, targets=(100.0, 50.0), embed_dim=16)
+
+
+def figures(target: float | None, value: float, unit: str = "normalized_score") -> dict[str, Any]:
+    """Two episodes, 1 above and 1 below ``value``; returns are ten times the scores, 50 steps long."""
+    episodes = [value - 1, value + 1]
+    lines: dict[str, Any] = {"target_return": target, "seconds": 4.0, "length_mean": 50.0}
+    lines |= {"return_mean": value * 10, "returns": [10 * score for score in episodes]}
+    if unit == "normalized_score":
+        lines |= {"normalized_score_mean": value, "normalized_scores": episodes}
+    elif unit == "success":
+        lines |= {"success_rate": value / 100, "successes": [score / 100 for score in episodes]}
+    return lines
 
 
 def write_run(
@@ -35,39 +54,34 @@ def write_run(
     dataset: str = "flowrl/hopper/medium-v0",
     sha256: str = "ab" * 32,
     last_step: int | None = None,
-    normalized: bool = True,
+    unit: str = "normalized_score",
 ) -> Path:
     """A run folder with evaluations at half of the updates (score + 5) and at ``last_step`` (score).
 
-    The second target return scores 1 less, returns are ten times the scores, episodes 50 steps long.
+    The second target return scores 1 less.
     """
     last_step = config.steps if last_step is None else last_step
     folder.mkdir(parents=True)
-    lines: list[dict[str, Any]] = [
-        {
-            "kind": "run",
-            "step": 0,
-            "dataset_id": dataset,
-            "dataset_sha256": sha256,
-            "environment": {"env_id": "Hopper-v5", "kwargs": {}, "max_episode_steps": None},
-        }
-    ]
+    environment = {"env_id": "Hopper-v5", "kwargs": {}, "max_episode_steps": None}
+    identity = {"dataset_id": dataset, "dataset_sha256": sha256, "environment": environment}
+    lines: list[dict[str, Any]] = [{"kind": "run", "step": 0, **identity}]
     for step in dict.fromkeys((config.steps // 2, last_step)):
         speeds = {"tokens_per_second": 300.0, "updates_per_second": 5.0}
         lines.append({"kind": "train", "step": step, "loss": 0.5, **speeds})
         for index, target in enumerate(config.targets):
             value = score - index + 5 * (step < config.steps)
-            figures = {
-                "target_return": target,
-                "seconds": 4.0,
-                "length_mean": 50.0,
-                "return_mean": value * 10,
-            }
-            scores = {"normalized_score_mean": value} if normalized else {}
-            lines.append({"kind": "evaluation", "step": step, **figures, **scores})
+            lines.append({"kind": "evaluation", "step": step, **figures(target, value, unit)})
     (folder / "config.yaml").write_text(to_yaml(replace(config, run_dir=folder)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def write_evaluation(path: Path, *targets: dict[str, Any], sha256: str = "ab" * 32, **document: Any) -> Path:
+    environment = {"env_id": "Hopper-v5"}
+    identity = {"dataset_id": "flowrl/hopper/medium-v0", "dataset_sha256": sha256, "environment": environment}
+    document = {"config": {"seed": 0}, "checkpoint_step": None, **identity, **document}
+    path.write_text(json.dumps({**document, "targets": targets}))
+    return path
 
 
 def seeded(seed: int, **changes: Any) -> TrainConfig:
@@ -78,6 +92,12 @@ def row_of(text: str, name: str) -> list[str]:
     """The cells of the first table row that begins with ``name``."""
     line = next(line for line in text.splitlines() if line.startswith(f"| {name}"))
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which take most of a report's time."""
+    monkeypatch.setattr("flowrl.report.command.draw_report", lambda *_: None)
 
 
 def test_interquartile_mean_cuts_a_quarter_rounded_down_at_each_end() -> None:
@@ -144,8 +164,9 @@ def test_report_of_two_methods_on_two_datasets(tmp_path: Path) -> None:
     assert row_of(text, "average of 2")[2:] == ["31.0 ± 5.1", "26.0 ± 1.0"]
     assert row_of(text, flow)[1] == f"{(14 + 40) / 2:.1f}"  # interquartile: 10 and 60 are cut
     assert row_of(text, softmax)[1] == f"{(20 + 30) / 2:.1f}"
-    best = text.split("## Best of all evaluations")[1]
-    assert row_of(best, "`flowrl/hopper")[2] == "17.0 ± 2.0 (2)"  # at half of the updates
+    best = text.split("## Last against best")[1]
+    assert row_of(best, "`flowrl/hopper")[1] == "12.0 → 17.0"  # at half of the updates
+    assert row_of(best, "average difference")[1:] == ["5.0", "5.0"]
     improvements = text.split("higher than ...")[1]
     assert row_of(improvements, flow)[2].startswith(
         "0.50 ("
@@ -154,9 +175,10 @@ def test_report_of_two_methods_on_two_datasets(tmp_path: Path) -> None:
     assert speeds[1:] == ["5", "300", "50"]  # 2 targets x 2 episodes x 50 steps in 4 seconds
     assert "seeds 0, 1; all with steps 100, embed_dim 16" in text
     assert "published" not in text
-    assert "Nothing is missing" in text
-    for name in ("scores", "learning-curves", "achieved-returns", "speed"):
+    assert "Every run is finished" in text
+    for name in ("scores", "learning-curves", "achieved-returns", "online-episodes"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"({name}.png)" in text
 
 
 def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path: Path) -> None:
@@ -191,6 +213,7 @@ def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path: Path) -> Non
         ({}, {"targets": (90.0,)}, "targets", "(targets [90.0])"),
     ],
 )
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_that_differ_share_a_table_only_when_asked_and_labelled(
     options: dict[str, Any], changes: dict[str, Any], message: str, label: str, tmp_path: Path
 ) -> None:
@@ -210,24 +233,168 @@ def test_runs_that_differ_share_a_table_only_when_asked_and_labelled(
     assert "20.0" not in table.replace("average of 2 |  | 20.0", "")  # not the mean of a cell
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_published_averages_stand_beside_d4rl_alone(tmp_path: Path) -> None:
     for index, dataset in enumerate(sorted(D4RL_DATASETS)):
         write_run(tmp_path / "runs" / str(index), 50, dataset=dataset, sha256=f"{index}" * 64)
     text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
     assert row_of(text, "*published: CORL")[2] == "*73.84*"
-    assert text.count("*published") == 3  # not below the best of all evaluations
     (tmp_path / "runs" / "0").rename(tmp_path / "aside")
     assert "published" not in write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
 
 
-def test_returns_without_reference_scores_are_not_averaged_with_scores(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "a", 10)
-    write_run(tmp_path / "runs" / "b", 7, dataset="mine/robot", sha256="1" * 64, normalized=False)
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures that are saved, by the names of their files."""
+    figures, save = {}, Figure.savefig
+
+    def savefig(figure: Figure, path: Path, **options: Any) -> None:
+        figures[path.name.strip(".").split(".")[0]] = figure
+        save(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def test_scores_of_different_units_are_never_averaged(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+    for method, seed, add in (("flow", 0, 0), ("flow", 1, 4), ("softmax", 0, 2), ("softmax", 1, 2)):
+        folder, config = tmp_path / "runs" / f"{method}{seed}", seeded(seed, attention=method)
+        write_run(folder / "a", 10 + add, config=config)
+        for name, value in (("b", 50), ("c", 70)):
+            data = {"dataset": f"maze/{name}", "sha256": name * 64, "unit": "success"}
+            write_run(folder / name, value + add, config=config, **data)
+        for name, value in (("d", 7), ("e", 9)):
+            data = {"dataset": f"robot/{name}", "sha256": name * 64, "unit": "return"}
+            write_run(folder / name, value + add, config=config, **data)
     text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
-    assert row_of(text, "`mine/robot")[::2] == ["`mine/robot` (return)", "**70.0** (1)"]
-    assert row_of(text, "average of 1")[2] == "10.0"
+    flow, softmax = "flow-interleaved-20", "softmax-interleaved-20"
+    assert row_of(text, "`maze/b`")[::2] == ["`maze/b` (success rate, %)", "**52.0 ± 2.0** (2)"]
+    assert row_of(text, "`robot/d`")[::2] == ["`robot/d` (return)", "**90.0 ± 20.0** (2)"]
+    assert row_of(text, "average of")[::2] == ["average of 2 (success rate, %)", "62.0 ± 1.4"]
+    assert "average of 5" not in text
+    aggregates = text.split("## All methods together")[1].split("Probability")[0].split("| method |")[1:]
+    headers = [part.split("|")[0].strip().removeprefix("interquartile mean, ") for part in aggregates]
+    assert headers == ["normalised score", "success rate, %", "return", "return"]
+    assert row_of(aggregates[1], flow)[1] == f"{(54 + 70) / 2:.1f}"  # of 50, 54, 70, 74
+    assert row_of(aggregates[3], flow)[1] == "110.0"
+    assert "Over `maze/b`, `maze/c`." in aggregates[1]
+    # in each of five datasets, two ties with flow's 4 and two losses to softmax's 2
+    assert row_of(text.split("higher than ...")[1], softmax)[1].startswith("0.50 (")
+    assert [axes.get_xlabel() for axes in drawn["scores"].axes] == headers
+    assert [axes.get_ylabel() for axes in drawn["learning-curves"].axes][:5] == [
+        "normalised score", "success rate, %", "success rate, %", "return", "return",
+    ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_unit_that_one_run_lacks_is_not_used(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", 10)
+    write_run(tmp_path / "runs" / "b", 7, config=seeded(0, attention="softmax"), unit="return")
+    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
+    assert row_of(text, "`flowrl/hopper/medium-v0` (return)")[2:] == ["**100.0** (1)", "70.0 (1)"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_evaluation_in_the_run_folder_gives_its_score(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 10)
+    targets = figures(50.0, 30), figures(100.0, 40)  # the run's first target is 100
+    write_evaluation(run / "evaluation.json", *targets, checkpoint_step=100, config={"seed": 0, "steps": 100})
+    text = write_report(ReportConfig((run,), tmp_path / "out"))
+    assert row_of(text, "`flowrl/hopper")[2] == "**40.0** (1)"
+    assert row_of(text.split("## Last against best")[1], "`flowrl/hopper")[1] == "10.0 → 15.0"
+    write_evaluation(run / "evaluation.json", *targets, sha256="cd" * 32)
+    with pytest.raises(UserError, match="not an evaluation of this run"):
+        load_runs([run])
+    write_evaluation(run / "evaluation.json", *targets, checkpoint_step=50, config={"seed": 0, "steps": 100})
+    with pytest.raises(UserError, match="of checkpoint 50, not of the last one"):
+        load_runs([run])
+
+
+def test_evaluations_stand_beside_runs(tmp_path: Path) -> None:
+    """Those of other runs, and of methods from outside, which have no target and no curve."""
+    run = write_run(tmp_path / "run", 10)
+    other = write_evaluation(tmp_path / "a.json", figures(None, 22), method="TD3+BC, 20 minutes")
+    config = {"seed": 1, "steps": 100, "token_layout": "fused", "targets": BASE.targets}
+    elsewhere = write_evaluation(tmp_path / "b.json", figures(3600.0, 23), config=config)
+    text = write_report(ReportConfig((run, other, elsewhere), tmp_path / "out"))
+    assert row_of(text, "dataset")[2:] == ["flow-interleaved-20", "TD3+BC, 20 minutes", "flow-fused-20"]
+    assert row_of(text, "`flowrl/hopper")[2:] == ["10.0 (1)", "22.0 (1)", "**23.0** (1)"]
+    assert row_of(text.split("## Last against best")[1], "`flowrl")[1:] == ["10.0 → 15.0", "—", "—"]
+    assert row_of(text.split("## Achieved")[1], "`flowrl")[1:] == ["0.45 (1)", "—", "—"]
+    with pytest.raises(UserError, match="give one of them"):
+        write_report(ReportConfig((other, other), tmp_path / "out"))
+    other.write_text('{"targets": []}')
+    with pytest.raises(UserError, match="not the results of an evaluation"):
+        load_runs([other])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_targets_and_returns_that_rise_together_correlate(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 10)
+    targets = figures(100.0, 40), figures(50.0, 30), figures(0.0, 30)
+    write_evaluation(run / "evaluation.json", *targets)
+    text = write_report(ReportConfig((run,), tmp_path / "out"))
+    expected = np.corrcoef([100, 100, 50, 50, 0, 0], [390, 410, 290, 310, 290, 310])[0, 1]
+    assert row_of(text.split("## Achieved")[1], "`flowrl")[1] == f"{expected:.2f} (1)"
+    assert correlation(np.ones(3), np.arange(3)) != correlation(np.ones(3), np.arange(3))  # NaN
+
+
+def test_a_bandit_among_equal_policies_finds_their_score() -> None:
+    scores = bandit_scores([np.array([20.0, 40.0]), np.array([30.0])])
+    assert scores.shape == (BANDIT_REPEATS, len(PULLS))
+    assert (scores == 30).all()
+
+
+def test_a_bandit_prefers_what_it_saw() -> None:
+    """After one pull the pulled policy; after two the better of two, as each is pulled once."""
+    policies = [np.full(4, 10.0), np.full(9, 60.0)]
+    scores = bandit_scores(policies)
+    assert abs(scores[:, 0].mean() - 35) < 3.5  # 35 ± 25 / sqrt(1000) times 4
+    assert set(scores[:, 0]) == {10.0, 60.0}
+    assert (scores[:, 1:] == 60).all()
+
+
+def test_a_bandit_is_that_of_a_plain_loop() -> None:
+    """Three noisy policies: the mean score after each number of pulls, against one trial at a time."""
+    random = np.random.default_rng(5)
+    policies = [random.normal(mean, 30, size=20) for mean in (40, 50, 60)]
+    chosen = np.zeros((300, len(PULLS)))
+    for trial in range(len(chosen)):
+        pulls, means = [0, 0, 0], [-math.inf] * 3
+        order = random.permutation(3).tolist()  # each is pulled once before any is pulled again
+        for t in range(1, max(PULLS) + 1):
+            bounds = [m + math.sqrt(2 * math.log(t) / max(n, 1)) for m, n in zip(means, pulls, strict=True)]
+            arm = order[t - 1] if t <= 3 else bounds.index(max(bounds))
+            score = float(policies[arm][random.integers(20)])
+            means[arm] = (means[arm] * pulls[arm] + score) / (pulls[arm] + 1) if pulls[arm] else score
+            pulls[arm] += 1
+            if t in PULLS:
+                chosen[trial, PULLS.index(t)] = policies[means.index(max(means))].mean()
+    scores = bandit_scores(policies)
+    error = (chosen.var(axis=0) / len(chosen) + scores.var(axis=0) / len(scores)) ** 0.5
+    np.testing.assert_array_less(np.abs(scores.mean(axis=0) - chosen.mean(axis=0)), 4 * error + 1e-9)
+
+
+def test_mean_interval_is_that_of_a_normal_mean() -> None:
+    samples = np.random.default_rng(0).normal([0.0, 5.0], [1.0, 4.0], size=(1000, 2))
+    low, high = mean_interval(samples)
+    error = samples.std(axis=0) / 1000**0.5
+    np.testing.assert_allclose(low, samples.mean(axis=0) - 1.96 * error, atol=0.1 * error.max())
+    np.testing.assert_allclose(high, samples.mean(axis=0) + 1.96 * error, atol=0.1 * error.max())
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_online_episodes_of_returns_are_scored_in_their_own_unit(tmp_path: Path) -> None:
+    for seed, score in ((0, 10.0), (1, 30.0)):
+        write_run(tmp_path / "runs" / str(seed), score, config=seeded(seed, targets=(9.0,)), unit="return")
+    online = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out")).split("## Score against")[1]
+    assert row_of(online, "return after")[1:] == [str(pulls) for pulls in PULLS]
+    first, *_, last = row_of(online, "flow-interleaved-20")[1:]
+    assert 190 < float(first.split()[0]) < 210
+    assert last == "300.0 (300.0 to 300.0)"
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_behaviour_cloning_on_the_best_episodes_is_of_the_same_row(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", 10)
     config = seeded(0, agent="bc", top_fraction=0.1)
@@ -237,6 +404,7 @@ def test_behaviour_cloning_on_the_best_episodes_is_of_the_same_row(tmp_path: Pat
     assert row_of(text, "`flowrl/hopper/medium-v0`")[2:] == ["10.0 (1)", "**20.0** (1)"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_from_before_an_option_was_added_have_its_default(tmp_path: Path) -> None:
     older = write_run(tmp_path / "runs" / "a", 10)
     config = yaml.safe_load((older / "config.yaml").read_text())
@@ -247,6 +415,7 @@ def test_runs_from_before_an_option_was_added_have_its_default(tmp_path: Path) -
     assert row_of(text, "`flowrl/hopper/medium-v0`")[2:] == ["**15.0 ± 5.0** (2)"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_methods_are_chosen_and_ordered(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", 10)
     write_run(tmp_path / "runs" / "b", 20, config=seeded(0, attention="softmax"))

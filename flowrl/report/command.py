@@ -1,4 +1,4 @@
-"""The command line of a report: which runs, what is compared, where the files go."""
+"""The command line of a report and the text of one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,14 @@ import tyro
 from flowrl.atomic import write_text
 from flowrl.errors import UserError, did_you_mean
 from flowrl.report.plots import draw_report
-from flowrl.report.runs import RunResult, check_comparable, load_runs
-from flowrl.report.statistics import RESAMPLES
+from flowrl.report.runs import EVALUATION_FILE, RunResult, check_comparable, load_runs
+from flowrl.report.statistics import BANDIT_ALPHA, BANDIT_REPEATS, CONFIDENCE, RESAMPLES
 from flowrl.report.table import (
     Results,
     aggregate_table,
+    bandit_table,
+    best_table,
+    correlation_table,
     improvement_table,
     markdown_table,
     score_table,
@@ -22,22 +25,76 @@ from flowrl.report.table import (
 
 # Options of interest to a reader, named where all runs agree on them.
 _SETTINGS = ("steps", "embed_dim", "num_layers", "num_heads", "learning_rate", "dropout", "eval_episodes")
-_SCORES = (
-    "Normalised scores (100 is D4RL's expert; returns where said so): mean ± standard error over seeds "
-    "(number of seeds) of each run's mean over episodes, at the first of its targets. Bold: the highest mean."
-)
-_IMPROVEMENT = (
-    "Probability that a run of the row's method scores higher than one of the column's, averaged over the "
-    "same datasets:"
-)
-_STATISTICS = (
-    f"Interquartile mean, stratified bootstrap ({RESAMPLES:,} resamples within datasets, percentiles) and "
-    "probability of improvement as in Agarwal et al. 2021 (arXiv 2108.13264)."
-)
-_BEST = (
-    "Chosen with hindsight, over all evaluated updates and target returns of a run: optimistic, not to be "
-    "compared with the table above."
-)
+
+_REPORT = """# Results
+
+{settings}
+
+## Scores of the last checkpoint
+
+{scores}
+
+Mean ± standard error over seeds (number of seeds) at the first of a run's target returns, after training or,
+where the run's folder has one, from `{evaluation_file}`. Normalised so that 100 is D4RL's expert, unless
+another unit is named. Bold: the highest mean.
+
+![Scores](scores.{plots})
+
+## All methods together
+
+{aggregates}
+
+Probability that a run of the row's method scores higher than one of the column's, averaged over datasets:
+
+{improvements}
+
+Interquartile mean, stratified bootstrap ({resamples:,} resamples within datasets, percentiles) and
+probability of improvement as in Agarwal et al. 2021 (arXiv 2108.13264).
+
+## Last against best evaluated checkpoint
+
+{best}
+
+Last → best of the evaluated checkpoints, at the first target return, mean over seeds. The best is chosen by
+the scores that it is reported with: optimistic.
+
+## Learning curves
+
+![Learning curves](learning-curves.{plots})
+
+## Achieved against target return
+
+Correlation of target and achieved return over all episodes of the last checkpoint, mean over seeds (number of
+seeds):
+
+{correlations}
+
+![Achieved returns](achieved-returns.{plots})
+
+## Score against online evaluation episodes
+
+Score of the policy that a bandit prefers after some online episodes, among a method's seeds at each of their
+target returns (Jackson et al. 2025, arXiv 2504.11453: upper confidence bound with alpha {alpha:g}, mean and
+bootstrapped {confidence:.0%} interval of {repeats:,} repeats):
+
+{bandits}
+
+![Online episodes](online-episodes.{plots})
+
+## Speed
+
+{speeds}
+
+Medians over runs, as measured while training; runs may have shared the machine with others.
+
+## Data
+
+{data}
+
+## Not in the tables
+
+{unfinished}
+"""
 
 
 @dataclass(frozen=True)
@@ -45,19 +102,19 @@ class ReportConfig:
     """Write the tables and pictures of finished runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of sweeps, of runs, or of many runs."""
+    """Folders of sweeps, of runs, or of many runs; JSON files of evaluations."""
     output: Path = Path("results/report")
     """Folder to write report.md and the pictures to."""
     methods: tuple[str, ...] = ()
     """Only these methods, in this order."""
     mixed: bool = False
-    """Take runs of different data, updates or options into one table, labelled."""
+    """Put runs of different data, updates or options into one table, labelled."""
     plots: Literal["png", "svg"] = "png"
     """Format of the pictures."""
 
 
 def write_report(config: ReportConfig) -> str:
-    """Write what the configuration asks for; return the report's text.
+    """Write tables and pictures; return the report's text.
 
     Raises:
         UserError: no finished run, runs that do not belong together (see
@@ -76,58 +133,41 @@ def write_report(config: ReportConfig) -> str:
         listed = "; ".join(unfinished[:3])
         raise UserError(f"no finished run to report on: {listed}{' ...' if len(unfinished) > 3 else ''}")
     results = Results(tuple(check_comparable(runs, config.mixed)))
+    text = _REPORT.format(
+        settings=_settings(results.runs, config.mixed),
+        scores=score_table(results),
+        evaluation_file=EVALUATION_FILE,
+        aggregates=aggregate_table(results),
+        improvements=improvement_table(results),
+        resamples=RESAMPLES,
+        best=best_table(results),
+        correlations=correlation_table(results),
+        bandits=bandit_table(results),
+        alpha=BANDIT_ALPHA,
+        confidence=CONFIDENCE,
+        repeats=BANDIT_REPEATS,
+        speeds=speed_table(results),
+        data=_data_table(results),
+        unfinished="\n".join(f"- {line}" for line in unfinished) or "Every run is finished.",
+        plots=config.plots,
+    )
     try:
-        pictures = draw_report(results, config.output, config.plots)
-        text = format_report(results, unfinished, pictures, config.mixed)
+        draw_report(results, config.output, config.plots)
         write_text(config.output / "report.md", text)
     except OSError as error:
         raise UserError(f"--output {config.output}: cannot be written: {error}") from error
     return text
 
 
-def format_report(results: Results, unfinished: list[str], pictures: list[Path], mixed: bool) -> str:
-    """Return the report in Markdown."""
-    shown = {picture.stem: f"![{picture.stem}]({picture.name})" for picture in pictures}
-    parts = [
-        "# Results",
-        _settings(results.runs),
-        "Runs that differ in data, updates or options are mixed here; labels say in what." if mixed else "",
-        "## Scores of the last checkpoint",
-        score_table(results, lambda run: run.last_score),
-        _SCORES,
-        shown["scores"],
-        "## All methods together",
-        aggregate_table(results),
-        _IMPROVEMENT,
-        improvement_table(results),
-        _STATISTICS,
-        "## Best of all evaluations",
-        _BEST,
-        score_table(results, lambda run: run.best_score, last=False),
-        "## Learning curves",
-        shown["learning-curves"],
-        "## Achieved against target return",
-        shown["achieved-returns"],
-        "## Speed",
-        speed_table(results),
-        shown["speed"],
-        "Medians over runs, as measured while training; runs may have shared the machine with others.",
-        "## Data",
-        _data_table(results),
-        "## Not in the tables",
-        "\n".join(f"- {line}" for line in unfinished) or "Nothing is missing: every run is finished.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _settings(runs: tuple[RunResult, ...]) -> str:
+def _settings(runs: tuple[RunResult, ...], mixed: bool) -> str:
     agreed = [
         f"{name} {runs[0].config[name]}"
         for name in _SETTINGS
         if name in runs[0].config and len({run.config.get(name) for run in runs}) == 1
     ]
     seeds = sorted({run.seed for run in runs})
-    return f"{len(runs)} finished runs, seeds {', '.join(map(str, seeds))}; all with {', '.join(agreed)}."
+    text = f"{len(runs)} finished runs, seeds {', '.join(map(str, seeds))}; all with {', '.join(agreed)}."
+    return f"{text} Runs that differ in data, updates or options are labelled." if mixed else text
 
 
 def _data_table(results: Results) -> str:

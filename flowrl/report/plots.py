@@ -1,20 +1,87 @@
-"""Pictures of a report: scores, learning curves, achieved against target return, speed."""
+"""Pictures of a report, and learning curves of runs that need not be finished."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tyro
 
 from flowrl.atomic import atomic_path
 from flowrl.errors import UserError
-from flowrl.report.statistics import interquartile_mean, interquartile_mean_interval, standard_error
-from flowrl.report.table import Results, acting_speed
+from flowrl.report.statistics import (
+    PULLS,
+    interquartile_mean,
+    interquartile_mean_interval,
+    mean_interval,
+    standard_error,
+)
+from flowrl.report.table import Results
+from flowrl.training.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    Draw = Callable[[Axes, Results, str, dict[str, str]], None]
+
 _COLUMNS = 3  # of panels, one panel per dataset
+_MARKED: dict[str, Any] = {"marker": "o", "ms": 4, "capsize": 3}
+
+
+@dataclass(frozen=True)
+class CurvesConfig:
+    """Draw the training loss and the evaluated scores of runs over their updates.
+
+    Returns take the place of normalised scores where an environment has no reference scores.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders that training wrote."""
+    output: Path
+    """Picture to write: .png or .svg."""
+
+
+def draw_curves(config: CurvesConfig) -> None:
+    """Draw what the configuration describes: a line per run and target return, errors over episodes.
+
+    Raises:
+        UserError: no run, a damaged one, another file format, or matplotlib is not installed.
+    """
+    if not config.runs:
+        raise UserError("give at least one run folder")
+    if config.output.suffix not in (".png", ".svg"):
+        raise UserError(f"--output {config.output}: must end in .png or .svg")
+    figure = new_figure(11, 4)
+    loss_axes, score_axes = figure.subplots(1, 2)
+    lines = [line for run in config.runs for line in read_metrics(run, "evaluation", ("target_return",))]
+    scored = all("normalized_score_mean" in line for line in lines)
+    name = "normalized_score" if scored else "return"
+    for run in config.runs:
+        train = read_metrics(run, "train", ("loss",))
+        loss_axes.plot([entry["step"] for entry in train], [entry["loss"] for entry in train], label=run.name)
+        evaluations = read_metrics(run, "evaluation", (f"{name}_mean",))
+        for target in sorted({entry["target_return"] for entry in evaluations}, reverse=True):
+            points = [entry for entry in evaluations if entry["target_return"] == target]
+            score_axes.errorbar(
+                [point["step"] for point in points],
+                [point[f"{name}_mean"] for point in points],
+                [point.get(f"{name}_standard_error", 0.0) for point in points],
+                label=f"{run.name}, target {target:g}",
+                **_MARKED,
+            )
+    loss_axes.set(xlabel="update", ylabel="loss", yscale="log", title="training loss")
+    score_axes.set(
+        xlabel="update",
+        ylabel="normalised score" if scored else "return",
+        title="evaluation (mean ± standard error)",
+    )
+    for axes in (loss_axes, score_axes):
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend(fontsize="small")
+    _save(figure, config.output)
 
 
 def draw_report(results: Results, folder: Path, file_format: str) -> list[Path]:
@@ -23,120 +90,115 @@ def draw_report(results: Results, folder: Path, file_format: str) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rcParams
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install -e '.[plots]'") from error
+    new_figure(1, 1)  # before anything is computed
+    from matplotlib import rcParams
+
     cycle = rcParams["axes.prop_cycle"].by_key()["color"]
     colors = {method: cycle[index % len(cycle)] for index, method in enumerate(results.methods)}
+    figures = {
+        "scores": _draw_scores(results, colors),
+        "learning-curves": _draw_panels(results, colors, _draw_curves),
+        "achieved-returns": _draw_panels(results, colors, _draw_achieved),
+        "online-episodes": _draw_panels(results, colors, _draw_bandits),
+    }
+    return [_save(figure, folder / f"{name}.{file_format}") for name, figure in figures.items()]
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # of an extra
+    except ImportError as error:
+        raise UserError("drawing needs matplotlib: pip install 'flowrl[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_panels(results: Results, colors: dict[str, str], draw: "Draw") -> "Figure":
+    """One panel per dataset."""
     rows = -(-len(results.datasets) // _COLUMNS)
     columns = min(_COLUMNS, len(results.datasets))
-    pictures = []
-    for name, draw in (("learning-curves", _draw_curves), ("achieved-returns", _draw_achieved)):
-        figure = Figure(figsize=(max(1 + 3.6 * columns, 7), 0.8 + 2.8 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for dataset, axes in zip(results.datasets, panels, strict=False):
-            draw(axes, results, dataset, colors)
-            environment = next(run.environment for run in results.runs if run.dataset == dataset)
-            axes.set_title(f"{dataset}\nin {environment}", fontsize="small")
-            axes.grid(alpha=0.3)
-        for axes in panels[len(results.datasets) :]:
-            axes.set_visible(False)
-        _add_legend(figure, colors)
-        pictures.append(_save(figure, folder / f"{name}.{file_format}"))
-    height = 1.6 + 0.25 * (len(results.datasets) + 1) * (1 + len(results.methods) / 3)
-    figure = Figure(figsize=(9, height), layout="constrained")
-    _draw_scores(figure.subplots(), results, colors)
+    figure = new_figure(max(1 + 3.6 * columns, 7), 0.8 + 2.8 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for dataset, axes in zip(results.datasets, panels, strict=False):
+        draw(axes, results, dataset, colors)
+        axes.set_title(f"{dataset}\nin {results.environment(dataset)}", fontsize="small")
+        axes.grid(alpha=0.3)
+    for axes in panels[len(results.datasets) :]:
+        axes.set_visible(False)
     _add_legend(figure, colors)
-    pictures.append(_save(figure, folder / f"scores.{file_format}"))
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(colors)), layout="constrained")
-    train_axes, act_axes = figure.subplots(1, 2, sharey=True)
-    _draw_speeds(train_axes, act_axes, results, colors)
-    pictures.append(_save(figure, folder / f"speed.{file_format}"))
-    return pictures
+    return figure
 
 
 def _draw_curves(axes: "Axes", results: Results, dataset: str, colors: dict[str, str]) -> None:
     """Mean ± standard error over seeds after each update that all seeds were evaluated at."""
+    unit = results.unit(dataset)
     for method, color in colors.items():
-        runs = results.cell(dataset, method)
-        if not runs:
-            continue
-        steps = sorted(set.intersection(*({*run.curve} for run in runs)))
-        scores = np.array([[run.curve[step] for step in steps] for run in runs])  # (seeds, steps)
-        errors = np.nan_to_num([standard_error(column) for column in scores.T])
-        axes.errorbar(steps, scores.mean(axis=0), errors, color=color, marker="o", ms=4, capsize=3)
-        axes.set_ylabel(run_unit(results, dataset))
-    axes.set_xlabel("update")
+        curves = [run.curve(unit) for run in results.cell(dataset, method) if run.evaluations]
+        _draw_means(axes, curves, color)
+    axes.set(xlabel="update", ylabel=unit.name)
     axes.set_xlim(left=0)
 
 
 def _draw_achieved(axes: "Axes", results: Results, dataset: str, colors: dict[str, str]) -> None:
     """Achieved return of the last checkpoint against the target return; on the dashed line both are equal."""
     for method, color in colors.items():
-        runs = results.cell(dataset, method)
-        if not runs:
-            continue
-        targets = sorted(set.intersection(*({*run.achieved} for run in runs)))
-        returns = np.array([[run.achieved[target] for target in targets] for run in runs])
-        errors = np.nan_to_num([standard_error(column) for column in returns.T])
-        axes.errorbar(targets, returns.mean(axis=0), errors, color=color, marker="o", ms=4, capsize=3)
-    highest = max(max(run.achieved) for run in results.runs if run.dataset == dataset)
+        _draw_means(axes, [run.achieved for run in results.cell(dataset, method) if run.achieved], color)
     axes.axline((0, 0), (1, 1), color="gray", ls="--", lw=1)
     axes.set(xlabel="target return", ylabel="achieved return")
-    axes.set_xlim(0 if highest > 0 else None, None)
 
 
-def _draw_scores(axes: "Axes", results: Results, colors: dict[str, str]) -> None:
-    """A row per dataset, a dot per method; below them the interquartile mean with its interval."""
-    offsets = np.linspace(-0.3, 0.3, len(colors)) if len(colors) > 1 else [0.0]
-    labels = []
-    for row, dataset in enumerate(results.datasets):
-        environment = next(run.environment for run in results.runs if run.dataset == dataset)
-        unit = "" if run_unit(results, dataset) == "normalised score" else " (return)"
-        labels.append(f"{dataset}\nin {environment}{unit}")
+def _draw_bandits(axes: "Axes", results: Results, dataset: str, colors: dict[str, str]) -> None:
+    for method, scores in results.bandits(dataset).items():
+        axes.plot(PULLS, scores.mean(axis=0), color=colors[method])
+        axes.fill_between(PULLS, *mean_interval(scores), color=colors[method], alpha=0.3)
+    axes.set(xlabel="online evaluation episodes", ylabel=results.unit(dataset).name, xscale="log")
+
+
+def _draw_means(axes: "Axes", curves: Sequence[dict], color: str) -> None:
+    """Mean ± standard error over curves, at the points that all have."""
+    points = sorted(set.intersection(*({*curve} for curve in curves))) if curves else []
+    if points:
+        values = np.array([[curve[point] for point in points] for curve in curves])
+        errors = np.nan_to_num([standard_error(column) for column in values.T])
+        axes.errorbar(points, values.mean(axis=0), errors, color=color, **_MARKED)
+
+
+def _draw_scores(results: Results, colors: dict[str, str]) -> "Figure":
+    """Axes for each unit; a row per dataset, a dot per method, the interquartile mean below."""
+    groups = results.groups()
+    rows = [len(datasets) + bool(results.shared(datasets)) for _, datasets in groups]
+    figure = new_figure(9, 0.6 + len(groups) + 0.25 * sum(rows) * (1 + len(colors) / 3))
+    panels = figure.subplots(len(groups), squeeze=False, height_ratios=rows).ravel()
+    offsets = np.linspace(-0.3, 0.3, len(colors)) if len(colors) > 1 else np.zeros(1)
+    for axes, (unit, datasets) in zip(panels, groups, strict=True):
+        labels = [f"{dataset}\nin {results.environment(dataset)}" for dataset in datasets]
         for (method, color), offset in zip(colors.items(), offsets, strict=True):
-            scores = np.array([run.last_score for run in results.cell(dataset, method)])
-            if len(scores):
-                error = np.nan_to_num(standard_error(scores))
-                axes.errorbar(
-                    scores.mean(), row + offset, xerr=error, color=color, marker="o", ms=4, capsize=2
-                )
-    shared, scores_of = results.shared_scores()
-    if shared:
-        row = len(labels)
-        labels.append(f"interquartile mean\nof {len(shared)} datasets, 95% interval")
-        for (method, color), offset in zip(colors.items(), offsets, strict=True):
-            center = float(interquartile_mean(np.concatenate(scores_of[method])))
-            low, high = interquartile_mean_interval(scores_of[method])
-            error = [[max(center - low, 0.0)], [max(high - center, 0.0)]]
-            axes.errorbar(center, row + offset, xerr=error, color=color, marker="D", ms=5, capsize=2)
-        axes.axhline(row - 0.5, color="gray", lw=0.8)
-    axes.set_yticks(range(len(labels)), labels, fontsize="small")
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel("normalised score of the last checkpoint")
-    axes.set_title("mean ± standard error over seeds", fontsize="medium")
-    axes.grid(alpha=0.3, axis="x")
-
-
-def _draw_speeds(train_axes: "Axes", act_axes: "Axes", results: Results, colors: dict[str, str]) -> None:
-    for method, color in colors.items():
-        runs = results.of_method(method)
-        updates = [float(np.median([line["updates_per_second"] for line in run.train])) for run in runs]
-        train_axes.barh(method, float(np.median(updates)), color=color)
-        act_axes.barh(method, float(np.median([acting_speed(run) for run in runs])), color=color)
-    train_axes.set(xlabel="updates per second", title="training")
-    act_axes.set(xlabel="environment steps per second", title="acting")
-    train_axes.invert_yaxis()  # shared: the first method on top
-    for axes in (train_axes, act_axes):
+            for row, dataset in enumerate(datasets):
+                scores = np.array([run.last_score(unit) for run in results.cell(dataset, method)])
+                if len(scores):
+                    error = np.nan_to_num(standard_error(scores))
+                    axes.errorbar(scores.mean(), row + offset, xerr=error, color=color, **_MARKED)
+        if results.shared(datasets):
+            row = len(labels)
+            labels.append("interquartile mean,\n95% interval")
+            for (method, color), offset in zip(colors.items(), offsets, strict=True):
+                scores_of_method = results.shared_scores(datasets)[method]
+                center = float(interquartile_mean(np.concatenate(scores_of_method)))
+                low, high = interquartile_mean_interval(scores_of_method)
+                error = [[max(center - low, 0.0)], [max(high - center, 0.0)]]
+                axes.errorbar(center, row + offset, xerr=error, color=color, marker="D", ms=5, capsize=2)
+            axes.axhline(row - 0.5, color="gray", lw=0.8)
+        axes.set_yticks(range(len(labels)), labels, fontsize="small")
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_xlabel(unit.name)
         axes.grid(alpha=0.3, axis="x")
-
-
-def run_unit(results: Results, dataset: str) -> str:
-    """What the scores on a dataset are."""
-    metric = next(run.metric for run in results.runs if run.dataset == dataset)
-    return "normalised score" if metric == "normalized_score_mean" else "return"
+    panels[0].set_title("last checkpoint, mean ± standard error over seeds", fontsize="medium")
+    _add_legend(figure, colors)
+    return figure
 
 
 def _add_legend(figure: "Figure", colors: dict[str, str]) -> None:

@@ -1,9 +1,12 @@
-"""What a report is about: finished runs read from their folders, and a list of those that are not."""
+"""The runs of a report: read from run folders and from JSON files of evaluations."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from flowrl.errors import UserError
 from flowrl.plain_yaml import read_yaml_mapping
@@ -11,13 +14,31 @@ from flowrl.sweeps.plan import PLAN_FILE, read_plan
 from flowrl.training.config import TrainConfig
 from flowrl.training.metrics import METRICS_FILE, read_metrics
 
+EVALUATION_FILE = "evaluation.json"
+
 # Options in which runs of one cell of the table may differ.
 _FREE_OPTIONS = frozenset(
     (
         *("seed", "run_dir", "config", "resume", "device", "compile"),
-        *("log_every", "checkpoint_every", "keep_checkpoints", "eval_every"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_episodes", "eval_seed"),
     )
 )
+
+Figures = dict[str, Any]  # of one target return, as training and evaluation write them
+
+
+class Unit(NamedTuple):
+    """What scores are measured in: the figure that holds their mean and the one that lists all episodes."""
+
+    name: str
+    mean: str
+    episodes: str
+    factor: float = 1.0
+
+
+NORMALIZED = Unit("normalised score", "normalized_score_mean", "normalized_scores")
+RETURN = Unit("return", "return_mean", "returns")
+UNITS = (NORMALIZED, Unit("success rate, %", "success_rate", "successes", 100.0), RETURN)  # by preference
 
 
 @dataclass(frozen=True)
@@ -31,65 +52,54 @@ class RunResult:
     method: str
     seed: int
     config: dict[str, Any]
-    train: tuple[dict[str, Any], ...]
-    evaluations: tuple[dict[str, Any], ...]
-    """Lines of metrics, one per step and target return."""
+    """Options of training; of a method from outside, only some."""
+    final: tuple[Figures, ...]
+    """Evaluation of the last checkpoint, one for each target return; the first is the run's score."""
+    train: tuple[Figures, ...] = ()
+    evaluations: tuple[Figures, ...] = ()
+    """Evaluations during training, one for each update and target return."""
 
-    @property
-    def steps(self) -> int:
-        return int(self.config["steps"])
+    def has(self, unit: Unit) -> bool:
+        """Whether all its evaluations have scores in this unit."""
+        return all(unit.mean in figures for figures in (*self.final, *self.evaluations))
 
-    @property
-    def metric(self) -> str:
-        """What its scores are: normalised where the environment has reference scores, else returns."""
-        normalized = all("normalized_score_mean" in line for line in self.evaluations)
-        return "normalized_score_mean" if normalized else "return_mean"
+    def last_score(self, unit: Unit) -> float:
+        """Mean score of the last checkpoint."""
+        return _score(self.final[0], unit)
 
-    @property
-    def curve(self) -> dict[int, float]:
-        """Score at the first target return after each evaluated update."""
-        target = self.evaluations[0]["target_return"]
-        return {
-            line["step"]: float(line[self.metric])
-            for line in self.evaluations
-            if line["target_return"] == target
-        }
+    def curve(self, unit: Unit) -> dict[int, float]:
+        """Mean score after each evaluated update, at the first target return."""
+        first = [f for f in self.evaluations if f["target_return"] == self.evaluations[0]["target_return"]]
+        return {figures["step"]: _score(figures, unit) for figures in first}
 
-    @property
-    def last_score(self) -> float:
-        """Score of the last checkpoint at the first target return."""
-        return self.curve[self.steps]
-
-    @property
-    def best_score(self) -> float:
-        """The highest score of any evaluation at any target return."""
-        return max(float(line[self.metric]) for line in self.evaluations)
+    def policies(self, unit: Unit) -> list[np.ndarray]:
+        """Scores (episodes,) of the last checkpoint at each target return whose episodes are known."""
+        listed = [figures[unit.episodes] for figures in self.final if unit.episodes in figures]
+        return [unit.factor * np.asarray(scores, dtype=np.float64) for scores in listed]
 
     @property
     def achieved(self) -> dict[float, float]:
-        """Mean return of the last checkpoint at each target return."""
-        return {
-            float(line["target_return"]): float(line["return_mean"])
-            for line in self.evaluations
-            if line["step"] == self.steps
-        }
+        """Mean return of the last checkpoint by target return."""
+        return {f["target_return"]: f["return_mean"] for f in self.final if f["target_return"] is not None}
 
 
 def load_runs(paths: Iterable[Path]) -> tuple[list[RunResult], list[str]]:
-    """Read the finished runs in folders of sweeps or runs; also return a line for each that is not finished.
+    """Read the finished runs in folders of sweeps or runs and in JSON files of evaluations.
+
+    Returns:
+        The finished runs, and a line for each that is not finished.
 
     Raises:
-        UserError: no run in a folder, a damaged file, or the same dataset, method and seed twice.
+        UserError: no run in a folder, or a damaged file.
     """
-    finished: list[RunResult] = []
-    unfinished: list[str] = []
-    for path, method in _find_runs(paths):
-        result = _load_run(path, method)
-        if isinstance(result, RunResult):
-            finished.append(result)
+    found: list[RunResult | str] = []
+    for path in paths:
+        if path.is_file():
+            found.append(_read_evaluation(path))
         else:
-            unfinished.append(result)
-    return finished, unfinished
+            found += [_load_run(folder, method) for folder, method in _find_runs(path).items()]
+    finished = [run for run in found if isinstance(run, RunResult)]
+    return finished, [line for line in found if isinstance(line, str)]
 
 
 def check_comparable(runs: list[RunResult], mixed: bool) -> list[RunResult]:
@@ -112,11 +122,11 @@ def check_comparable(runs: list[RunResult], mixed: bool) -> list[RunResult]:
         differing = {"steps": runs, "targets": row}
         differing |= {name: cell for name in sorted({*run.config} - _FREE_OPTIONS - {"steps", "targets"})}
         for name, others in differing.items():
-            values = [(other, other.config.get(name)) for other in others]
-            other, value = next(((o, v) for o, v in values if v != run.config.get(name)), (run, None))
-            if other is not run:
-                column_label.append(f"{name} {run.config.get(name)}")
-                _refuse(mixed, run, other, name, str(run.config.get(name)), str(value))
+            for other in others:
+                if {name} <= run.config.keys() & other.config and run.config[name] != other.config[name]:
+                    column_label.append(f"{name} {run.config[name]}")
+                    _refuse(mixed, run, other, name, str(run.config[name]), str(other.config[name]))
+                    break
         labelled.append(
             replace(
                 run,
@@ -135,55 +145,6 @@ def check_comparable(runs: list[RunResult], mixed: bool) -> list[RunResult]:
     return labelled
 
 
-def _find_runs(paths: Iterable[Path]) -> list[tuple[Path, str | None]]:
-    """Folders of runs with the names that sweeps gave to their methods."""
-    found: dict[Path, str | None] = {}
-    for path in paths:
-        if (path / PLAN_FILE).is_file():
-            found |= {path / entry["run"]: entry["method"] for entry in read_plan(path)}
-        elif (path / METRICS_FILE).is_file():
-            found[path] = None
-        else:
-            inside = sorted(file.parent for file in path.rglob(METRICS_FILE))
-            if not inside:
-                raise UserError(f"{path}: no runs in it; give folders of runs, or of sweeps ({PLAN_FILE})")
-            found |= dict.fromkeys(inside)
-    return list(found.items())
-
-
-def _load_run(path: Path, method: str | None) -> RunResult | str:
-    if not (path / METRICS_FILE).is_file() or not (path / "config.yaml").is_file():
-        return f"{path}: missing"
-    # A run from before an option was there has what is its default now.
-    config = asdict(TrainConfig()) | read_yaml_mapping(path / "config.yaml")
-    identity = read_metrics(path, "run")
-    train, evaluations = read_metrics(path, "train"), read_metrics(path, "evaluation")
-    try:
-        if config["eval_episodes"] == 0:
-            return f"{path}: trained without evaluation"
-        if not identity or not evaluations or evaluations[-1]["step"] < config["steps"]:
-            done = max((line["step"] for line in train), default=0)
-            return f"{path}: partial, {done} of {config['steps']} updates"
-        environment = identity[0]["environment"]
-        result = RunResult(
-            path=path,
-            dataset=identity[0]["dataset_id"].removesuffix(f" top {config.get('top_fraction', 1):g}"),
-            sha256=identity[0]["dataset_sha256"],
-            environment=environment["env_id"],
-            method=method or method_name(config),
-            seed=config["seed"],
-            config=config,
-            train=tuple(train),
-            evaluations=tuple(evaluations),
-        )
-        _ = (result.last_score, result.best_score, result.achieved)  # raises where a figure is missing
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: its config.yaml and {METRICS_FILE} are not those of a run: {error}"
-        ) from error
-    return result
-
-
 def method_name(config: dict[str, Any]) -> str:
     """Return a method's name from its options, for runs that are of no sweep."""
     if config.get("agent", "transformer") != "transformer":
@@ -192,6 +153,93 @@ def method_name(config: dict[str, Any]) -> str:
         name = f"{config['attention']}-{config['token_layout']}-{config['context_length']}"
     fraction = config.get("top_fraction", 1)
     return name if fraction == 1 else f"{name}-top{fraction:g}"
+
+
+def _find_runs(path: Path) -> dict[Path, str | None]:
+    """Folders of runs with the names that a sweep gave to their methods."""
+    if (path / PLAN_FILE).is_file():
+        return {path / entry["run"]: entry["method"] for entry in read_plan(path)}
+    if (path / METRICS_FILE).is_file():
+        return {path: None}
+    inside = sorted(file.parent for file in path.rglob(METRICS_FILE))
+    if not inside:
+        raise UserError(f"{path}: no runs in it; give folders of runs, or of sweeps ({PLAN_FILE})")
+    return dict.fromkeys(inside)
+
+
+def _load_run(path: Path, method: str | None) -> RunResult | str:
+    if not (path / METRICS_FILE).is_file() or not (path / "config.yaml").is_file():
+        return f"{path}: missing"
+    # A run from before an option was there has what is its default now.
+    config = asdict(TrainConfig()) | read_yaml_mapping(path / "config.yaml")
+    identity = read_metrics(path, "run")
+    train, evaluations = read_metrics(path, "train"), read_metrics(path, "evaluation", ("return_mean",))
+    try:
+        if config["eval_episodes"] == 0:
+            return f"{path}: trained without evaluation"
+        if not identity or not evaluations or evaluations[-1]["step"] < config["steps"]:
+            done = max((line["step"] for line in train), default=0)
+            return f"{path}: partial, {done} of {config['steps']} updates"
+        result = RunResult(
+            path=path,
+            dataset=_dataset_name(identity[0], config),
+            sha256=identity[0]["dataset_sha256"],
+            environment=identity[0]["environment"]["env_id"],
+            method=method or method_name(config),
+            seed=config["seed"],
+            config=config,
+            train=tuple(train),
+            evaluations=tuple(evaluations),
+            final=tuple(line for line in evaluations if line["step"] == config["steps"]),
+        )
+        _ = result.last_score(RETURN), result.curve(RETURN)[config["steps"]], result.achieved
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{path}: its config.yaml and {METRICS_FILE} are not those of a run: {error}"
+        ) from error
+    if not (path / EVALUATION_FILE).is_file():
+        return result
+    separate = _read_evaluation(path / EVALUATION_FILE)
+    if (separate.sha256, separate.environment) != (result.sha256, result.environment):
+        raise UserError(f"{separate.path}: not an evaluation of this run")
+    first = result.final[0]["target_return"]
+    return replace(
+        result, final=tuple(sorted(separate.final, key=lambda figures: figures["target_return"] != first))
+    )
+
+
+def _read_evaluation(path: Path) -> RunResult:
+    """Read what ``flowrl evaluate --json`` wrote, or the result of a method from outside in the same form."""
+    try:
+        document = json.loads(path.read_bytes())
+        config, method = document["config"], document.get("method")
+        if method is None:
+            config = asdict(TrainConfig()) | config
+        result = RunResult(
+            path=path,
+            dataset=_dataset_name(document, config),
+            sha256=document["dataset_sha256"],
+            environment=document["environment"]["env_id"],
+            method=method or method_name(config),
+            seed=config["seed"],
+            config=config,
+            final=tuple(document["targets"]),
+        )
+        if document["checkpoint_step"] not in (None, config.get("steps")):
+            raise ValueError(f"of checkpoint {document['checkpoint_step']}, not of the last one")
+        _ = result.last_score(RETURN) + sum(result.achieved.values())
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise UserError(f"{path}: not the results of an evaluation: {error!r}") from error
+    return result
+
+
+def _dataset_name(identity: dict[str, Any], config: dict[str, Any]) -> str:
+    """The dataset's id; its best episodes are a method's choice, not another dataset."""
+    return identity["dataset_id"].removesuffix(f" top {config.get('top_fraction', 1):g}")
+
+
+def _score(figures: Figures, unit: Unit) -> float:
+    return unit.factor * float(figures[unit.mean])
 
 
 def _labelled(name: str, labels: list[str]) -> str:

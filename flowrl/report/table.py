@@ -1,17 +1,21 @@
 """The cells of a report and its tables in Markdown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from flowrl.data.embedded import EMBEDDED
-from flowrl.report.runs import RunResult
+from flowrl.report.runs import NORMALIZED, RETURN, UNITS, RunResult, Unit
 from flowrl.report.statistics import (
     CONFIDENCE,
+    PULLS,
+    bandit_scores,
+    correlation,
     improvement_interval,
     interquartile_mean,
     interquartile_mean_interval,
+    mean_interval,
     probability_of_improvement,
     standard_error,
 )
@@ -43,76 +47,109 @@ class Results:
         """The runs of one cell, one per seed."""
         return [run for run in self.runs if (run.dataset, run.method) == (dataset, method)]
 
-    def of_method(self, method: str) -> list[RunResult]:
-        return [run for run in self.runs if run.method == method]
+    def environment(self, dataset: str) -> str:
+        return next(run.environment for run in self.runs if run.dataset == dataset)
 
-    def shared_scores(self) -> tuple[list[str], dict[str, list[np.ndarray]]]:
-        """Datasets, and per method one array of scores (seeds,) each, of what every method has finished.
+    def unit(self, dataset: str) -> Unit:
+        """The unit that all runs on a dataset have scores in."""
+        runs = [run for run in self.runs if run.dataset == dataset]
+        return next(unit for unit in UNITS if unit is RETURN or all(run.has(unit) for run in runs))
 
-        Only pairs of dataset and seed count that all methods have, and only normalised scores.
-        """
-        datasets, scores = [], {method: [] for method in self.methods}  # type: ignore[var-annotated]
+    def groups(self) -> list[tuple[Unit, list[str]]]:
+        """Datasets whose scores may be averaged: those of one unit, but each dataset of returns alone."""
+        groups: dict[tuple[Unit, str], list[str]] = {}
         for dataset in self.datasets:
+            unit = self.unit(dataset)
+            groups.setdefault((unit, dataset if unit is RETURN else ""), []).append(dataset)
+        return [(unit, datasets) for (unit, _), datasets in groups.items()]
+
+    def shared_scores(self, datasets: Sequence[str]) -> dict[str, list[np.ndarray]]:
+        """Per method one array of scores (seeds,) for each of the datasets that every method has finished.
+
+        Only seeds that all methods have on a dataset count.
+        """
+        scores: dict[str, list[np.ndarray]] = {method: [] for method in self.methods}
+        for dataset in self.shared(datasets):
             cells = {method: self.cell(dataset, method) for method in self.methods}
             seeds = set.intersection(*({run.seed for run in cell} for cell in cells.values()))
-            normalized = all(run.metric == "normalized_score_mean" for cell in cells.values() for run in cell)
-            if seeds and normalized:
-                datasets.append(dataset)
-                for method, cell in cells.items():
-                    scores[method].append(np.array([run.last_score for run in cell if run.seed in seeds]))
-        return datasets, scores
+            unit = self.unit(dataset)
+            for method, cell in cells.items():
+                scores[method].append(np.array([run.last_score(unit) for run in cell if run.seed in seeds]))
+        return scores
+
+    def shared(self, datasets: Sequence[str]) -> list[str]:
+        """Those of the datasets that every method has finished with a seed in common."""
+        return [
+            dataset
+            for dataset in datasets
+            if set.intersection(*({run.seed for run in self.cell(dataset, m)} for m in self.methods))
+        ]
+
+    def bandits(self, dataset: str) -> dict[str, np.ndarray]:
+        """:func:`flowrl.report.statistics.bandit_scores` by method, where episodes are known.
+
+        A method's policies are its seeds at each of their target returns.
+        """
+        unit = self.unit(dataset)
+        policies = {
+            method: [scores for run in self.cell(dataset, method) for scores in run.policies(unit)]
+            for method in self.methods
+        }
+        policies = {method: scores for method, scores in policies.items() if scores}
+        low, scale = 0.0, 1.0
+        if unit is RETURN and policies:  # to the scale of normalised scores, and back
+            every = np.concatenate([scores for listed in policies.values() for scores in listed])
+            low, scale = every.min(), (np.ptp(every) or 1.0) / 100
+        return {
+            method: low + scale * bandit_scores([(scores - low) / scale for scores in listed])
+            for method, listed in policies.items()
+        }
 
 
-def score_table(results: Results, score: Callable[[RunResult], float], last: bool = True) -> str:
+def score_table(results: Results) -> str:
     """Datasets x methods: mean ± standard error over seeds (number of seeds); the highest mean in bold.
 
-    Published averages follow where rows are D4RL's nine datasets and scores the ``last`` checkpoint's.
+    Averages over all datasets of a unit follow, then published ones where the datasets are D4RL's nine.
     """
-    header = ["dataset", "environment", *results.methods]
-    rows, means, errors = [], {}, {}
+    rows = []
     for dataset in results.datasets:
-        cells = {method: results.cell(dataset, method) for method in results.methods}
-        values = {method: np.array([score(run) for run in cell]) for method, cell in cells.items() if cell}
-        highest = max(value.mean() for value in values.values())
-        first = next(run for cell in cells.values() for run in cell)
-        unit = "" if first.metric == "normalized_score_mean" else " (return)"
-        row = [f"`{dataset}`{unit}", first.environment]
-        for method in results.methods:
-            if method not in values:
-                row.append("—")
-                continue
-            mean, error = values[method].mean(), standard_error(values[method])
-            if not unit:
-                means[dataset, method], errors[dataset, method] = mean, error
-            row.append(format_mean(mean, error, len(values[method]), bold=mean == highest))
-        rows.append(row)
-    rows.append(_average_row(results, means, errors))
-    if last and set(results.datasets) == D4RL_DATASETS:
+        scores = {method: _last_scores(results, dataset, method) for method in results.methods}
+        highest = max(values.mean() for values in scores.values() if len(values))
+        cells = [format_mean(v, bold=bool(len(v)) and v.mean() == highest) for v in scores.values()]
+        rows.append([_row_name(results, dataset), results.environment(dataset), *cells])
+    for unit, datasets in results.groups():
+        if len(datasets) > 1:
+            name = f"average of {len(datasets)}" + ("" if unit is NORMALIZED else f" ({unit.name})")
+            rows.append([name, "", *(_average(results, datasets, method) for method in results.methods)])
+    if set(results.datasets) == D4RL_DATASETS:
         for name, average in PUBLISHED_AVERAGES.items():
             rows.append([f"*published: {name}*", "", f"*{average:g}*", *[""] * (len(results.methods) - 1)])
-    return markdown_table(header, rows)
+    return markdown_table(["dataset", "environment", *results.methods], rows)
 
 
 def aggregate_table(results: Results) -> str:
-    """Interquartile mean per method with its interval, over what all methods have finished."""
-    datasets, scores = results.shared_scores()
-    if not datasets:
-        return "No dataset has a finished run of every method."
-    rows = []
-    for method in results.methods:
-        values = np.concatenate(scores[method])
-        low, high = interquartile_mean_interval(scores[method])
-        interval = f"{low:.1f} to {high:.1f}" if _resampled(scores[method]) else "needs two seeds"
-        rows.append([method, f"{interquartile_mean(values):.1f}", interval, str(len(values))])
-    header = ["method", "interquartile mean", f"{CONFIDENCE:.0%} interval", "runs"]
-    return markdown_table(header, rows) + f"\n\nOver {_listed(datasets, results.datasets)}."
+    """Interquartile mean per method with its interval, over the datasets that all methods have finished."""
+    parts = []
+    for unit, datasets in results.groups():
+        shared, scores = results.shared(datasets), results.shared_scores(datasets)
+        if not shared:
+            continue
+        rows = []
+        for method in results.methods:
+            values = np.concatenate(scores[method])
+            low, high = interquartile_mean_interval(scores[method])
+            interval = f"{low:.1f} to {high:.1f}" if _varies(scores[method]) else "needs two seeds"
+            rows.append([method, f"{interquartile_mean(values):.1f}", interval, str(len(values))])
+        header = ["method", f"interquartile mean, {unit.name}", f"{CONFIDENCE:.0%} interval", "runs"]
+        parts += [markdown_table(header, rows), f"Over {_listed(shared, results.datasets)}."]
+    return "\n\n".join(parts) or "No dataset has a finished run of every method."
 
 
 def improvement_table(results: Results) -> str:
     """Probability that the row's method scores higher than the column's, with intervals."""
-    datasets, scores = results.shared_scores()
-    if not datasets or len(results.methods) < 2:
-        return "Needs two methods with a dataset in common."
+    scores = results.shared_scores(results.datasets)
+    if len(results.methods) < 2 or not results.shared(results.datasets):
+        return "Needs two methods with a dataset and a seed in common."
     rows = []
     for method in results.methods:
         row = [method]
@@ -122,38 +159,86 @@ def improvement_table(results: Results) -> str:
                 continue
             probability = probability_of_improvement(scores[method], scores[other])
             low, high = improvement_interval(scores[method], scores[other])
-            interval = f" ({low:.2f} to {high:.2f})" if _resampled(scores[method]) else ""
+            interval = f" ({low:.2f} to {high:.2f})" if _varies(scores[method]) else ""
             row.append(f"{probability:.2f}{interval}")
         rows.append(row)
     return markdown_table(["higher than ...", *results.methods], rows)
+
+
+def best_table(results: Results) -> str:
+    """Datasets x methods: last and best of the evaluated checkpoints, means over seeds; mean differences."""
+    rows, gaps = [], {}
+    for dataset in results.datasets:
+        row, unit = [_row_name(results, dataset)], results.unit(dataset)
+        for method in results.methods:
+            curves = [list(run.curve(unit).values()) for run in results.cell(dataset, method)]
+            curves = [curve for curve in curves if len(curve) > 1]
+            if not curves:
+                row.append("—")
+                continue
+            last, best = np.mean([(curve[-1], max(curve)) for curve in curves], axis=0)
+            gaps[dataset, method] = best - last
+            row.append(f"{last:.1f} → {best:.1f}")
+        rows.append(row)
+    for unit, datasets in results.groups():
+        if len(datasets) > 1:
+            row = [f"average difference, {unit.name}"]
+            for method in results.methods:
+                known = [gaps[dataset, method] for dataset in datasets if (dataset, method) in gaps]
+                row.append(f"{np.mean(known):.1f}" if len(known) == len(datasets) else "—")
+            rows.append(row)
+    return markdown_table(["dataset", *results.methods], rows)
+
+
+def correlation_table(results: Results) -> str:
+    """Datasets x methods: correlation of target and achieved return over episodes, mean over seeds."""
+    rows = []
+    for dataset in results.datasets:
+        row = [f"`{dataset}`"]
+        for method in results.methods:
+            values = [_target_correlation(run) for run in results.cell(dataset, method)]
+            known = [value for value in values if not np.isnan(value)]
+            row.append(f"{np.mean(known):.2f} ({len(known)})" if known else "—")
+        rows.append(row)
+    return markdown_table(["dataset", *results.methods], rows)
+
+
+def bandit_table(results: Results) -> str:
+    """Scores after some online episodes, averaged over the datasets on which all episodes are known."""
+    parts = []
+    for unit, datasets in results.groups():
+        bandits = {dataset: results.bandits(dataset) for dataset in datasets}
+        methods = [method for method in results.methods if all(method in b for b in bandits.values())]
+        rows = []
+        for method in methods:
+            scores = np.mean([bandits[dataset][method] for dataset in datasets], axis=0)
+            figures = zip(scores.mean(axis=0), *mean_interval(scores), strict=True)
+            rows.append([method, *(f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in figures)])
+        if rows:
+            header = [f"{unit.name} after", *(f"{pulls}" for pulls in PULLS)]
+            parts += [markdown_table(header, rows), f"Over {_listed(datasets, results.datasets)}."]
+    return "\n\n".join(parts) or "Needs the returns of all episodes, which these runs do not have."
 
 
 def speed_table(results: Results) -> str:
     """Training and acting speed per method: medians over its runs."""
     rows = []
     for method in results.methods:
-        runs = results.of_method(method)
-        updates = [float(np.median([line["updates_per_second"] for line in run.train])) for run in runs]
-        tokens = [float(np.median([line["tokens_per_second"] for line in run.train])) for run in runs]
-        acting = [acting_speed(run) for run in runs]
-        figures = [f"{np.median(values):,.3g}" for values in (updates, tokens, acting)]
-        rows.append([method, *figures])
+        speeds = [_speeds(run) for run in results.runs if run.method == method and run.train]
+        if speeds:
+            rows.append([method, *(f"{speed:,.3g}" for speed in np.median(speeds, axis=0))])
     return markdown_table(
-        ["method", "updates per second", "tokens per second", "acting: steps per second"], rows
+        ["method", "updates per second", "tokens per second", "acting: timesteps per second"], rows
     )
 
 
-def acting_speed(run: RunResult) -> float:
-    """Environment steps per second of the last evaluation, all episodes of all targets in one batch."""
-    last = [line for line in run.evaluations if line["step"] == run.steps]
-    steps = sum(line["length_mean"] for line in last) * run.config["eval_episodes"]
-    return steps / last[0]["seconds"]
-
-
-def format_mean(mean: float, error: float, count: int, bold: bool = False) -> str:
-    """``76.6 ± 3.2 (2)``; a single seed has no standard error."""
-    text = f"{mean:.1f}" if np.isnan(error) else f"{mean:.1f} ± {error:.1f}"
-    return f"**{text}** ({count})" if bold else f"{text} ({count})"
+def format_mean(values: np.ndarray, bold: bool = False) -> str:
+    """``76.6 ± 3.2 (2)``; a single seed has no standard error, no seed no mean."""
+    if not len(values):
+        return "—"
+    error = standard_error(values)
+    text = f"{values.mean():.1f}" if np.isnan(error) else f"{values.mean():.1f} ± {error:.1f}"
+    return f"**{text}** ({len(values)})" if bold else f"{text} ({len(values)})"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -162,31 +247,50 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
-def _average_row(
-    results: Results, means: dict[tuple[str, str], float], errors: dict[tuple[str, str], float]
-) -> list[str]:
-    """The plain average over datasets, only of methods that have all of them."""
-    datasets = [d for d in results.datasets if any((d, method) in means for method in results.methods)]
-    row = [f"average of {len(datasets)}", ""]
-    for method in results.methods:
-        keys = [(dataset, method) for dataset in datasets]
-        if not keys or any(key not in means for key in keys):
-            row.append("—")
-            continue
-        average = float(np.mean([means[key] for key in keys]))
-        error = float(np.sqrt(np.sum(np.square([errors[key] for key in keys]))) / len(keys))
-        row.append(f"{average:.1f}" if np.isnan(error) else f"{average:.1f} ± {error:.1f}")
-    return row
+def _last_scores(results: Results, dataset: str, method: str) -> np.ndarray:
+    unit = results.unit(dataset)
+    return np.array([run.last_score(unit) for run in results.cell(dataset, method)])
 
 
-def _resampled(scores: Sequence[np.ndarray]) -> bool:
+def _row_name(results: Results, dataset: str) -> str:
+    unit = results.unit(dataset)
+    return f"`{dataset}`" if unit is NORMALIZED else f"`{dataset}` ({unit.name})"
+
+
+def _average(results: Results, datasets: Sequence[str], method: str) -> str:
+    """The plain average over datasets, of a method that has all of them; errors are independent."""
+    scores = [_last_scores(results, dataset, method) for dataset in datasets]
+    if not all(len(values) for values in scores):
+        return "—"
+    average = np.mean([values.mean() for values in scores])
+    error = np.sqrt(np.sum([standard_error(values) ** 2 for values in scores])) / len(scores)
+    return f"{average:.1f}" if np.isnan(error) else f"{average:.1f} ± {error:.1f}"
+
+
+def _speeds(run: RunResult) -> tuple[float, float, float]:
+    """Medians of updates and tokens per second; timesteps per second of the last evaluation's episodes."""
+    last = [line for line in run.evaluations if line["step"] == run.evaluations[-1]["step"]]
+    timesteps = sum(line["length_mean"] for line in last) * run.config["eval_episodes"]
+    updates, tokens = (
+        float(np.median([line[f"{unit}_per_second"] for line in run.train])) for unit in ("updates", "tokens")
+    )
+    return updates, tokens, timesteps / last[0]["seconds"]
+
+
+def _target_correlation(run: RunResult) -> float:
+    known = [f for f in run.final if "returns" in f and f["target_return"] is not None]
+    if not known:
+        return float("nan")
+    targets = np.concatenate([np.full(len(f["returns"]), f["target_return"]) for f in known])
+    return correlation(targets, np.concatenate([f["returns"] for f in known]))
+
+
+def _varies(scores: Sequence[np.ndarray]) -> bool:
     """Whether resampling within tasks can vary at all."""
     return any(len(task) > 1 for task in scores)
 
 
-def _listed(datasets: list[str], all_datasets: list[str]) -> str:
-    if len(datasets) == len(all_datasets):
-        return f"all {len(datasets)} datasets" if len(datasets) > 1 else f"`{datasets[0]}`"
-    return f"{len(datasets)} of {len(all_datasets)} datasets, those that every method has: " + ", ".join(
-        f"`{dataset}`" for dataset in datasets
-    )
+def _listed(datasets: Sequence[str], all_datasets: Sequence[str]) -> str:
+    if len(datasets) == len(all_datasets) > 1:
+        return f"all {len(datasets)} datasets"
+    return ", ".join(f"`{dataset}`" for dataset in datasets)
