@@ -19,8 +19,8 @@ from tiny_training import train_here
 
 import flowrl
 from flowrl.evaluation.evaluate import EvaluateConfig, evaluate_run
+from flowrl.report.plots import CurvesConfig, draw_curves
 from flowrl.training.config import TrainConfig, parse_train_config
-from flowrl.training.curves import CurvesConfig, draw_curves
 from flowrl.training.metrics import METRICS_FILE
 from flowrl.training.run import train
 
