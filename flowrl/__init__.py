@@ -1,14 +1,40 @@
-"""flowrl: offline reinforcement learning as sequence modelling, with causal Flow-Attention."""
+"""flowrl: offline reinforcement learning as sequence modelling, with causal Flow-Attention.
 
-import os
-from importlib.metadata import version
+Importing it changes nothing in the process, and its parts are imported when first used.
+"""
 
-# How long torch's threads look for work before they sleep, in GCC's OpenMP; read as torch is imported. By
-# default so long that they take the cores from the physics, and evaluation lasts a quarter longer.
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from flowrl.attention import flow_attention, flow_attention_step
-from flowrl.model import Agent, load_agent
+if TYPE_CHECKING:
+    from flowrl.attention import flow_attention, flow_attention_step
+    from flowrl.model.agent import Agent
+    from flowrl.model.loading import load_agent
+    from flowrl.training.config import TrainConfig
+    from flowrl.training.run import train
 
-__version__ = version("flowrl")
-__all__ = ["Agent", "__version__", "flow_attention", "flow_attention_step", "load_agent"]
+__version__ = "0.1.0"
+__all__ = [
+    "Agent",
+    "TrainConfig",
+    "__version__",
+    "flow_attention",
+    "flow_attention_step",
+    "load_agent",
+    "train",
+]
+
+_PLACES = {
+    "Agent": "flowrl.model.agent",
+    "TrainConfig": "flowrl.training.config",
+    "flow_attention": "flowrl.attention",
+    "flow_attention_step": "flowrl.attention",
+    "load_agent": "flowrl.model.loading",
+    "train": "flowrl.training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'flowrl' has no attribute '{name}'")
+    return getattr(import_module(_PLACES[name]), name)

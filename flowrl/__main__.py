@@ -1,9 +1,14 @@
 """The command line: ``flowrl train``, ``flowrl evaluate`` and so on; ``python -m flowrl`` is the same."""
 
+import io
+import os
 import sys
 from collections.abc import Callable
 
 from flowrl.errors import exit_on_user_error
+from flowrl.process import prepare_threads
+
+EXIT_BROKEN_PIPE = 141  # as of a process that SIGPIPE ended
 
 # Each command imports what it needs when it runs: `flowrl report` does not load what only training needs.
 
@@ -21,7 +26,7 @@ def evaluate() -> int:
     """Evaluate a trained run in its environment."""
     import tyro
 
-    from flowrl.evaluation.evaluate import EvaluateConfig, evaluate_run
+    from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 
     evaluate_run(tyro.cli(EvaluateConfig))
     return 0
@@ -59,18 +64,33 @@ COMMANDS: dict[str, Callable[[], int]] = {
 }
 
 
-def main() -> int:
-    """Run the command named by the first argument; the exit code is 2 on bad input."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that the first argument names, by default of ``sys.argv``; return the exit code.
+
+    Bad input is one line on stderr and code 2. Output that stdout's encoding lacks is replaced, and a reader
+    that closes the pipe ends the command without a word.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else "--help"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     if name not in COMMANDS:
         lines = [f"  {known:10}{command.__doc__}" for known, command in COMMANDS.items()]
         known_flag = name in ("-h", "--help")
         usage = "\n".join(["usage: flowrl COMMAND [--help] ...", "", *lines])
         print(usage, file=sys.stdout if known_flag else sys.stderr)
         return 0 if known_flag else 2
-    sys.argv = [f"flowrl {name}", *sys.argv[2:]]
-    with exit_on_user_error():
-        return COMMANDS[name]()
+    sys.argv = [f"flowrl {name}", *arguments[1:]]
+    prepare_threads()
+    try:
+        try:
+            with exit_on_user_error():
+                return COMMANDS[name]()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return EXIT_BROKEN_PIPE
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Files that are whole or absent: written under a temporary name, synced, then renamed; and their hashes."""
+"""Files that are whole or absent, written under a temporary name, synced, then renamed; hashes; locks."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from flowrl.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -61,3 +65,21 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as a hex digest."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def sole_user(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock of an existing folder, the file ``.lock`` in it.
+
+    Raises:
+        UserError: ``refusal``, where another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder}: {refusal}") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,4 +1,4 @@
-"""What this machine gives a process: processor cores and memory."""
+"""What this machine gives a process: processor cores, memory, a folder for files of its user."""
 
 import os
 from pathlib import Path
@@ -23,3 +23,11 @@ def available_memory() -> int | None:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return memory
+
+
+def home_folder() -> Path:
+    """Return the user's home, or the working directory where there is none, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path.cwd()

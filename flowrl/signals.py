@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -15,7 +16,8 @@ class Stopped(SystemExit):
 class StopSignals:
     """While entered, the first signal only sets :attr:`received`; a second one kills the process.
 
-    Inside :meth:`interruptible` the first signal raises :class:`Stopped` right there.
+    Inside :meth:`interruptible` the first signal raises :class:`Stopped` right there. Only the main thread
+    can handle signals: entered in another one, this changes nothing.
     """
 
     def __init__(self) -> None:
@@ -24,7 +26,8 @@ class StopSignals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -1,4 +1,4 @@
-"""Train many runs: datasets x methods x seeds; run it again to go on after a stop.
+"""Train many runs: datasets x methods x seeds; run it again to resume it. The same as ``flowrl sweep``.
 
 Examples:
     python scripts/sweep.py --sweep embedded --dry-run
@@ -8,15 +8,7 @@ Examples:
 
 import sys
 
-from flowrl.errors import exit_on_user_error
-from flowrl.sweeps.command import run_sweep
-
-
-def main() -> int:
-    """Run the sweep; the exit code is 1 when a run failed, 130 or 143 when a signal ended it."""
-    with exit_on_user_error():
-        return run_sweep()
-
+from flowrl.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["sweep", *sys.argv[1:]]))

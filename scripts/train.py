@@ -1,9 +1,8 @@
-"""Train an agent: ``python scripts/train.py --env hopper-medium``; ``--help`` lists every option."""
+"""Train an agent: ``python scripts/train.py --env hopper-medium``. The same as ``flowrl train``."""
 
-from flowrl.errors import exit_on_user_error
-from flowrl.training.config import parse_train_config
-from flowrl.training.run import train
+import sys
+
+from flowrl.__main__ import main
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        train(parse_train_config())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from tiny_training import resume_here, train_here
 
 import flowrl
+from flowrl.training import trainer
 from flowrl.training.trainer import Trainer
 
 
@@ -13,11 +14,11 @@ def recorded_training(tiny_dataset, run, monkeypatch, **options):
     """Train, and return the weights before the first update and after each one."""
     weights, update = [], Trainer.update
 
-    def recording_update(trainer):
+    def recording_update(self):
         if not weights:
-            weights.append([p.detach().double().clone() for p in trainer.model.parameters()])
-        update(trainer)
-        weights.append([p.detach().double().clone() for p in trainer.model.parameters()])
+            weights.append([p.detach().double().clone() for p in self.state.model.parameters()])
+        update(self)
+        weights.append([p.detach().double().clone() for p in self.state.model.parameters()])
 
     monkeypatch.setattr(Trainer, "update", recording_update)
     train_here(tiny_dataset, run, **options)
@@ -45,13 +46,13 @@ def test_without_a_decay_the_agent_acts_with_the_last_weights(tiny_dataset, tmp_
 
 def test_evaluation_uses_the_average(tiny_dataset, tmp_path, monkeypatch):
     acted = []
-    evaluate = flowrl.training.trainer.evaluate
+    evaluate = trainer.evaluate
 
     def recording_evaluate(agent, *arguments):
         acted.append([p.detach().clone() for p in agent.model.parameters()])
         return evaluate(agent, *arguments)
 
-    monkeypatch.setattr(flowrl.training.trainer, "evaluate", recording_evaluate)
+    monkeypatch.setattr(trainer, "evaluate", recording_evaluate)
     train_here(tiny_dataset, tmp_path / "run", steps=20)
     agent = flowrl.load_agent(tmp_path / "run")
     assert all(map(torch.equal, acted[-1], agent.model.parameters()))

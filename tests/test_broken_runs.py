@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import train_here
 
 import flowrl
-from flowrl.evaluation.evaluate import EvaluateConfig, evaluate_run
+from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.report.plots import CurvesConfig, draw_curves
 from flowrl.training.config import TrainConfig, parse_train_config
 from flowrl.training.metrics import METRICS_FILE

@@ -9,23 +9,18 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
-import flowrl
-from flowrl.envs.reference_scores import REFERENCE_SCORES, ReferenceScores
+from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
-from flowrl.evaluation.evaluate import (
-    EvaluateConfig,
-    TargetResult,
-    evaluate,
-    evaluate_run,
-    format_table,
-    to_json,
-)
+from flowrl.evaluation import command
+from flowrl.evaluation.command import EvaluateConfig, evaluate_run
+from flowrl.evaluation.evaluate import TargetResult, episode_seeds, evaluate, format_table
 from flowrl.evaluation.video import check_video, make_rendered_env, write_video
 
 HOPPER = EnvironmentSpec("Hopper-v5", max_episode_steps=13)
@@ -36,14 +31,15 @@ class ConstantAgent:
     """Always the same action, larger for larger targets; carries what a loaded agent carries."""
 
     environment: EnvironmentSpec | None = HOPPER
-    reference: ReferenceScores | None = REFERENCE_SCORES["hopper"]
-    dataset_id: str = "hopper-medium"
-    dataset_sha256: str = "c0ffee"
-    default_targets: tuple[float, ...] = (600.0, 0.0)
     checkpoint_step: int = 50
     acting: str = "recurrent"
-    observation_dim: int = 11
-    action_dim: int = 3
+    config = SimpleNamespace(
+        reference=REFERENCE_SCORES["hopper"],
+        dataset_id="hopper-medium",
+        dataset_sha256="c0ffee",
+        targets=(600.0, 0.0),
+        model=SimpleNamespace(observation_dim=11, action_dim=3),
+    )
     targets: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def reset(self, num_envs, target_return):
@@ -66,11 +62,13 @@ def return_of_one_episode(target, seed):
     return total, length
 
 
-def test_episode_e_of_every_target_starts_from_seed_plus_e():
+def test_every_target_has_the_same_starts_and_more_episodes_begin_with_the_same():
+    seeds = np.random.SeedSequence(40).generate_state(5)
+    np.testing.assert_array_equal(episode_seeds(40, 3), seeds[:3])
     results = evaluate(ConstantAgent(), HOPPER, [600.0, 0.0], 3, 40, REFERENCE_SCORES["hopper"])
     assert [result.target_return for result in results] == [600.0, 0.0]
     for result in results:
-        expected = [return_of_one_episode(result.target_return, 40 + episode) for episode in range(3)]
+        expected = [return_of_one_episode(result.target_return, int(seed)) for seed in seeds[:3]]
         np.testing.assert_allclose(result.returns, [total for total, _ in expected], rtol=0, atol=1e-9)
         np.testing.assert_array_equal(result.lengths, [length for _, length in expected])
 
@@ -79,7 +77,12 @@ def test_figures_are_those_of_the_textbook():
     result = TargetResult(
         3600.0, np.array([1.0, 2.0, 6.0]), np.array([10, 20, 60]), np.array([10.0, 20.0, 60.0])
     )
-    assert result.summary() == {
+    assert result.to_dict() == {
+        "target_return": 3600.0,
+        "episodes": 3,
+        "returns": [1.0, 2.0, 6.0],
+        "lengths": [10, 20, 60],
+        "normalized_scores": [10.0, 20.0, 60.0],
         "return_mean": 3.0,
         "return_std": pytest.approx(math.sqrt(7.0)),
         "return_standard_error": pytest.approx(math.sqrt(7.0 / 3.0)),
@@ -93,44 +96,29 @@ def test_figures_are_those_of_the_textbook():
         "3600",
         "3",
         "3.0",
-        "±",
+        "+/-",
         "2.6",
         "(1.5)",
         "30.0",
         "30.0",
-        "±",
+        "+/-",
         "26.5",
         "(15.3)",
     ]
     assert table.splitlines()[2].split() == ["1800", "1", "5.0", "7.0", "no", "reference"]
 
 
-def test_json_is_strict_and_complete():
-    result = TargetResult(3600.0, np.array([5.5]), np.array([7]), np.array([50.0]))
-    text = to_json(
-        [result],
-        environment=HOPPER,
-        dataset_id="d",
-        dataset_sha256="ab12",
-        acting="window",
-        checkpoint_step=9,
-        seed=3,
-    )
-    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert document["environment"] == HOPPER.to_dict()
-    assert document["dataset_sha256"] == "ab12"
-    assert (document["dataset_id"], document["acting"], document["checkpoint_step"], document["seed"]) == (
-        "d",
-        "window",
-        9,
-        3,
-    )
-    assert document["versions"]["gymnasium"] == gym.__version__
-    (target,) = document["targets"]
-    assert target["returns"] == [5.5]
-    assert target["lengths"] == [7]
-    assert target["normalized_score_mean"] == 50.0
-    assert target["return_std"] is None
+def test_what_does_not_exist_is_left_out():
+    """The spread of one episode, and scores without a reference."""
+    assert TargetResult(5.0, np.array([2.5]), np.array([7]), None).to_dict() == {
+        "target_return": 5.0, "episodes": 1, "return_mean": 2.5, "length_mean": 7.0,
+        "returns": [2.5], "lengths": [7],
+    }  # fmt: skip
+
+
+def test_a_target_given_twice_is_evaluated_once():
+    results = evaluate(ConstantAgent(), HOPPER, [600.0, 0.0, 600.0, -0.0], 1, 0, None)
+    assert [result.target_return for result in results] == [600.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +137,7 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
         calls.append((run, options))
         return ConstantAgent()
 
-    monkeypatch.setattr(flowrl, "load_agent", load_agent, raising=False)
+    monkeypatch.setattr(command, "load_agent", load_agent)
     results = tmp_path / "new" / "results.json"
     config = EvaluateConfig(
         tmp_path, episodes=2, checkpoint=50, acting="recurrent", json=results, device="cpu"
@@ -158,15 +146,20 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
     assert calls == [(tmp_path, {"checkpoint": 50, "acting": "recurrent", "device": "cpu"})]
     printed = capsys.readouterr().out
     assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, checkpoint 50" in printed
-    document = json.loads(results.read_text())
+    document = json.loads(results.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert document["environment"] == HOPPER.to_dict()
+    assert document["versions"]["gymnasium"] == gym.__version__
+    given = {"run": str(tmp_path), "dataset_id": "hopper-medium", "dataset_sha256": "c0ffee"}
+    given |= {"acting": "recurrent", "checkpoint_step": 50, "seed": 0}
+    assert {name: document[name] for name in given} == given
     assert [target["target_return"] for target in document["targets"]] == [600.0, 0.0]
-    expected = [return_of_one_episode(600.0, seed)[0] for seed in (0, 1)]
+    expected = [return_of_one_episode(600.0, int(seed))[0] for seed in episode_seeds(0, 2)]
     np.testing.assert_allclose(document["targets"][0]["returns"], expected, rtol=0, atol=1e-9)
     assert list(results.parent.iterdir()) == [results]
 
 
 def test_unusable_files_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(flowrl, "load_agent", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    monkeypatch.setattr(command, "load_agent", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "file").write_text("")
     for config in (
         EvaluateConfig(tmp_path, json=tmp_path),
@@ -179,7 +172,7 @@ def test_unusable_files_are_refused_before_anything_is_loaded(tmp_path, monkeypa
 
 
 def test_a_run_without_an_environment_is_a_user_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(flowrl, "load_agent", lambda *_, **__: ConstantAgent(environment=None), raising=False)
+    monkeypatch.setattr(command, "load_agent", lambda *_, **__: ConstantAgent(environment=None))
     with pytest.raises(UserError, match="names no environment"):
         evaluate_run(EvaluateConfig(tmp_path))
 
@@ -193,7 +186,9 @@ def test_video_holds_one_episode_per_target(tmp_path):
     # The first picture, every second step and the last one of each episode.
     drawn = sum(
         len({*range(0, length + 1, 2), length})
-        for _, length in (return_of_one_episode(target, 1) for target in (600.0, 0.0))
+        for _, length in (
+            return_of_one_episode(target, int(episode_seeds(1, 1)[0])) for target in (600.0, 0.0)
+        )
     )
     assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == drawn
     reader = imageio_ffmpeg.read_frames(str(path))
@@ -235,7 +230,7 @@ def test_a_failed_video_leaves_no_file(tmp_path):
 
 SLOW_EVALUATION = """
 import runpy, sys, time
-import flowrl
+from flowrl.evaluation import command
 sys.path.insert(0, {tests!r})
 from test_evaluate import ConstantAgent
 
@@ -245,7 +240,7 @@ class Slow(ConstantAgent):
         time.sleep(1)
         return super().act(*arguments)
 
-flowrl.load_agent = lambda *_, **__: Slow()
+command.load_agent = lambda *_, **__: Slow()
 sys.argv = ["evaluate.py", "run", "--targets", "0", "--json", {results!r}]
 runpy.run_path({script!r}, run_name="__main__")
 """

@@ -85,4 +85,4 @@ def test_an_update_never_waits_for_the_device():
                 trainer.update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.isfinite(torch.stack(trainer._pending)).all()
+        assert torch.isfinite(torch.stack(trainer.state.pending)).all()

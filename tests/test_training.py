@@ -4,12 +4,15 @@ import gc
 import json
 import math
 import os
+import signal
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import write_tiny_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import figures, resume_here, steps_on_disk, train_here
@@ -20,14 +23,23 @@ from flowrl.data.dataset import build_episodes
 from flowrl.data.sampler import WindowSampler
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
-from flowrl.evaluation.evaluate import evaluate
+from flowrl.evaluation.evaluate import episode_seeds, evaluate
 from flowrl.evaluation.rollout import NonFiniteError
 from flowrl.model.checkpoint import load_checkpoint
 from flowrl.model.transformer import SequenceModel
 from flowrl.native.accelerate import accelerate_training
 from flowrl.training import run, trainer
 from flowrl.training.config import TrainConfig
-from flowrl.training.setup import build_agent, default_targets, load_dataset, observation_statistics
+from flowrl.training.setup import (
+    Stream,
+    build_agent,
+    default_targets,
+    evaluation_seed,
+    load_dataset,
+    observation_statistics,
+    resolve,
+    stream_seed,
+)
 from flowrl.training.trainer import NonFiniteLossError, learning_rate_at
 
 
@@ -58,6 +70,37 @@ def test_warm_up_is_a_tenth_of_the_updates_at_most_10_000():
     assert TrainConfig(steps=500, warmup_steps=3).warmup == 3
 
 
+@pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_automatic_bfloat16_is_for_gpus_that_compute_in_it(monkeypatch, native, precision):
+    """Turing and Volta only emulate it."""
+
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    gpu = torch.device("cuda", 0)
+    assert resolve(TrainConfig(), gpu).precision == precision
+    assert resolve(TrainConfig(precision="bfloat16"), gpu).precision == "bfloat16"
+    assert resolve(TrainConfig(), torch.device("cpu")).precision == "float32"
+
+
+def test_the_run_folder_names_the_warm_up_and_precision_of_its_first_start(tiny_dataset, tmp_path):
+    """So that a resume of more updates, on whatever device, keeps both."""
+    run = tmp_path / "run"
+    train_here(tiny_dataset, run, steps=40, eval_episodes=0)
+    resume_here(run, steps=400, log_every=400)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["steps"], config["warmup_steps"], config["precision"]) == (400, 4, "float32")
+    last = figures(run, "train")[-1]
+    assert last["learning_rate"] == pytest.approx(1e-3 * 0.1, rel=0.01)  # the cosine ends at the new end
+
+
+def test_streams_of_a_seed_and_of_its_neighbours_are_all_different():
+    seeds = [stream_seed(seed, stream, rank) for seed in range(9) for stream in Stream for rank in (0, 1)]
+    assert len(set(seeds)) == len(seeds)
+    assert stream_seed(3, Stream.DROPOUT, 1) == stream_seed(3, Stream.DROPOUT, 1)
+
+
 def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
     """Weights after 12 updates, with dropout, against AdamW, clipping and schedule written out here."""
     run = tmp_path / "run"
@@ -68,10 +111,11 @@ def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
         dataset=str(tiny_dataset), env="Hopper-v4", embed_dim=8, num_heads=2, num_layers=2, context_length=6
     )
     dataset = load_dataset(config)
-    torch.manual_seed(5)
+    torch.manual_seed(stream_seed(5, Stream.WEIGHTS))
     model = build_agent(config, dataset).model.train()
     accelerate_training(model)  # draws dropout as training does
-    sampler = WindowSampler(dataset, 6, 4, seed=5)
+    sampler = WindowSampler(dataset, 6, 4, seed=stream_seed(5, Stream.BATCHES))
+    torch.manual_seed(stream_seed(5, Stream.DROPOUT))
     parameters = list(model.parameters())
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(12):
@@ -121,7 +165,9 @@ def test_metrics_hold_every_figure(finished):
     for line in evaluations:
         score = 100 * (line["return_mean"] + 20.272305) / (3234.3 + 20.272305)
         assert line["normalized_score_mean"] == pytest.approx(score)
-        assert line["length_mean"] >= 1
+        assert line["return_mean"] == pytest.approx(np.mean(line["returns"]))
+        assert line["length_mean"] == pytest.approx(np.mean(line["lengths"]))
+        assert len(line["returns"]) == len(line["normalized_scores"]) == line["episodes"] == 2
 
 
 def test_tensorboard_shows_the_same_figures(finished):
@@ -130,7 +176,8 @@ def test_tensorboard_shows_the_same_figures(finished):
     tags = events.Tags()
     training = {f"train/{name}" for name in figures(finished, "train")[0] if name not in ("kind", "step")}
     training |= {"train/tokens_per_second", "train/updates_per_second"}
-    names = ("target_return", "return_mean", "return_std", "return_standard_error", "length_mean", "seconds")
+    names = ("target_return", "episodes", "return_mean", "return_std", "return_standard_error")
+    names += ("length_mean", "seed", "seconds")
     names += tuple(f"normalized_score_{name}" for name in ("mean", "std", "standard_error"))
     evaluation = {f"evaluation/target-{target}/{name}" for target in (30, 5) for name in names}
     assert set(tags["scalars"]) == training | evaluation
@@ -180,10 +227,17 @@ def test_the_last_evaluation_is_that_of_the_saved_agent(tiny_dataset, tmp_path):
     results = train_here(tiny_dataset, tmp_path / "run", steps=20)
     agent = flowrl.load_agent(tmp_path / "run")
     assert agent.acting == "window"
-    again = evaluate(agent, EnvironmentSpec("Hopper-v4"), [30.0, 5.0], 2, 0, agent.config.reference)
+    (seed,) = {line["seed"] for line in figures(tmp_path / "run", "evaluation")}
+    again = evaluate(agent, EnvironmentSpec("Hopper-v4"), [30.0, 5.0], 2, seed, agent.config.reference)
     for ours, theirs in zip(results, again, strict=True):
         np.testing.assert_array_equal(ours.returns, theirs.returns)
         np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+
+
+def test_two_trainings_share_no_evaluation_start_unless_told_to():
+    starts = [set(episode_seeds(evaluation_seed(TrainConfig(seed=seed)), 100)) for seed in (0, 1, 2)]
+    assert len(set.union(*starts)) == 300
+    assert evaluation_seed(TrainConfig(seed=1, eval_seed=7)) == evaluation_seed(TrainConfig(eval_seed=7)) == 7
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
@@ -315,7 +369,7 @@ def test_an_agent_learns_its_units_from_the_data():
     assert agent.model.action_low.tolist() == [-2.0, 4.0]  # nothing to scale a constant by
     assert agent.model.action_high.tolist() == [1.0, 6.0]
     assert float(agent.model.return_scale) == 40.0
-    assert agent.config.targets == default_targets(dataset) == (6.0, 3.0)
+    assert agent.config.targets == default_targets(dataset) == (6.0, -40.0)
     assert agent.config.context_length == 3  # the data has no longer episode
     assert agent.config.model.max_timesteps == 3
     assert agent.acting == "window"
@@ -333,6 +387,28 @@ def test_an_agent_learns_its_units_from_the_data():
     )
     assert hopper.model.action_low.tolist() == [-1.0] * 3
     assert hopper.config.model.max_timesteps == gymnasium.spec("Hopper-v4").max_episode_steps
+
+
+@pytest.mark.parametrize(
+    ("returns", "targets"),
+    [
+        ((-5.0, -30.0, -20.0), (-5.0, -20.0)),  # half of the best would be better than the best
+        ((-10.0, -20.0), (-10.0, -20.0)),
+        ((0.0, 0.0, -1.0), (0.0,)),
+        ((4.0, 4.0, 4.0, 4.0), (4.0,)),
+        ((1.0, 2.0, 3.0, 400.0), (400.0, 2.0)),
+        ((7.0,), (7.0,)),
+    ],
+)
+def test_default_targets_are_the_best_and_the_median_episode_s(returns, targets):
+    dataset = build_episodes(
+        observations=np.zeros((len(returns), 11)), actions=np.zeros((len(returns), 3)),
+        rewards=np.array(returns), episode_lengths=np.ones(len(returns), int),
+        terminated=np.ones(len(returns), bool), dataset_id="x", where="x",
+    )  # fmt: skip
+    assert default_targets(dataset) == targets
+    given = TrainConfig(embed_dim=8, num_heads=2, targets=(3.0, 1.0, 3.0))
+    assert build_agent(given, dataset).config.targets == (3.0, 1.0)
 
 
 def test_delayed_rewards_give_every_step_the_whole_return(tiny_dataset):
@@ -362,6 +438,14 @@ def test_a_run_folder_is_never_overwritten(tiny_dataset, tmp_path):
     train_here(tiny_dataset, tmp_path / "run", steps=1, eval_episodes=0)
     with pytest.raises(UserError, match="cannot be written"):
         train_here(tiny_dataset, "/proc/absent/run")
+
+
+def test_training_works_outside_the_main_thread(tiny_dataset, tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with ThreadPoolExecutor(1) as pool:
+        results = pool.submit(train_here, tiny_dataset, tmp_path / "run", steps=5).result()
+    assert len(results) == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_the_default_folder_names_the_run(tiny_dataset, tmp_path, monkeypatch):

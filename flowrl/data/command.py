@@ -12,6 +12,7 @@ from flowrl.data.embedded import EMBEDDED, embedded_id
 from flowrl.data.writers import collect_d4rl, collect_minari, read_provenance
 from flowrl.errors import UserError, did_you_mean
 from flowrl.options import Count, NotNegative, PositiveCount, checked, flag
+from flowrl.process import prepare_process
 from flowrl.signals import StopSignals
 
 
@@ -44,6 +45,7 @@ def run_collect(command: CollectCommand) -> None:
     """
     checked(CollectCommand, asdict(command), flag)
     recipe = _recipe(command)
+    prepare_process()
     with StopSignals() as signals, signals.interruptible():
         if command.format == "d4rl":
             if command.out is None or command.id is not None:

@@ -15,6 +15,7 @@ from flowrl.data.download import DownloadError, download
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError, one_line
+from flowrl.machine import home_folder
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
@@ -94,7 +95,7 @@ def find_d4rl_file(name: str) -> Path:
     """
     environment, _, level = name.partition("-")
     file_name = f"{environment}_{level.replace('-', '_')}-v2.hdf5"
-    folders = [Path("~/.d4rl/datasets").expanduser()]
+    folders = [home_folder() / ".d4rl" / "datasets"]
     if os.environ.get("D4RL_DATASET_DIR"):
         folders.insert(0, Path(os.environ["D4RL_DATASET_DIR"]).expanduser())
     for folder in folders:

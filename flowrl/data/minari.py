@@ -19,6 +19,7 @@ from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.specs import EnvironmentSpec, wrappers_in_gymnasium_json
 from flowrl.errors import UserError, did_you_mean, one_line
+from flowrl.machine import home_folder
 
 
 def read_minari(dataset_id: str) -> EpisodeDataset:
@@ -95,7 +96,8 @@ def read_minari(dataset_id: str) -> EpisodeDataset:
 
 def datasets_folder() -> Path:
     """Minari's local cache, found as minari finds it."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    folder = os.environ.get("MINARI_DATASETS_PATH")
+    return Path(folder).expanduser() if folder else home_folder() / ".minari" / "datasets"
 
 
 def check_minari_id(dataset_id: str) -> None:

@@ -6,8 +6,7 @@ rewards, terminations and observations are then computed for all slots at once. 
 states instead of keeping them and does not return the solver's warm start, without which the next step
 differs in its last digits.)
 
-MuJoCo's internal timers take a fifth of Hopper's step and are not read here, so the first of these
-environments disables them for the whole process (``MjData.timer`` then keeps its values).
+MuJoCo times the stages of each step, a fifth of what Hopper's takes; :func:`stop_timers` disables that.
 """
 
 import ctypes
@@ -110,7 +109,6 @@ class MujocoVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         template.close()
 
-        stop_timers()
         self._datas = [mujoco.MjData(self._model) for _ in range(num_envs)]
         # Views into each slot's simulation, made once: MjData makes a new one at every access.
         self._qpos = [data.qpos for data in self._datas]
@@ -232,7 +230,10 @@ class MujocoVectorEnv(VectorEnv):
 
 @cache
 def stop_timers() -> None:
-    """Disable MuJoCo's internal timers for this process, unless the user set a ``mujoco.set_mjcb_time``."""
+    """Disable MuJoCo's internal timers for the whole process, unless ``mujoco.set_mjcb_time`` set one.
+
+    ``MjData.timer`` then stays as it is.
+    """
     if mujoco.get_mjcb_time() is not None:
         return
     for path in Path(mujoco.__file__).parent.glob("libmujoco.*"):

@@ -14,7 +14,7 @@ from flowrl.errors import UserError
 
 
 class BatchedAgent(Protocol):
-    """What a rollout asks of an agent; see :class:`flowrl.model.agent.Agent`."""
+    """An agent that acts in several environments at once, such as :class:`flowrl.model.agent.Agent`."""
 
     def reset(self, num_envs: int, target_return: float | np.ndarray) -> None:
         """Forget everything and get ready to act in ``num_envs`` slots with targets (num_envs,)."""
@@ -50,13 +50,14 @@ def rollout(
     """Run exactly one episode per slot and add up its rewards.
 
     Each slot's environment is reset with its own seed. A slot whose episode is over is neither stepped
-    nor counted again, and the agent drops it (``agent.keep``), so that it costs nothing. Slots are
-    independent: their outcome depends on their own seed and target only.
+    nor counted again, and the agent drops it (``agent.keep``), so that it costs nothing. A slot's outcome
+    depends on its own seed and target, and on the others only through rounding: matrix products of another
+    number of slots may sum in another order, which a falling robot amplifies.
 
     Args:
         agent: acts for all slots at once.
         environment: what to make; it must end its episodes by itself or by a time limit.
-        target_returns: (slots,) the return that each slot's agent is asked for, in the reward's units.
+        target_returns: (slots,) the return that each slot aims at, in the reward's units.
         seeds: (slots,) integer seeds of the environments.
 
     Raises:

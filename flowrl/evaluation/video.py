@@ -16,6 +16,7 @@ from flowrl.atomic import atomic_path
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import episode_seeds
 from flowrl.evaluation.rollout import BatchedAgent
 
 MAX_FRAMES_PER_SECOND = 64  # Hopper has 125 steps per second of physics: every second one is drawn
@@ -40,7 +41,7 @@ def check_video(path: Path) -> None:
 def write_video(
     path: Path, agent: BatchedAgent, environment: EnvironmentSpec, targets: Sequence[float], seed: int
 ) -> None:
-    """Render one episode per target, each from environment seed ``seed``, into one mp4 file at ``path``.
+    """Render the first episode of each target, as :func:`evaluate` starts it, into one mp4 file at ``path``.
 
     Frames go to the encoder as they are drawn, so memory does not grow with the episodes. Every frame
     shows the target, the return so far and the step. The file appears whole or not at all.
@@ -52,7 +53,8 @@ def write_video(
     env = make_rendered_env(environment)
     steps_per_second = env.metadata.get("render_fps") or 30
     stride = -(-int(steps_per_second) // MAX_FRAMES_PER_SECOND)  # rounded up
-    frames = chain.from_iterable(_frames(agent, env, target, seed, stride) for target in targets)
+    first = int(episode_seeds(seed, 1)[0])
+    frames = chain.from_iterable(_frames(agent, env, target, first, stride) for target in targets)
     try:
         with atomic_path(path) as temporary:
             _encode(temporary, frames, steps_per_second / stride)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from flowrl.atomic import atomic_path
+from flowrl.machine import home_folder
 
 FOLDER = Path(__file__).parents[1]  # which headers are included from
 INSTRUCTIONS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}  # torch's names of them, and the compiler's
@@ -73,4 +74,4 @@ def _compile(command: list[str]) -> None:
 
 def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "flowrl"
+    return (Path(home) if home else home_folder() / ".cache") / "flowrl"

@@ -7,16 +7,16 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
-from flowrl.atomic import remove_temporaries
+from flowrl.atomic import remove_temporaries, sole_user
 from flowrl.data import EpisodeDataset
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult
 from flowrl.model.loading import pick_device
+from flowrl.process import prepare_process
 from flowrl.ranks import Ranks, joined_ranks
 from flowrl.signals import StopSignals
-from flowrl.training.config import TrainConfig
+from flowrl.training.config import TrainConfig, check_values
 from flowrl.training.setup import load_dataset
 from flowrl.training.trainer import Trainer
 
@@ -31,6 +31,8 @@ def train(config: TrainConfig) -> list[TargetResult]:
         NonFiniteLossError: see there; the last checkpoint is from before it.
         Stopped: after SIGINT or SIGTERM, once a checkpoint is saved.
     """
+    check_values(config)
+    prepare_process()
     run_dir = config.resume or config.run_dir or default_run_dir(config)
     _check_run_dir(config, run_dir)
     with StopSignals() as signals:
@@ -55,11 +57,12 @@ def _train(
     signals: StopSignals,
     ranks: Ranks,
 ) -> list[TargetResult]:
-    """Files are the first process' business."""
+    """Only the first process writes files."""
+    in_use = "another process is training in this folder"
     try:
         if ranks.is_first:
             run_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(run_dir / ".lock", timeout=0) if ranks.is_first else nullcontext():
+        with sole_user(run_dir, in_use) if ranks.is_first else nullcontext():
             if ranks.is_first:
                 _check_run_dir(config, run_dir)  # again: loading took a while
                 remove_temporaries(run_dir)
@@ -68,8 +71,8 @@ def _train(
                 return trainer.run()
             finally:
                 trainer.close()
-    except Timeout as error:
-        raise UserError(f"{run_dir}: another process is training in this folder") from error
+    except BrokenPipeError:  # of the output, not of a file
+        raise
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written: {error}") from error
 

@@ -1,7 +1,7 @@
-"""What a run starts from: the data, the environment, and an agent that knows the data's statistics."""
+"""What a run starts from: its random streams, the data, and an agent with the data's statistics."""
 
-import ctypes
-import sys
+from dataclasses import replace
+from enum import IntEnum
 
 import gymnasium
 import numpy as np
@@ -21,8 +21,39 @@ from flowrl.training.config import TrainConfig
 
 _ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need
 _TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 _SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
+_CPU = torch.device("cpu")
+
+
+class Stream(IntEnum):
+    """What a run draws random numbers for; each stream is independent of the others."""
+
+    WEIGHTS = 0
+    BATCHES = 1
+    DROPOUT = 2
+    EVALUATION = 3
+
+
+def stream_seed(seed: int, stream: Stream, rank: int = 0) -> int:
+    """The 32-bit seed of one random stream of the run with this seed, by NumPy's SeedSequence."""
+    return int(np.random.SeedSequence(seed, spawn_key=(stream, rank)).generate_state(1)[0])
+
+
+def evaluation_seed(config: TrainConfig) -> int:
+    """The seed that evaluations during training take, as ``scripts/evaluate.py --seed`` does."""
+    return stream_seed(config.seed, Stream.EVALUATION) if config.eval_seed is None else config.eval_seed
+
+
+def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Fill in the defaults that depend on the machine and the length of the run, once for all its resumes.
+
+    ``device`` is the current CUDA device, if it is one. On GPUs before Ampere bfloat16 is emulated, and slow.
+    """
+    precision = config.precision
+    if precision == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if native else "float32"
+    return replace(config, warmup_steps=config.warmup, precision=precision)
 
 
 def load_dataset(config: TrainConfig) -> EpisodeDataset:
@@ -44,25 +75,11 @@ def load_dataset(config: TrainConfig) -> EpisodeDataset:
     return delayed_rewards(dataset) if config.reward_mode == "delayed" else dataset
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed tensors of up to 1 GiB for the next update, for this whole process.
-
-    By default it gives those above 32 MiB back, and the kernel clears their pages anew in every update: an
-    eighth of the time of full episodes, with the same peak. Without glibc nothing changes.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-
-
-def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
+def build_agent(config: TrainConfig, dataset: EpisodeDataset, device: torch.device = _CPU) -> Agent:
     """Make an untrained agent whose normalisation, return scale and action bounds come from the data.
 
     Raises:
-        UserError: a model that cannot be trained in this machine's memory.
+        UserError: a model that cannot be trained in the memory of ``device``.
     """
     longest = dataset.max_episode_length
     whole = config.context_length == "episode"
@@ -70,7 +87,7 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
         longest if isinstance(config.context_length, str) else min(config.context_length, longest)
     )
     model_config = _model_config(config, dataset, context_length)
-    _check_memory(config, model_config)
+    _check_memory(config, model_config, device)
     model = untrained_model(model_config)
     mean, std = observation_statistics(dataset.observations)
     low, high = _bounds(dataset)
@@ -82,7 +99,7 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset) -> Agent:
             model.return_scale.fill_(config.return_scale or largest_return or 1.0)
         model.action_low.copy_(torch.from_numpy(low))
         model.action_high.copy_(torch.from_numpy(high))
-    targets = config.targets or default_targets(dataset)
+    targets = tuple(dict.fromkeys(config.targets)) or default_targets(dataset)
     agent_config = AgentConfig(
         model=model.config,
         context_length=context_length,
@@ -125,22 +142,28 @@ def _model_config(
     )
 
 
-def _check_memory(config: TrainConfig, model_config: ModelConfig | BehaviorCloningConfig) -> None:
-    with torch.device("meta"):  # which takes no memory itself
-        parameters = list(untrained_model(model_config).parameters())
-    needed = _TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in parameters)
-    memory = available_memory()
+def _check_memory(
+    config: TrainConfig, model_config: ModelConfig | BehaviorCloningConfig, device: torch.device
+) -> None:
+    sizes = []
+    for num_layers in (1, 2):  # all others are like the second
+        with torch.device("meta"):  # which takes no memory itself
+            model = untrained_model(replace(model_config, num_layers=num_layers))
+        sizes.append(sum(parameter.nbytes for parameter in model.parameters()))
+    needed = _TENSORS_PER_PARAMETER * (sizes[0] + (config.num_layers - 1) * (sizes[1] - sizes[0]))
+    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if memory is not None and needed > memory:
         raise UserError(
             f"--embed-dim {config.embed_dim}, --num-layers {config.num_layers}: to train this model takes "
-            f"{needed / 2**30:,.1f} GiB of memory, this machine has {memory / 2**30:,.1f}"
+            f"{needed / 2**30:,.1f} GiB of memory, device {device} has {memory / 2**30:,.1f}"
         )
 
 
 def default_targets(dataset: EpisodeDataset) -> tuple[float, ...]:
-    """The best return in the data and half of it."""
-    best = float(dataset.episode_returns.max())
-    return (best, best / 2)
+    """The best episode's return in the data and the median one's; one target where they are equal."""
+    returns = dataset.episode_returns
+    median = np.quantile(returns, 0.5, method="lower")  # of an episode, not between two
+    return tuple(dict.fromkeys((float(returns.max()), float(median))))
 
 
 def observation_statistics(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

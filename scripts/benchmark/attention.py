@@ -10,7 +10,7 @@ from torch import Tensor
 from workload import Sizes
 
 from flowrl.attention import ATTENTION_KINDS
-from flowrl.training.setup import keep_freed_memory
+from flowrl.process import prepare_process
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # queries, keys, values
 Shape = tuple[int, int, int, int]  # batch, heads, tokens, head_dim
@@ -71,7 +71,7 @@ def forward_backward_of(form: str, shape: Shape) -> None:
 def measure_attention(sizes: Sizes, repetitions: int) -> Section:
     """Windows, then lengths that grow; the forms that a length is too long for are skipped there."""
     section = Section("attention")
-    keep_freed_memory()  # as training does
+    prepare_process()  # as training does
     times = _measure_shape(section, sizes.windows, tuple(FORMS), repetitions)
     what = f"attention forward + backward, {_case(sizes.windows)}"
     section.rows.append(_faster(what, "authors' form", times["authors"], times["flow"], 100.0))

@@ -1,6 +1,9 @@
 """The benchmark program: every section in one run, results written as each section ends."""
 
 import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as flowrl's commands do, before torch is imported
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from update import measure_update
 from workload import Sizes
 
 from flowrl.errors import UserError, exit_on_user_error
+from flowrl.process import prepare_process
 
 SectionName = Literal["attention", "update", "sampling", "rollouts", "profile", "gpu"]
 
@@ -65,6 +69,7 @@ def run_benchmarks(config: BenchmarkConfig) -> list[Section]:
         raise UserError(f"--output {output}: cannot be written there: {error.strerror}") from error
     if not os.access(output.parent, os.W_OK):
         raise UserError(f"--output {output}: cannot be written there; give a name in a writable folder")
+    prepare_process()
     machine, sections = describe_machine(), []
     for name in names:
         started = time.perf_counter()

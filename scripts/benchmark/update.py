@@ -46,7 +46,7 @@ def update_once(sizes: Sizes, form: str, full_episodes: bool) -> None:
     config = _config(sizes, form, full_episodes=full_episodes)
     with open_trainer(config, training_data(sizes, config)) as trainer:
         if form == "authors":
-            use_authors_attention(trainer.model)
+            use_authors_attention(trainer.state.model)
         for _ in range(2):
             trainer.update()
 
@@ -63,8 +63,8 @@ def _measure_case(section: Section, sizes: Sizes, repetitions: int, *, full_epis
             dataset = training_data(sizes, config)
             trainers[form] = stack.enter_context(open_trainer(config, dataset))
         if "authors" in trainers:
-            use_authors_attention(trainers["authors"].model)
-        model = trainers["flow"].model
+            use_authors_attention(trainers["authors"].state.model)
+        model = trainers["flow"].state.model
         assert isinstance(model, SequenceModel)
         products = ProductRunner(needed_products(model, batch_size, timesteps))
         contenders = {form: trainer.update for form, trainer in trainers.items()}

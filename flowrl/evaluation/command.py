@@ -1,0 +1,110 @@
+"""The command line of an evaluation: load a run, evaluate it, write a table, a JSON file and a video."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import Field
+
+from flowrl.atomic import write_text
+from flowrl.envs.spaces import check_environment
+from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import MOST_EPISODES, evaluate, format_table
+from flowrl.evaluation.video import check_video, write_video
+from flowrl.model.agent import Acting
+from flowrl.model.loading import load_agent
+from flowrl.options import Seed, checked, flag
+from flowrl.signals import StopSignals
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a trained run in its environment: returns and normalised scores for each target return."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder that training wrote."""
+    episodes: Annotated[int, Field(ge=1, le=MOST_EPISODES)] = 20
+    """Episodes per target return."""
+    targets: tuple[float, ...] = ()
+    """Target returns; by default those of the run's configuration."""
+    acting: Acting | None = None
+    """recurrent: constant cost per step over the whole episode so far; window: recompute the last
+    context_length steps. By default the way that the run was trained for."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to evaluate; by default the last one."""
+    seed: Seed = 0
+    """Seed of the episodes, the same for every target. Training's own evaluations have the one that is in
+    their lines of metrics.jsonl."""
+    device: str = "auto"
+    """Where the agent runs: auto, cpu, cuda, cuda:1, ..."""
+    video: Path | None = None
+    """Also render one episode per target into this .mp4 file."""
+    json: Path | None = None
+    """Also write the results, every episode included, to this JSON file."""
+
+
+def evaluate_run(config: EvaluateConfig) -> None:
+    """Load, evaluate, print the table, write the files.
+
+    The JSON file holds ``run``, ``environment``, ``dataset_id``, ``dataset_sha256``, ``acting``,
+    ``checkpoint_step``, ``seed``, ``versions``, and in ``targets`` what
+    :meth:`flowrl.evaluation.evaluate.TargetResult.to_dict` gives for each target.
+
+    Raises:
+        UserError: the run, a flag or the environment is unusable.
+        Stopped: SIGINT or SIGTERM came; no file is left half-written.
+    """
+    checked(EvaluateConfig, asdict(config), flag)
+    with StopSignals() as signals, signals.interruptible():
+        _evaluate_run(config)
+
+
+def _evaluate_run(config: EvaluateConfig) -> None:
+    if config.json is not None:
+        _check_writable("--json", config.json)
+    if config.video is not None:
+        _check_writable("--video", config.video)
+        check_video(config.video)
+    agent = load_agent(config.run, checkpoint=config.checkpoint, acting=config.acting, device=config.device)
+    environment, targets = agent.environment, config.targets or agent.config.targets
+    if environment is None:
+        raise UserError(f"{config.run}: its dataset names no environment, so it cannot be evaluated")
+    check_environment(environment, agent.config.model.observation_dim, agent.config.model.action_dim)
+    print(
+        f"environment {environment.env_id}, dataset {agent.config.dataset_id} "
+        f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, "
+        f"checkpoint {agent.checkpoint_step}, seed {config.seed}"
+    )
+    results = evaluate(agent, environment, targets, config.episodes, config.seed, agent.config.reference)
+    print(format_table(results))
+    if config.json is not None:
+        document = {
+            "run": str(config.run),
+            "environment": environment.to_dict(),
+            "dataset_id": agent.config.dataset_id,
+            "dataset_sha256": agent.config.dataset_sha256,
+            "acting": agent.acting,
+            "checkpoint_step": agent.checkpoint_step,
+            "seed": config.seed,
+            "versions": {name: version(name) for name in ("flowrl", "torch", "gymnasium", "mujoco")},
+            "targets": [result.to_dict() for result in results],
+        }
+        try:
+            write_text(config.json, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {config.json}: cannot be written: {error.strerror}") from error
+        print(f"results in {config.json}")
+    if config.video is not None:
+        write_video(config.video, agent, environment, targets, config.seed)
+        print(f"video in {config.video}")
+
+
+def _check_writable(name: str, path: Path) -> None:
+    """Refuse, before hours of work, a file that could not be written after them."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{name} {path}: cannot be written there; give a file name in a writable folder")

@@ -1,0 +1,173 @@
+"""The state of a run: all that a checkpoint holds, and that a resumed run continues from."""
+
+import copy
+from reprlib import repr as short_repr
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowrl.data.sampler import Batch, WindowSampler
+from flowrl.errors import UserError
+from flowrl.model.agent import Agent
+from flowrl.model.checkpoint import TRAINING_TENSORS, Checkpoint
+from flowrl.model.loading import agent_config_from_dict, agent_config_to_dict, build_model
+from flowrl.model.transformer import TOKENS_PER_TIMESTEP
+from flowrl.options import LARGEST_COUNT
+from flowrl.ranks import Ranks
+from flowrl.training.config import TrainConfig
+
+
+class RunState:
+    """Weights, optimizer, random states and counters of a run, and the figures that are not logged yet.
+
+    Updates change ``model``. The agent acts with an average of its weights where there is an ``ema_decay``,
+    otherwise with the very same model.
+    """
+
+    def __init__(
+        self, config: TrainConfig, agent: Agent, sampler: WindowSampler, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.agent, self.sampler, self.device, self.ranks = agent, sampler, device, ranks
+        self.averaged = config.ema_decay > 0
+        self.model = agent.model.to(device)
+        if self.averaged:
+            self.model = copy.deepcopy(agent.model)
+            agent.model.requires_grad_(False)
+        on_cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=torch.tensor(config.learning_rate, device=device) if on_cuda else config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+            capturable=on_cuda,
+        )
+        self.step = 0  # updates so far
+        self.evaluated_step = -1
+        self.pending: list[Tensor] = []  # (loss, gradient norm) of each update since the last line of metrics
+        self.pending_tokens = 0
+        self._unchecked: list[Tensor] = []  # spans of the batches whose loss is not known to be finite yet
+
+    def record(self, figures: Tensor, batch: Batch) -> None:
+        """Count an update with its (loss, gradient norm), (2,), which stays on its device."""
+        self.pending.append(figures)
+        self.pending_tokens += batch.num_timesteps * TOKENS_PER_TIMESTEP[self.agent.config.model.token_layout]
+        self._unchecked.append(batch.spans)
+        self.step += 1
+
+    def first_not_finite(self) -> dict[str, Any] | None:
+        """The first update since the last call whose loss or gradient is not finite: step, loss, windows.
+
+        All ranks must call it together; each waits for its device once.
+        """
+        recent = self.pending[-len(self._unchecked) :] if self._unchecked else []
+        finite = torch.stack(recent).isfinite().all(dim=1).tolist() if recent else []
+        if all(finite):
+            self._unchecked = []
+            return None
+        index = finite.index(False)
+        spans = torch.cat(self.ranks.gather(self._unchecked[index])).tolist()
+        step, loss = self.step - len(finite) + index + 1, str(recent[index][0].item())
+        return {"step": step, "loss": loss, "windows": spans}
+
+    def checkpoint(self) -> Checkpoint:
+        """This very moment; all ranks must call it together."""
+        tensors = {f"optimizer.{name}": value for name, value in self._optimizer_tensors().items()}
+        tensors["random.sampler"] = self.sampler.generator_state
+        tensors["random.torch"] = torch.stack(self.ranks.gather(torch.get_rng_state()))
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.stack(self.ranks.gather(torch.cuda.get_rng_state(self.device)))
+        if self.pending:
+            tensors["pending"] = torch.stack(self.pending)
+        if self.averaged:
+            weights = self.model.named_parameters()
+            tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
+        training = {"evaluated_step": self.evaluated_step, "pending_tokens": self.pending_tokens}
+        model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
+        return Checkpoint(self.step, agent_config_to_dict(self.agent.config), model, training, tensors)
+
+    def restore(self, saved: Checkpoint, where: str) -> None:
+        """Continue from a checkpoint; ``where`` begins messages.
+
+        Raises:
+            UserError: it is of other data, or does not fit this run.
+        """
+        now, then = self.agent.config, agent_config_from_dict(saved.agent, where=f"{where}: agent.json")
+        if then.dataset_sha256 != now.dataset_sha256:
+            raise UserError(
+                f"--resume {where}: trained on {then.dataset_id} (sha256 {then.dataset_sha256[:12]}), but "
+                f"{now.dataset_id} now holds other data (sha256 {now.dataset_sha256[:12]})"
+            )
+        _load(self.agent, self.agent.model, saved.model, f"{where}: model")
+        if self.averaged:  # checkpoints of runs without an average hold no other weights
+            names = [name for name in saved.training_tensors if name.startswith("model.")]
+            weights = {name.removeprefix("model."): saved.training_tensors[name] for name in names}
+            _load(self.agent, self.model, {**saved.model, **weights}, f"{where}: {TRAINING_TENSORS}")
+        try:
+            self._restore_training(saved)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{where}: {TRAINING_TENSORS}: not the state of this training: {error}"
+            ) from error
+
+    def _restore_training(self, saved: Checkpoint) -> None:
+        tensors = saved.training_tensors
+        states = tensors["random.torch"]
+        if len(states) != self.ranks.size:
+            raise ValueError(f"{len(states)} processes trained it, these are {self.ranks.size}")
+        torch.set_rng_state(states[self.ranks.rank].clone())  # it ignores where a view begins
+        self.sampler.generator_state = tensors["random.sampler"]
+        if "random.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"][self.ranks.rank].clone(), self.device)
+        pending = tensors.get("pending", torch.empty(0, 2))
+        if pending.shape[1:] != (2,) or pending.dtype != torch.float32 or not pending.isfinite().all():
+            raise ValueError("'pending' must hold pairs of finite numbers")
+        self.pending = list(pending.to(self.device))
+        state = _optimizer_state(tensors, self.model, started=saved.step > 0)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = saved.step
+        self.evaluated_step = _count(saved.training, "evaluated_step", lowest=-1, highest=self.step)
+        self.pending_tokens = _count(saved.training, "pending_tokens", lowest=0, highest=LARGEST_COUNT)
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        state = self.optimizer.state_dict()["state"]
+        return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def _load(agent: Agent, model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy a file's tensors, once they are checked, into a model of the agent's shape."""
+    model.load_state_dict(build_model(agent.config.model, tensors, where).state_dict())
+
+
+def _count(training: dict[str, Any], name: str, lowest: int, highest: int) -> int:
+    value = training[name]
+    if type(value) is not int or not lowest <= value <= highest:
+        raise ValueError(f"'{name}' cannot be {short_repr(value)}")
+    return value
+
+
+def _optimizer_state(
+    tensors: dict[str, Tensor], model: nn.Module, started: bool
+) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state from the ``optimizer.<parameter>.<name>`` tensors of a checkpoint.
+
+    Raises:
+        ValueError: it is not that of this model's parameters, which torch itself does not check.
+    """
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        if full_name.startswith("optimizer."):
+            _, index, name = full_name.split(".")
+            state.setdefault(int(index), {})[name] = value
+    shapes = {
+        index: {name: x.shape for name, x in entry.items() if x.dtype == torch.float32}
+        for index, entry in state.items()
+    }
+    fitting = {
+        index: {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        for index, parameter in enumerate(model.parameters())
+    }
+    if shapes != (fitting if started else {}):
+        raise ValueError("the optimizer's tensors do not fit the model")
+    return state
