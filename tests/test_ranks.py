@@ -150,4 +150,4 @@ def test_ranks_draw_the_same_batches_and_share_them_out(tiny_dataset, tmp_path, 
         assert sum(share.share for share in shares) == pytest.approx(1)
         for share in shares:
             assert share.num_timesteps == batch.num_timesteps
-            assert int(share.valid.sum()) == pytest.approx(share.share * batch.num_timesteps)
+            assert int(share.window.valid.sum()) == pytest.approx(share.share * batch.num_timesteps)
