@@ -168,16 +168,18 @@ def test_a_hostile_configuration_is_refused_by_name(place, value):
 
 def test_missing_and_unknown_entries_are_named():
     data = agent_config_to_dict(make_agent().config)
-    required = [name for name in data if name != "agent"]  # this and context_tokens, old files lack
-    for holder, name in [(data, name) for name in required] + [
-        (data["model"], name) for name in data["model"] if name != "context_tokens"
-    ]:
+    newer = ("agent", "context_tokens", "time_encoding", "action_choices")  # old files lack these
+    entries = [(data, name) for name in data] + [(data["model"], name) for name in data["model"]]
+    for holder, name in entries:
+        if name in newer:
+            continue
         value = holder.pop(name)
         with pytest.raises(UserError, match=f"missing entry '{name}'"):
             agent_config_from_dict(data, "RUN")
         holder[name] = value
-    del data["model"]["context_tokens"]
-    assert agent_config_from_dict(data, "RUN").model.context_tokens == 4096
+    del data["model"]["context_tokens"], data["model"]["time_encoding"]
+    model = agent_config_from_dict(data, "RUN").model
+    assert (model.context_tokens, model.time_encoding) == (4096, "learned")
     for holder in (data, data["model"]):
         holder["extra"] = 1
         with pytest.raises(UserError, match="unknown entry 'extra'"):

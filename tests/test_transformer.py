@@ -227,6 +227,22 @@ def test_timesteps_past_the_embedding_use_its_last_row(layout):
     assert not torch.equal(model(far_past), model(window._replace(timesteps=torch.full((3, 7), 38))))
 
 
+def test_sinusoidal_time_continues_past_the_longest_episode_and_none_ignores_it():
+    window = make_window()
+    later = window._replace(timesteps=window.timesteps + 10_000)
+    without = make_model(time_encoding="none")
+    assert torch.equal(without(window), without(later))
+    model = make_model(time_encoding="sinusoidal")
+    assert not torch.allclose(model(later), model(later._replace(timesteps=later.timesteps + 1)))
+    timesteps = torch.tensor([0, 3, 500])
+    angles = [[t / 10_000 ** (2 * wave / 16) for wave in range(8)] for t in timesteps.tolist()]
+    expected = torch.tensor([[*map(math.sin, row), *map(math.cos, row)] for row in angles]).double()
+    actual = (model.embed_timestep(timesteps) / model.embed_timestep.scale).double()
+    assert torch.allclose(actual, expected, atol=1e-4)
+    new = SequenceModel(ModelConfig(3, 2, 9, time_encoding="sinusoidal"))
+    assert new.embed_timestep(torch.arange(9)).square().mean().sqrt().item() == pytest.approx(INIT_STD)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_initial_weights(layout):
     torch.manual_seed(0)

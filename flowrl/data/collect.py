@@ -11,6 +11,7 @@ from tqdm import tqdm
 from flowrl.behavior.policy import BehaviorPolicy
 from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, load_behavior
 from flowrl.data.dataset import EpisodeDataset, build_episodes
+from flowrl.envs.cued_speed import ROBOTS, RUN_UP
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, registered_environment
 from flowrl.envs.vector import make_vector_env
@@ -54,6 +55,14 @@ class Recipe:
     steps: int = 200_000
     """Transitions in all, at least: every episode is whole."""
     seed: int = 0
+    opening: str = ""
+    """Policy of every episode's run-up in the environment's cued task; without one the task is the plain."""
+
+    @property
+    def policies(self) -> list[str]:
+        """The names of all policies that act."""
+        names = [part.policy for part in self.parts] + [self.opening] * bool(self.opening)
+        return list(dict.fromkeys(names))
 
     def provenance(self) -> dict[str, Any]:
         """Return what the content follows from, in JSON types: the recipe and its policies' hashes.
@@ -62,8 +71,11 @@ class Recipe:
             UserError: an unknown environment or policy.
         """
         assets = behavior_assets(self.environment, ASSETS_DIR)
-        hashes = {part.policy: assets[part.policy].sha256 for part in self.parts}
-        return {"recipe": json.loads(json.dumps(asdict(self))), "policy_sha256": hashes}
+        hashes = {name: assets[name].sha256 for name in self.policies}
+        recipe = json.loads(json.dumps(asdict(self)))
+        if not self.opening:
+            del recipe["opening"]  # as in data that was collected before there were cued tasks
+        return {"recipe": recipe, "policy_sha256": hashes}
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class Collection:
 
 
 def collect(recipe: Recipe) -> Collection:
-    """Run the policies of ``recipe`` in the environment that they were trained in.
+    """Run the policies of ``recipe`` in the environment that they were trained in, or in its cued task.
 
     Part p takes the episodes p/0, p/1, ... until they hold its share of the steps; episode i draws its
     environment's seed and its actions' randomness from the seed sequence (recipe.seed, p, i) alone. So
@@ -97,12 +109,14 @@ def collect(recipe: Recipe) -> Collection:
     Raises:
         UserError: unknown environment or policy, or a policy file that is not the shipped one.
     """
-    names = dict.fromkeys(part.policy for part in recipe.parts)
-    policies = {name: load_behavior(recipe.environment, name, ASSETS_DIR) for name in names}
+    policies = {name: load_behavior(recipe.environment, name, ASSETS_DIR) for name in recipe.policies}
     environments = {policy.env_id for policy in policies.values()}
     if len(environments) != 1:
         raise UserError(f"policies of {recipe.environment} are for different environments: {environments}")
-    environment = registered_environment(environments.pop())
+    environment, opening = registered_environment(environments.pop()), None
+    if recipe.opening:
+        environment = registered_environment(ROBOTS[recipe.environment].cued_id)
+        opening = policies[recipe.opening]
     shares = np.array([part.share for part in recipe.parts])
     targets = np.ceil(recipe.steps * shares / shares.sum()).astype(int).tolist()
     episodes: list[Episode] = []
@@ -110,7 +124,8 @@ def collect(recipe: Recipe) -> Collection:
     try:
         with tqdm(total=sum(targets), desc=f"collect {environment.env_id}", unit="step", disable=None) as bar:
             for index, (part, target) in enumerate(zip(recipe.parts, targets, strict=True)):
-                episodes += _collect_part(recipe.seed, index, part, policies[part.policy], target, envs, bar)
+                policy = policies[part.policy]
+                episodes += _collect_part(recipe.seed, index, part, policy, opening, target, envs, bar)
     finally:
         envs.close()
     return Collection(recipe, environment, tuple(episodes))
@@ -147,9 +162,19 @@ class _Running:
 
 
 def _collect_part(
-    seed: int, index: int, part: Part, policy: BehaviorPolicy, target: int, envs: Any, progress: tqdm
+    seed: int,
+    index: int,
+    part: Part,
+    policy: BehaviorPolicy,
+    opening: BehaviorPolicy | None,
+    target: int,
+    envs: Any,
+    progress: tqdm,
 ) -> list[Episode]:
     """Return the first episodes of a part that together hold ``target`` steps.
+
+    ``opening`` acts in each run-up. Policies see the first components of the observation, as many as they
+    were trained with.
 
     A slot whose episode is over starts the next one, until the steps already taken suffice.
     """
@@ -170,7 +195,11 @@ def _collect_part(
         steps = [min(len(slot.rewards), limit - 1) for slot in slots]
         normals = np.stack([slot.normals[step] for slot, step in zip(slots, steps, strict=True)])
         noise = np.stack([slot.noise[step] for slot, step in zip(slots, steps, strict=True)])
-        actions = policy.act_with(observations, normals, part.noise * noise)
+        seen = observations[:, : policy.observation_dim]
+        actions = policy.act_with(seen, normals, part.noise * noise)
+        if opening is not None:
+            in_run_up = np.array(steps)[:, None] < RUN_UP
+            actions = np.where(in_run_up, opening.act_with(seen, normals, part.noise * noise), actions)
         observations, rewards, terminations, truncations, _ = envs.step(actions)
         for i in np.flatnonzero(active).tolist():
             slots[i].observations.append(observations[i])

@@ -1,4 +1,4 @@
-"""The nine datasets that flowrl ships as recipes, collected on first use by the policies that it ships.
+"""The datasets that flowrl ships as recipes, collected on first use by the policies that it ships.
 
 They are not D4RL's: other policies, other environments (-v5), fewer steps. Scores on one of them compare with
 scores on the same data only.
@@ -32,6 +32,12 @@ _REPLAYS = {
     "halfcheetah": "random=12 25k=25 50k=25 75k=25 medium=13",
     "walker2d": "random=12 25k=38 75k=50 125k=50 175k=75 275k=100 375k=62 400k=38 medium=50",
 }
+# The policy of every run-up, then those that run at the target speeds; each meets all cues, right and wrong.
+_CUED = {
+    "hopper-cued": "350k 350k expert",
+    "halfcheetah-cued": "medium 50k 225k expert",
+    "walker2d-cued": "medium 400k expert",
+}
 _SHA256 = {
     "hopper-medium": "f401a3462b2fb1f3caa2f59f0bd4741ac81e153fc4aced41382fe35c4b6ad502",
     "hopper-medium-replay": "025fe06c4e849674d32aba608980bf2714426ac4f1a791cfe0611c23ef683c74",
@@ -47,6 +53,9 @@ _SHA256 = {
 
 def _recipe(name: str) -> Recipe:
     environment, _, level = name.partition("-")
+    if name in _CUED:
+        opening, *cued = _CUED[name].split()
+        return Recipe(environment, tuple(map(Part.parse, cued)), seed=4, opening=opening)
     policies, seed = {
         "medium": ("medium", 1),
         "medium-replay": (_REPLAYS[environment], 2),
@@ -55,7 +64,8 @@ def _recipe(name: str) -> Recipe:
     return Recipe(environment, tuple(map(Part.parse, policies.split())), seed=seed)
 
 
-EMBEDDED = {name: Embedded(_recipe(name), sha256) for name, sha256 in _SHA256.items()}
+EMBEDDED = {name: Embedded(_recipe(name), _SHA256.get(name, "")) for name in (*_SHA256, *_CUED)}
+CUED_TASKS = tuple(_CUED)
 
 
 def embedded_id(name: str) -> str:
@@ -86,10 +96,8 @@ def load_embedded(name: str, why: str = "") -> EpisodeDataset:
             cannot be written.
     """
     embedded, dataset_id = embedded_named(name), embedded_id(name)
-    print(
-        f"{why}{'; ' if why else ''}using flowrl's own data {dataset_id}, NOT D4RL's {name}",
-        file=sys.stderr,
-    )
+    not_d4rls = "" if name in CUED_TASKS else f", NOT D4RL's {name}"
+    print(f"{why}{'; ' if why else ''}using flowrl's own data {dataset_id}{not_d4rls}", file=sys.stderr)
     folder = ensure_minari(embedded.recipe, dataset_id)
     dataset = read_minari(dataset_id)
     if dataset.sha256 != read_provenance(folder).get("sha256"):
@@ -98,7 +106,7 @@ def load_embedded(name: str, why: str = "") -> EpisodeDataset:
             f"python scripts/collect.py {name} --overwrite"
         )
     notes = [
-        f"THIS IS flowrl's OWN DATA {dataset_id}, NOT D4RL's {name}: "
+        f"THIS IS flowrl's OWN DATA {dataset_id}{not_d4rls}: "
         "its scores compare only with scores on the same data"
     ]
     if embedded.sha256 and dataset.sha256 != embedded.sha256:

@@ -7,6 +7,7 @@ from pathlib import Path
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, find_d4rl_file, read_d4rl, read_d4rl_file
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
+from flowrl.data.memory import memory_dataset, memory_environment
 from flowrl.data.minari import read_minari
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, registered_environment
@@ -22,7 +23,8 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
     Args:
         source: ``"minari:ID"`` (local cache, else downloaded), the path of an ``.hdf5`` or ``.h5`` file in
             D4RL's layout, a D4RL v2 dataset such as ``"hopper-medium"`` (local file, else downloaded, else
-            flowrl's own data of that name), or ``"flowrl"``: flowrl's own data, which ``env`` names.
+            flowrl's own data of that name), a memory task such as
+            ``"tmaze-500"``, or ``"flowrl"``: flowrl's own data, which ``env`` names.
         env: environment to evaluate in, see :func:`environment_named`. A file names none itself; a Minari
             or D4RL dataset brings its own, which this replaces.
 
@@ -34,6 +36,8 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
     Raises:
         UserError: unknown source or environment, or data that is missing, damaged or invalid.
     """
+    if source == SOURCE and env is not None and memory_environment(env) is not None:
+        return memory_dataset(env)
     if source == SOURCE:
         return load_embedded(env or "")
     environment = None if env is None else environment_named(env)
@@ -41,6 +45,8 @@ def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
     suffix = path.suffix.lower()
     if source.startswith(MINARI_PREFIX):
         return _evaluated_in(read_minari(source.removeprefix(MINARI_PREFIX)), environment)
+    if memory_environment(source) is not None:
+        return _evaluated_in(memory_dataset(source), environment)
     if source in D4RL_ENVIRONMENTS:
         return _evaluated_in(_d4rl_or_embedded(source), environment)
     if suffix in FILE_SUFFIXES:
@@ -69,13 +75,15 @@ def _d4rl_or_embedded(name: str) -> EpisodeDataset:
 
 
 def environment_named(env: str) -> EnvironmentSpec:
-    """Return the environment that ``--env`` names: a D4RL dataset's, or a Gymnasium id such as ``Hopper-v4``.
+    """Return the environment that ``--env`` names: a D4RL dataset's, a memory task's or a Gymnasium id.
 
     Raises:
         UserError: neither; the message suggests the closest name.
     """
     if env in D4RL_ENVIRONMENTS:
         return D4RL_ENVIRONMENTS[env]
+    if (memory_task := memory_environment(env)) is not None:
+        return memory_task
     return registered_environment(env, also_known=tuple(D4RL_ENVIRONMENTS))
 
 

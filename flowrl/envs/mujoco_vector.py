@@ -176,6 +176,20 @@ class MujocoVectorEnv(VectorEnv):
             self._truncations[slots] = self._elapsed[slots] >= self._max_episode_steps
         return self._observations.copy(), rewards, self._terminations.copy(), self._truncations.copy(), {}
 
+    @property
+    def x(self) -> np.ndarray:
+        """Each slot's position along the track, m, (num_envs,)."""
+        return self._x.copy()
+
+    @property
+    def dt(self) -> float:
+        """Seconds of an environment step."""
+        return self._dt
+
+    def still(self, slots: np.ndarray) -> None:
+        """End the episodes of these slots, a (num_envs,) bool mask: they are stepped no more."""
+        self._truncations |= slots & ~self._terminations
+
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads."""
         self._pool.shutdown()

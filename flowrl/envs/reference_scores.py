@@ -21,6 +21,11 @@ REFERENCE_SCORES = {
     "halfcheetah": ReferenceScores(-280.178953, 12135.0),
     "walker2d": ReferenceScores(1.629008, 4592.3),
     "ant": ReferenceScores(-325.6, 3879.7),
+    "flowrl/tmaze": ReferenceScores(0.0, 1.0),  # the share of episodes that succeed, in percent
+    # Cued speed, in the data: the best policy for all cues, and for each cue the policy of that speed.
+    "flowrl/halfcheetahcued": ReferenceScores(82.6, 207.9),
+    "flowrl/walker2dcued": ReferenceScores(103.1, 149.4),
+    "flowrl/hoppercued": ReferenceScores(122.3, 162.2),
 }
 
 

@@ -12,6 +12,8 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
+from flowrl.envs.cued_speed import CUED_IDS, CuedSpeedVectorEnv
+from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv
 from flowrl.envs.mujoco_vector import MUJOCO_VECTOR_IDS, MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError, one_line
@@ -51,12 +53,17 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
     observation, the same two flags and a reward of 0. ``reset(seed=[...])`` starts every slot anew;
     ``reset(seed=[...], options={"reset_mask": mask})``, ``mask`` (num_envs,) bool, only the chosen ones.
 
-    Gymnasium's planar robots and Ant with default arguments run on all cores
-    (:class:`flowrl.envs.mujoco_vector.MujocoVectorEnv`), everything else in Gymnasium's SyncVectorEnv.
+    Gymnasium's planar robots and Ant with default arguments, and those with a cue, run on all cores
+    (:class:`flowrl.envs.mujoco_vector.MujocoVectorEnv`), T-Mazes as arrays
+    (:class:`flowrl.envs.memory.TMazeVectorEnv`), everything else in Gymnasium's SyncVectorEnv.
 
     Raises:
         UserError: see :func:`make_env`.
     """
+    if environment.env_id == TMAZE_ID:
+        return TMazeVectorEnv(make_env(environment), num_envs)
+    if environment.env_id in CUED_IDS:
+        return CuedSpeedVectorEnv(make_env(environment), num_envs)
     if environment.env_id in MUJOCO_VECTOR_IDS and not environment.kwargs:
         return MujocoVectorEnv(make_env(environment), num_envs)
     return StillVectorEnv([lambda: StayFinished(make_env(environment))] * num_envs)

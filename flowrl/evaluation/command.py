@@ -11,6 +11,7 @@ import tyro
 from pydantic import Field
 
 from flowrl.atomic import write_text
+from flowrl.data.sources import environment_named
 from flowrl.envs.spaces import check_environment
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import MOST_EPISODES, evaluate, format_table
@@ -29,6 +30,9 @@ class EvaluateConfig:
     """Run folder that training wrote."""
     episodes: Annotated[int, Field(ge=1, le=MOST_EPISODES)] = 20
     """Episodes per target return."""
+    env: str | None = None
+    """Environment to evaluate in, by default the run's own: such as tmaze-20000, forty times as long as the
+    tmaze-500 that a run was trained on."""
     targets: tuple[float, ...] = ()
     """Target returns; by default those of the run's configuration."""
     acting: Acting | None = None
@@ -70,7 +74,8 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         _check_writable("--video", config.video)
         check_video(config.video)
     agent = load_agent(config.run, checkpoint=config.checkpoint, acting=config.acting, device=config.device)
-    environment, targets = agent.environment, config.targets or agent.config.targets
+    environment = agent.environment if config.env is None else environment_named(config.env)
+    targets = config.targets or agent.config.targets
     if environment is None:
         raise UserError(f"{config.run}: its dataset names no environment, so it cannot be evaluated")
     check_environment(environment, agent.config.model.observation_dim, agent.config.model.action_dim)

@@ -24,7 +24,7 @@ MODELS: dict[AgentName, type[ModelConfig] | type[BehaviorCloningConfig]] = {
     "bc": BehaviorCloningConfig,
 }
 BEFORE: dict[AgentName, dict[str, Any]] = {  # entries that older files lack, and what they were then
-    "transformer": {"context_tokens": MAX_TOKENS, "action_choices": ()},
+    "transformer": {"context_tokens": MAX_TOKENS, "action_choices": (), "time_encoding": "learned"},
     "bc": {"action_choices": ()},
 }
 

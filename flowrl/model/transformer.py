@@ -20,7 +20,9 @@ from flowrl.window import Window
 
 TokenLayout = Literal["interleaved", "fused"]
 TOKENS_PER_TIMESTEP: dict[TokenLayout, int] = {"interleaved": 3, "fused": 1}
+TimeEncoding = Literal["learned", "sinusoidal", "none"]
 INIT_STD = 0.02
+LONGEST_WAVE = 10_000  # timesteps, over 2 pi, of the slowest sinusoid
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -41,6 +43,7 @@ class ModelConfig:
     """Numbers of choices of discrete actions, whose one-hot vectors make up ``action_dim``."""
     context_tokens: Size = MAX_TOKENS
     """Tokens of the longest context in training: cosFormer's M, of no effect on other kinds."""
+    time_encoding: TimeEncoding = "learned"
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -101,6 +104,24 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), state
 
 
+class SinusoidalTime(nn.Module):
+    """Sines and cosines of the timestep, defined for any. Source: Vaswani et al. (2017), section 3.5.
+
+    A learned scale begins at the size of the other embeddings, which the waves would drown.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.scale = nn.Parameter(torch.full((), INIT_STD * 2**0.5))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """(...) int64 -> (..., width)."""
+        waves = torch.arange((self.width + 1) // 2, device=timesteps.device)
+        angles = timesteps[..., None] * LONGEST_WAVE ** (-2 * waves / self.width)
+        return self.scale * torch.cat((angles.sin(), angles.cos()), dim=-1)[..., : self.width]
+
+
 class SequenceModel(ActionModel):
     """Predicts the action of every timestep from the return-to-go and the history so far."""
 
@@ -114,7 +135,10 @@ class SequenceModel(ActionModel):
         self.embed_return = nn.Linear(1, width)
         self.embed_observation = nn.Linear(config.observation_dim, width)
         self.embed_action = nn.Linear(config.action_dim, width)
-        self.embed_timestep = nn.Embedding(config.max_timesteps, width)
+        if config.time_encoding == "learned":
+            self.embed_timestep: nn.Module = nn.Embedding(config.max_timesteps, width)
+        elif config.time_encoding == "sinusoidal":
+            self.embed_timestep = SinusoidalTime(width)
         if config.token_layout == "fused":  # stands for the previous action at an episode's first timestep
             self.start_token = nn.Parameter(INIT_STD * torch.randn(width))
         self.embed_norm = nn.LayerNorm(width)
@@ -204,7 +228,11 @@ class SequenceModel(ActionModel):
     # Parts of tokens ---------------------------------------------------------------------------------------
 
     def _embed_time(self, timesteps: Tensor) -> Tensor:
-        return self.embed_timestep(timesteps.clamp(max=self.config.max_timesteps - 1))
+        if self.config.time_encoding == "none":
+            return self.return_scale.new_zeros(())
+        if self.config.time_encoding == "learned":  # one row for all later timesteps
+            timesteps = timesteps.clamp(max=self.config.max_timesteps - 1)
+        return self.embed_timestep(timesteps)
 
     def _embed_return(self, returns_to_go: Tensor) -> Tensor:
         return self.embed_return((returns_to_go / self.return_scale)[..., None])

@@ -18,6 +18,7 @@ from flowrl.atomic import write_text
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.embedded import EMBEDDED, SOURCE, embedded_named
+from flowrl.data.memory import memory_environment
 from flowrl.data.sources import FILE_SUFFIXES, MINARI_PREFIX
 from flowrl.errors import UserError, did_you_mean
 from flowrl.plain_yaml import read_yaml_mapping
@@ -232,7 +233,7 @@ def mean_drawn_episode_length(episode_lengths: np.ndarray) -> float:
 
 
 def _data_options(dataset: str) -> dict[str, str]:
-    if dataset in D4RL_ENVIRONMENTS or dataset in EMBEDDED:
+    if dataset in D4RL_ENVIRONMENTS or dataset in EMBEDDED or memory_environment(dataset) is not None:
         return {"env": dataset}
     if _is_file(dataset):
         return {"dataset": dataset}

@@ -15,7 +15,7 @@ from pydantic import Strict
 from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, AgentName
-from flowrl.model.transformer import TokenLayout
+from flowrl.model.transformer import TimeEncoding, TokenLayout
 from flowrl.options import (
     Count,
     NotNegative,
@@ -65,6 +65,9 @@ class TrainConfig:
     positive random features; cosformer: with ReLU, re-weighted by distance."""
     token_layout: TokenLayout = "interleaved"
     """interleaved: return-to-go, observation and action tokens; fused: one token per timestep."""
+    time_encoding: TimeEncoding = "learned"
+    """learned: an embedding for each timestep of the longest episode, whose last stands for all later ones;
+    sinusoidal: waves, defined for any timestep; none: without use for the timestep."""
     context_length: Size | Literal["episode"] = 20
     """Timesteps per training window, or 'episode' for whole episodes."""
     num_layers: NumLayers = 3

@@ -9,6 +9,7 @@ import torch
 
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import delayed_rewards, top_episodes
+from flowrl.data.memory import check_corridor
 from flowrl.envs.spaces import action_bounds, check_environment
 from flowrl.errors import UserError
 from flowrl.machine import available_memory
@@ -66,6 +67,7 @@ def load_dataset(config: TrainConfig) -> EpisodeDataset:
         raise UserError("nothing to train on: give --env (such as hopper-medium) or --dataset")
     if dataset.environment is not None:
         check_environment(dataset.environment, dataset.observation_dim, dataset.action_dim)
+        check_corridor(dataset)
     elif config.eval_episodes > 0:
         raise UserError(
             f"{dataset.dataset_id}: no environment to evaluate in is known; give --env, such as Hopper-v4, "
@@ -139,6 +141,7 @@ def _model_config(
         num_heads=config.num_heads,
         dropout=config.dropout,
         context_tokens=min(tokens, LARGEST_DIMENSION),
+        time_encoding=config.time_encoding,
     )
 
 

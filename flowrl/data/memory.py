@@ -1,0 +1,114 @@
+"""Data for flowrl's memory tasks: made or derived on first use from the name that ``--env`` gives."""
+
+import numpy as np
+
+from flowrl.data.dataset import EpisodeDataset, build_episodes
+from flowrl.data.embedded import CUED_TASKS, load_embedded
+from flowrl.envs.cued_speed import ROBOTS
+from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, cue_size, tmaze_environment
+from flowrl.envs.reference_scores import reference_scores
+from flowrl.envs.specs import EnvironmentSpec, registered_environment
+from flowrl.envs.vector import make_env
+from flowrl.errors import UserError
+
+TRANSITIONS = 200_000  # of a dataset, if that many episodes fit
+FEWEST_EPISODES, MOST_EPISODES = 256, 2_000
+MIXED = "-mixed"  # ends the names of data of several lengths
+SHORTEST_MIXED, MIXED_LENGTHS = 5, 8  # geometrically spaced, up to the environment's
+MIXED_TRANSITIONS, FEWEST_MIXED = 50_000, 64  # of each length, and episodes of it
+LONGEST_DATA = 100_000  # timesteps of a corridor: 256 of them take 1 GB
+WALKING_NOISE = 0.1  # standard deviation of the actions in the corridor, which do nothing
+
+
+def memory_environment(name: str) -> EnvironmentSpec | None:
+    """Return the environment of the memory task ``name``, None if it is none's.
+
+    Raises:
+        UserError: a memory task's name with numbers that are out of range.
+    """
+    if name in CUED_TASKS:
+        return registered_environment(ROBOTS[name.removesuffix("-cued")].cued_id)
+    return tmaze_environment(name.removesuffix(MIXED))
+
+
+def memory_dataset(name: str) -> EpisodeDataset:
+    """Return the data of the memory task ``name``; the same for the same name, everywhere.
+
+    Raises:
+        UserError: no such task, or a corridor too long to hold its data.
+    """
+    environment = memory_environment(name)
+    if environment is None:
+        raise UserError(f"no memory task '{name}'")
+    if name in CUED_TASKS:
+        return load_embedded(name)
+    length = environment.kwargs["length"]
+    if length > LONGEST_DATA:
+        raise UserError(
+            f"{name}: data is made for corridors of up to {LONGEST_DATA} timesteps; train on a shorter one, "
+            f"then evaluate with --env {name}"
+        )
+    return _tmaze_dataset(name, environment)
+
+
+def _tmaze_dataset(name: str, environment: EnvironmentSpec) -> EpisodeDataset:
+    """Episodes that take a random arm, so that the return is 1 where it happened to be the right one.
+
+    Mixed data holds corridors of several lengths, each with as many transitions: in the short ones the cue is
+    a large share of what attention averages, and what is learned there holds in the long ones.
+    """
+    length, arms, distractors = (environment.kwargs[key] for key in ("length", "arms", "distractors"))
+    if name.endswith(MIXED):
+        shortest = min(max(SHORTEST_MIXED, distractors + 2), length)
+        lengths = sorted({round(x) for x in np.geomspace(shortest, length, MIXED_LENGTHS)})
+        counts = [max(MIXED_TRANSITIONS // each, FEWEST_MIXED) for each in lengths]
+    else:
+        lengths, counts = [length], [min(max(TRANSITIONS // length, FEWEST_EPISODES), MOST_EPISODES)]
+    generator = np.random.default_rng([length, arms, distractors])
+    parts = [
+        _walk(each, arms, distractors, count, generator) for each, count in zip(lengths, counts, strict=True)
+    ]
+    observations, actions, rewards = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return build_episodes(
+        observations=observations,
+        actions=actions,
+        rewards=rewards,
+        episode_lengths=np.repeat(lengths, counts),
+        terminated=np.ones(sum(counts), dtype=bool),
+        dataset_id=f"flowrl/{name}",
+        where=name,
+        environment=environment,
+        reference=reference_scores(environment.env_id),
+    )
+
+
+def _walk(
+    length: int, arms: int, distractors: int, episodes: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Observations, actions and rewards of whole episodes of one length, one after the other."""
+    kwargs = {"length": length, "arms": arms, "distractors": distractors}
+    envs = TMazeVectorEnv(make_env(EnvironmentSpec(TMAZE_ID, kwargs)), episodes)
+    observations = np.empty((episodes, length, cue_size(arms) + 3), dtype=np.float32)
+    actions = generator.normal(0, WALKING_NOISE, (episodes, length, 1)).clip(-1, 1).astype(np.float32)
+    actions[:, -1, 0] = arm_action(generator.integers(arms, size=episodes), arms)
+    rewards = np.zeros((episodes, length), dtype=np.float32)
+    seeds = generator.integers(2**31, size=episodes).tolist()
+    observations[:, 0], _ = envs.reset(seed=seeds)
+    for timestep in range(length):
+        following, rewards[:, timestep], _, _, _ = envs.step(actions[:, timestep])
+        if timestep + 1 < length:
+            observations[:, timestep + 1] = following
+    envs.close()
+    return observations.reshape(-1, cue_size(arms) + 3), actions.reshape(-1, 1), rewards.reshape(-1)
+
+
+def check_corridor(dataset: EpisodeDataset) -> None:
+    """Raise a UserError if the data is of a corridor of another length than its environment's."""
+    if dataset.environment is None or dataset.environment.env_id != TMAZE_ID:
+        return
+    expected, longest = dataset.environment.kwargs.get("length", 500), dataset.max_episode_length
+    if longest != expected:
+        raise UserError(
+            f"{dataset.dataset_id}: its longest episode has {longest} timesteps, the environment's corridor "
+            f"{expected}: give --env tmaze-{longest}"
+        )

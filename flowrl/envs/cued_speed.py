@@ -1,0 +1,167 @@
+"""Running at a speed that was shown at the beginning alone: Gymnasium's planar robots with a cue.
+
+A run-up separates the cue from what it decides, since a robot that already runs at the right speed needs no
+memory of it: the gait is one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.utils import seeding
+from gymnasium.vector import VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from flowrl.envs.mujoco_vector import MujocoVectorEnv
+from flowrl.errors import UserError
+
+CUE_TIMESTEPS = 10  # at whose observations the target is shown
+RUN_UP = 100  # timesteps before the target speed should be taken up
+SPEED_TIMESTEPS = 50  # over which speed is averaged: longer than a stride
+EPISODE_TIMESTEPS = 400
+CUE_SIZE = 3
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot, the target speeds in m/s, and the distance from them that is worth nothing."""
+
+    cued_id: str  # of its task here
+    env_id: str  # of Gymnasium's environment
+    targets: tuple[float, ...]
+    tolerance: float
+
+
+# The targets are what policies that ship with flowrl run at after the run-up; see flowrl.data.embedded.
+ROBOTS = {
+    "halfcheetah": Robot("flowrl/HalfCheetahCued-v0", "HalfCheetah-v5", (3.5, 7.7, 11.5), 4.0),
+    "walker2d": Robot("flowrl/Walker2dCued-v0", "Walker2d-v5", (2.5, 3.5), 1.0),
+    "hopper": Robot("flowrl/HopperCued-v0", "Hopper-v5", (2.3, 2.6), 0.4),
+}
+CUED_IDS = frozenset(robot.cued_id for robot in ROBOTS.values())
+
+
+class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
+    """Run at the target speed that the first ten observations show, from timestep 150 to the end at 400.
+
+    Observation: the robot's own, then the target speed in m/s (0 after timestep 9), whether it is shown, and
+    whether the run-up of 100 timesteps is over. Reward: from timestep 150 on, 1 - |speed - target| /
+    tolerance, at least 0, where speed is that of the last 50 timesteps; 0 before. The robot's own rewards do
+    not count; an unhealthy one ends the episode as in its own environment.
+    """
+
+    def __init__(self, robot: str = "halfcheetah") -> None:
+        if robot not in ROBOTS:
+            raise UserError(f"cued speed: no robot {robot!r}; known: {', '.join(ROBOTS)}")
+        self.robot = ROBOTS[robot]
+        self._env: Any = gym.make(self.robot.env_id, disable_env_checker=True)
+        own = self._env.observation_space
+        assert isinstance(own, Box)
+        self.observation_space = Box(-np.inf, np.inf, (own.shape[0] + CUE_SIZE,), np.float64)
+        self.action_space = self._env.action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        own, _ = self._env.reset(seed=seed)
+        self._target = draw_target(self.np_random, self.robot)
+        self._timestep = 0
+        self._positions = np.zeros(SPEED_TIMESTEPS)  # of the last timesteps, by timestep modulo their number
+        return np.concatenate((own, cue_of(self._target, 0))), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        own, _, terminated, _, _ = self._env.step(action)
+        self._timestep += 1
+        place, position = self._timestep % SPEED_TIMESTEPS, self._env.unwrapped.data.qpos[0]
+        speed = (position - self._positions[place]) / (SPEED_TIMESTEPS * self._env.unwrapped.dt)
+        self._positions[place] = position
+        reward = speed_reward(speed, self._target, self._timestep, self.robot)
+        truncated = self._timestep >= EPISODE_TIMESTEPS
+        observation = np.concatenate((own, cue_of(self._target, self._timestep)))
+        return observation, float(reward), terminated, truncated, {}
+
+    def close(self) -> None:
+        self._env.close()
+
+
+class CuedSpeedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """``num_envs`` robots with cues, their physics on all cores; each is what :class:`CuedSpeed` is alone."""
+
+    def __init__(self, template: gym.Env, num_envs: int) -> None:
+        """``template`` is one such environment, whose robot is taken."""
+        base: Any = template.unwrapped
+        self.robot: Robot = base.robot
+        self._envs = MujocoVectorEnv(gym.make(self.robot.env_id, disable_env_checker=True), num_envs)
+        self.num_envs = num_envs
+        self.metadata = self._envs.metadata
+        self.single_observation_space = template.observation_space
+        self.single_action_space = template.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._targets = np.zeros(num_envs)
+        self._timesteps = np.zeros(num_envs, dtype=np.int64)
+        self._positions = np.zeros((num_envs, SPEED_TIMESTEPS))
+        self._finished = np.zeros((2, num_envs), dtype=bool)  # terminated, truncated
+        template.close()
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start every slot anew, or those of ``options["reset_mask"]``; see :class:`MujocoVectorEnv`."""
+        own, _ = self._envs.reset(seed=seed, options=options)
+        if seed is None or isinstance(seed, int):
+            seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        for slot in np.flatnonzero(mask).tolist():
+            generator = self._generators[slot]
+            if seeds[slot] is not None or generator is None:
+                generator = self._generators[slot] = seeding.np_random(seeds[slot])[0]
+            self._targets[slot] = draw_target(generator, self.robot)
+        self._timesteps[mask], self._positions[mask], self._finished[:, mask] = 0, 0, False
+        return np.concatenate((own, cue_of(self._targets, self._timesteps)), axis=1), {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step the slots whose episode is under way; the actions of others are ignored."""
+        running = ~(self._finished[0] | self._finished[1])
+        self._envs.still(~running)
+        own, _, terminated, _, _ = self._envs.step(actions)
+        self._timesteps[running] += 1
+        slots, places = np.arange(self.num_envs), self._timesteps % SPEED_TIMESTEPS
+        positions = self._envs.x
+        speeds = (positions - self._positions[slots, places]) / (SPEED_TIMESTEPS * self._envs.dt)
+        self._positions[slots[running], places[running]] = positions[running]
+        rewards = np.where(running, speed_reward(speeds, self._targets, self._timesteps, self.robot), 0.0)
+        self._finished[:, running] = terminated[running], self._timesteps[running] >= EPISODE_TIMESTEPS
+        observations = np.concatenate((own, cue_of(self._targets, self._timesteps)), axis=1)
+        return observations, rewards, *self._finished.copy(), {}
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self._envs.close()
+
+
+def draw_target(generator: np.random.Generator, robot: Robot) -> float:
+    """Draw an episode's target speed, m/s."""
+    return robot.targets[int(generator.integers(len(robot.targets)))]
+
+
+def cue_of(target: float | np.ndarray, timestep: int | np.ndarray) -> np.ndarray:
+    """The observation's last three, (..., 3): target speed, whether it is shown, whether it counts."""
+    shown = np.asarray(timestep) < CUE_TIMESTEPS
+    return np.stack((target * shown, shown, np.asarray(timestep) >= RUN_UP), axis=-1).astype(np.float64)
+
+
+def speed_reward(
+    speed: float | np.ndarray, target: float | np.ndarray, timestep: int | np.ndarray, robot: Robot
+) -> np.ndarray:
+    """Return the reward of the step that led to ``timestep``, 0 to 1."""
+    nearness = np.maximum(0.0, 1 - np.abs(speed - target) / robot.tolerance)
+    return np.where(np.asarray(timestep) >= RUN_UP + SPEED_TIMESTEPS, nearness, 0.0)

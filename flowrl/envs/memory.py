@@ -1,0 +1,222 @@
+"""Tasks that need a memory of the episode's first timestep, registered as ``flowrl/...``.
+
+The T-Maze is a corridor: the cue is shown at the first timestep alone, the arm that it names must be chosen
+at the last. Sources: Bakker, "Reinforcement Learning with Long Short-Term Memory" (2001); Ni et al., "When Do
+Transformers Shine in RL?" (2023). Here the one action is continuous, and walking needs none.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.errors import UserError
+
+TMAZE_ID = "flowrl/TMaze-v0"
+SHORTEST, LONGEST = 2, 10_000_000
+FEWEST_ARMS, MOST_ARMS = 2, 16
+_NAME = re.compile(r"tmaze-(\d+)(?:-arms-(\d+))?(?:-distractors-(\d+))?")
+_NOISE_BLOCK = 1024  # timesteps whose noise a slot draws together
+
+
+class TMaze(gym.Env[np.ndarray, np.ndarray]):
+    """A corridor of ``length`` timesteps whose last one is a junction of ``arms`` arms.
+
+    Observation, float32 in [-1, 1]: the cue, whether this is the junction, timestep / length, and noise.
+    With two arms the cue is one number, -1 or 1; with more it is one-hot, as long as there are arms. It is
+    zero after the first timestep, but for ``distractors`` timesteps in the middle: they show false cues.
+
+    Action: one number in [-1, 1], where the arms lie evenly spaced; the nearest is taken at the junction, and
+    before it actions do nothing. Reward: 1 at the end if that arm is the one of the cue, else 0.
+    """
+
+    def __init__(self, length: int = 500, arms: int = 2, distractors: int = 0) -> None:
+        check_tmaze(length, arms, distractors)
+        self.length, self.arms, self.distractors = length, arms, distractors
+        self._shape = (cue_size(arms) + 3,)
+        self.observation_space = Box(-1.0, 1.0, self._shape, np.float32)
+        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._timestep = 0
+        self._arm, self._false_cues = draw_cues(self.np_random, self.length, self.arms, self.distractors)
+        return self._observation(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        at_junction = self._timestep == self.length - 1
+        chosen = int(nearest_arm(np.asarray(action, dtype=np.float32), self.arms)[0])
+        reward = float(at_junction and chosen == self._arm)
+        self._timestep += 1
+        observation = np.zeros(self._shape, np.float32) if at_junction else self._observation()
+        return observation, reward, at_junction, False, {}
+
+    def _observation(self) -> np.ndarray:
+        observation = np.zeros(self._shape, dtype=np.float32)
+        shown = self._arm if self._timestep == 0 else self._false_cues.get(self._timestep)
+        if shown is not None:
+            observation[:-3] = cue_vector(shown, self.arms)
+        observation[-3] = self._timestep == self.length - 1
+        observation[-2] = self._timestep / self.length
+        observation[-1] = self.np_random.uniform(-1, 1)
+        return observation
+
+
+class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """``num_envs`` T-Mazes in step, whose finished slots stay still; see :class:`TMaze`.
+
+    Every slot sees what a single environment of its seed does. See
+    :func:`flowrl.envs.vector.make_vector_env` for what ``step`` and ``reset`` promise.
+    """
+
+    def __init__(self, template: gym.Env, num_envs: int) -> None:
+        """``template`` is one such environment, whose arguments are used."""
+        base: Any = template.unwrapped
+        self.length, self.arms, self.distractors = base.length, base.arms, base.distractors
+        limit = None if template.spec is None else template.spec.max_episode_steps
+        if limit is not None and limit < self.length:
+            raise UserError(
+                f"environment {TMAZE_ID}: max_episode_steps {limit} ends it before the junction; "
+                f"length {self.length} takes at least as many"
+            )
+        self.num_envs = num_envs
+        self.metadata = {**template.metadata, "autoreset_mode": AutoresetMode.DISABLED}
+        self.single_observation_space = template.observation_space
+        self.single_action_space = template.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._arm = np.zeros(num_envs, dtype=np.int64)
+        self._false_cues: list[dict[int, int]] = [{}] * num_envs
+        self._timestep = np.zeros(num_envs, dtype=np.int64)
+        self._noise = np.zeros((num_envs, _NOISE_BLOCK))
+        self._observations = np.zeros((num_envs, cue_size(self.arms) + 3), dtype=np.float32)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start every slot anew, or those of ``options["reset_mask"]``, (num_envs,) bool.
+
+        ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others.
+        """
+        if seed is None or isinstance(seed, int):
+            seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        for slot in np.flatnonzero(mask).tolist():
+            if seeds[slot] is not None or self._generators[slot] is None:
+                self._generators[slot] = seeding.np_random(seeds[slot])[0]
+            generator = self._generators[slot]
+            assert generator is not None
+            self._arm[slot], self._false_cues[slot] = draw_cues(
+                generator, self.length, self.arms, self.distractors
+            )
+        self._timestep[mask] = 0
+        self._observe(mask)
+        return self._observations.copy(), {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step the slots whose episode is under way; the actions (num_envs, 1) of others are ignored."""
+        running, at_junction = self._timestep < self.length, self._timestep == self.length - 1
+        right = nearest_arm(np.asarray(actions, dtype=np.float32)[:, 0], self.arms) == self._arm
+        rewards = (at_junction & right).astype(np.float64)
+        self._timestep[running] += 1
+        self._observations[at_junction] = 0
+        self._observe(running & ~at_junction)
+        finished = self._timestep == self.length
+        return self._observations.copy(), rewards, finished, np.zeros_like(finished), {}
+
+    def _observe(self, slots: np.ndarray) -> None:
+        """Write the observations of these slots, a (num_envs,) bool mask."""
+        timesteps, places = self._timestep[slots], self._timestep[slots] % _NOISE_BLOCK
+        for slot in np.flatnonzero(slots)[places == 0].tolist():
+            generator = self._generators[slot]
+            assert generator is not None
+            count = min(_NOISE_BLOCK, self.length - int(self._timestep[slot]))
+            self._noise[slot, :count] = generator.uniform(-1, 1, count)
+        observations = np.zeros((len(timesteps), self._observations.shape[1]), dtype=np.float32)
+        first = timesteps == 0
+        observations[first, :-3] = cue_vector(self._arm[slots][first], self.arms)
+        if self.distractors:
+            for row, slot in enumerate(np.flatnonzero(slots).tolist()):
+                shown = self._false_cues[slot].get(int(timesteps[row]))
+                if shown is not None:
+                    observations[row, :-3] = cue_vector(shown, self.arms)
+        observations[:, -3] = timesteps == self.length - 1
+        observations[:, -2] = timesteps / self.length
+        observations[:, -1] = self._noise[slots, places]
+        self._observations[slots] = observations
+
+
+def tmaze_environment(name: str) -> EnvironmentSpec | None:
+    """Return the T-Maze that ``--env`` calls ``tmaze-500``, or ``tmaze-500-arms-4-distractors-3``; else None.
+
+    Raises:
+        UserError: such a name with numbers that are out of range.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    length, arms, distractors = (int(number) for number in match.groups(default="0"))
+    arms = arms or FEWEST_ARMS
+    check_tmaze(length, arms, distractors)
+    return EnvironmentSpec(TMAZE_ID, {"length": length, "arms": arms, "distractors": distractors})
+
+
+def check_tmaze(length: int, arms: int, distractors: int) -> None:
+    """Raise a UserError that names the first argument out of range."""
+    for name, value in (("length", length), ("arms", arms), ("distractors", distractors)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"T-Maze: {name} {value!r}: must be a whole number")
+    middle = length - 2  # timesteps between the cue and the junction
+    for name, value, lowest, highest in (
+        ("length", length, SHORTEST, LONGEST),
+        ("arms", arms, FEWEST_ARMS, MOST_ARMS),
+        ("distractors", distractors, 0, middle),
+    ):
+        if not lowest <= value <= highest:
+            raise UserError(f"T-Maze: {name} {value}: must be from {lowest} to {highest}")
+
+
+def cue_size(arms: int) -> int:
+    """Numbers in the cue: one for two arms, else one for each arm."""
+    return 1 if arms == FEWEST_ARMS else arms
+
+
+def cue_vector(arm: int | np.ndarray, arms: int) -> np.ndarray:
+    """Return the cue of an arm, (..., cue_size(arms)) float32 for an array (...) of arms."""
+    if arms == FEWEST_ARMS:
+        return np.asarray(2 * np.asarray(arm) - 1, dtype=np.float32)[..., None]
+    return np.eye(arms, dtype=np.float32)[arm]
+
+
+def arm_action(arm: np.ndarray, arms: int) -> np.ndarray:
+    """Return the action in the middle of an arm."""
+    return 2 * arm / (arms - 1) - 1
+
+
+def nearest_arm(actions: np.ndarray, arms: int) -> np.ndarray:
+    """Return the arm that each action chooses, int64 of the same shape."""
+    return np.floor((actions.clip(-1, 1) + 1) / 2 * (arms - 1) + 0.5).astype(np.int64)
+
+
+def draw_cues(
+    generator: np.random.Generator, length: int, arms: int, distractors: int
+) -> tuple[int, dict[int, int]]:
+    """Draw an episode's arm, and the arms that false cues name, by the timestep at which they appear."""
+    arm = int(generator.integers(arms))
+    timesteps = 1 + generator.choice(length - 2, distractors, replace=False) if distractors else np.array([])
+    false_arms = generator.integers(arms, size=distractors)
+    return arm, dict(zip(map(int, timesteps), map(int, false_arms), strict=True))

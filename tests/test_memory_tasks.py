@@ -1,0 +1,237 @@
+"""Memory tasks: their environments, one and many at a time, their data, and acting far beyond its length."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from flowrl import load_agent
+from flowrl.behavior.shipped import load_behavior
+from flowrl.data import load_episodes
+from flowrl.data.collect import collect
+from flowrl.data.embedded import EMBEDDED
+from flowrl.data.memory import check_corridor
+from flowrl.data.sources import environment_named
+from flowrl.envs.cued_speed import ROBOTS
+from flowrl.envs.memory import TMazeVectorEnv
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import make_env, make_vector_env
+from flowrl.errors import UserError
+from flowrl.evaluation.rollout import rollout
+from flowrl.training.config import parse_train_config
+from flowrl.training.run import train
+
+LEVELS = ["tmaze-20", "tmaze-1100", "tmaze-30-arms-4-distractors-3", "tmaze-5-arms-16", "tmaze-2"]
+
+
+class Oracle:
+    """Goes where the cue points: remembers the first observation."""
+
+    def __init__(self, arms: int) -> None:
+        self.arms = arms
+
+    def reset(self, num_envs: int, target_return: float | np.ndarray) -> None:
+        self.cues: np.ndarray | None = None
+
+    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
+        if self.cues is None:
+            self.cues = observations[:, :-3]
+        if self.arms == 2:
+            return self.cues
+        return 2 * self.cues.argmax(axis=1, keepdims=True) / (self.arms - 1) - 1
+
+    def keep(self, indices: np.ndarray) -> None:
+        assert self.cues is not None
+        self.cues = self.cues[indices]
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_tmaze_passes_gymnasiums_checker(name: str) -> None:
+    check_env(make_env(environment_named(name)).unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_many_tmazes_equal_single_ones(name: str) -> None:
+    environment, seeds = environment_named(name), [3, 4, 5, 6, 7, 8]
+    envs = make_vector_env(environment, len(seeds))
+    assert isinstance(envs, TMazeVectorEnv)
+    singles = [make_env(environment) for _ in seeds]
+    generator = np.random.default_rng(0)
+    for episode in range(2):  # the second draws on, without a seed
+        given = seeds if episode == 0 else [None] * len(seeds)
+        observations, _ = envs.reset(seed=given)
+        expected = [env.reset(seed=seed)[0] for env, seed in zip(singles, given, strict=True)]
+        np.testing.assert_array_equal(observations, expected)
+        finished = np.zeros(len(seeds), dtype=bool)
+        while not finished.any():
+            actions = generator.uniform(-1, 1, (len(seeds), 1)).astype(np.float32)
+            observations, rewards, finished, truncated, _ = envs.step(actions)
+            outcomes = [env.step(action) for env, action in zip(singles, actions, strict=True)]
+            for slot, (observation, reward, terminated, _, _) in enumerate(outcomes):
+                np.testing.assert_array_equal(observations[slot], observation)
+                assert (rewards[slot], finished[slot]) == (reward, terminated)
+            assert not truncated.any()
+    envs.reset(seed=[0] * 6, options={"reset_mask": np.arange(6) < 2})
+    after, rewards, finished, _, _ = envs.step(np.ones((6, 1), np.float32))
+    assert list(finished) == [name == "tmaze-1"] * 2 + [True] * 4  # the others stay still
+    assert not rewards[2:].any()
+    assert not after[2:].any()
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_an_oracle_always_succeeds_and_a_guess_succeeds_as_often_as_there_are_arms(name: str) -> None:
+    environment = environment_named(name)
+    arms = environment.kwargs["arms"]
+    outcome = rollout(Oracle(arms), environment, np.ones(50), np.arange(50))
+    assert outcome.returns.tolist() == [1.0] * 50
+    assert set(outcome.lengths) == {environment.kwargs["length"]}
+    if environment.kwargs["length"] < 100:
+        data = load_episodes(name)
+        assert set(data.episode_returns) == {0.0, 1.0}
+        spread = 4 * (1 / arms * (1 - 1 / arms) / data.num_episodes) ** 0.5
+        assert abs(data.episode_returns.mean() - 1 / arms) < spread
+
+
+def test_distractors_show_false_cues_between_the_cue_and_the_junction() -> None:
+    data = load_episodes("tmaze-12-arms-4-distractors-5")
+    cues = data.observations.reshape(data.num_episodes, 12, -1)[:, :, :4]
+    shown = cues.any(axis=2)
+    assert shown[:, 0].all()
+    assert not shown[:, -1].any()
+    assert (shown.sum(axis=1) == 6).all()
+    assert shown[:, 1:-1].mean(axis=0).min() > 0.3
+
+
+def test_data_is_the_environments_and_the_same_every_time() -> None:
+    data = load_episodes("tmaze-15")
+    assert data.sha256 == load_episodes("flowrl", "tmaze-15").sha256
+    assert data.environment == EnvironmentSpec("flowrl/TMaze-v0", {"length": 15, "arms": 2, "distractors": 0})
+    assert (data.episode_lengths == 15).all()
+    observations = data.observations.reshape(-1, 15, 4)
+    right = (observations[:, 0, 0] == np.sign(data.actions.reshape(-1, 15)[:, -1])).astype(np.float64)
+    np.testing.assert_array_equal(data.episode_returns, right)
+    np.testing.assert_array_equal(observations[0, :, 1], np.arange(15) == 14)
+    np.testing.assert_array_equal(observations[0, :, 2], np.arange(15, dtype=np.float32) / 15)
+
+
+def test_mixed_data_has_shorter_corridors_of_the_same_environment() -> None:
+    data = load_episodes("tmaze-40-arms-3-distractors-6-mixed")
+    assert data.environment == environment_named("tmaze-40-arms-3-distractors-6")
+    lengths, counts = np.unique(data.episode_lengths, return_counts=True)
+    assert (lengths[0], lengths[-1]) == (8, 40)
+    np.testing.assert_allclose(lengths * counts, 50_000, atol=40)
+    check_corridor(data)
+    ends = data.episode_starts + data.episode_lengths - 1
+    arms = np.rint(data.actions[ends, 0] + 1).astype(int)
+    right = arms == data.observations[data.episode_starts, :3].argmax(axis=1)
+    np.testing.assert_array_equal(data.episode_returns, right)
+    assert data.observations[ends, -3].all()
+    assert data.observations[:, -3].sum() == data.num_episodes
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tmaze-1", "length 1: must be from 2 to"),
+        ("tmaze-50-arms-17", "arms 17: must be from 2 to 16"),
+        ("tmaze-50-distractors-49", "distractors 49: must be from 0 to 48"),
+        ("tmaze-100001", "made for corridors of up to 100000"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_episodes(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [{"length": 2.5}, {"arms": True}, {"length": "9"}])
+def test_arguments_of_the_wrong_type_are_refused(arguments: dict) -> None:
+    with pytest.raises(UserError, match=r"T-Maze: .*must be a whole number"):
+        gymnasium.make("flowrl/TMaze-v0", **arguments)
+
+
+def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused() -> None:
+    data = load_episodes("tmaze-20", "tmaze-30")
+    with pytest.raises(UserError, match=r"flowrl/tmaze-20: its longest episode has 20 .*corridor 30"):
+        check_corridor(data)
+    check_corridor(load_episodes("tmaze-20"))
+    with pytest.raises(UserError, match="max_episode_steps 19 ends it before the junction; length 20"):
+        make_vector_env(EnvironmentSpec("flowrl/TMaze-v0", {"length": 20}, max_episode_steps=19), 2)
+
+
+def test_a_trained_agent_acts_ten_times_as_long_as_its_episodes(tmp_path: Path) -> None:
+    flags = "--env tmaze-6 --context-length episode --token-layout fused --num-layers 1 --embed-dim 16"
+    flags += (
+        f" --num-heads 2 --steps 4 --batch-size 4 --targets 1 --eval-episodes 2 --run-dir {tmp_path / 'r'}"
+    )
+    train(parse_train_config(flags.split()))
+
+    agent = load_agent(tmp_path / "r")
+    outcome = rollout(agent, environment_named("tmaze-60"), np.ones(4), np.arange(4))
+    assert outcome.lengths.tolist() == [60] * 4
+    assert np.isfinite(outcome.returns).all()
+
+
+@pytest.mark.parametrize("robot", ["HalfCheetah", "Walker2d", "Hopper"])
+def test_many_robots_with_a_cue_equal_single_ones(robot: str) -> None:
+    environment, seeds = EnvironmentSpec(f"flowrl/{robot}Cued-v0"), [1, 2, 3]
+    envs, singles = make_vector_env(environment, 3), [make_env(environment) for _ in seeds]
+    observations, _ = envs.reset(seed=seeds)
+    np.testing.assert_array_equal(
+        observations, [env.reset(seed=seed)[0] for env, seed in zip(singles, seeds, strict=True)]
+    )
+    generator, active = np.random.default_rng(0), np.ones(3, dtype=bool)
+    for _ in range(400):
+        before, actions = observations, generator.uniform(-0.1, 0.1, (3, *singles[0].action_space.shape))
+        observations, rewards, terminated, truncated, _ = envs.step(actions.astype(np.float32))
+        for slot in range(3):
+            if not active[slot]:  # a fallen one stays still
+                assert rewards[slot] == 0
+                np.testing.assert_array_equal(observations[slot], before[slot])
+                continue
+            expected = singles[slot].step(actions[slot].astype(np.float32))
+            np.testing.assert_array_equal(observations[slot], expected[0])
+            assert (rewards[slot], terminated[slot], truncated[slot]) == expected[1:4]
+        active = ~(terminated | truncated)
+    assert not active.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box observation space")
+def test_the_target_speed_is_shown_for_ten_timesteps_and_pays_after_the_run_up() -> None:
+    env = make_env(EnvironmentSpec("flowrl/HalfCheetahCued-v0"))
+    check_env(env.unwrapped, skip_render_check=True)
+    observation, _ = env.reset(seed=2)
+    simulation: Any = env.unwrapped._env.unwrapped  # type: ignore[attr-defined]
+    target, positions, generator = observation[-3], [simulation.data.qpos[0]], np.random.default_rng(1)
+    assert target in ROBOTS["halfcheetah"].targets
+    for timestep in range(1, 401):
+        observation, reward, _, truncated, _ = env.step(generator.uniform(-1, 1, 6).astype(np.float32))
+        positions.append(simulation.data.qpos[0])
+        shown = timestep < 10
+        assert observation[-3:].tolist() == [target * shown, shown, timestep >= 100]
+        speed = (positions[-1] - positions[max(timestep - 50, 0)]) / (50 * 0.05)
+        expected = max(0.0, 1 - abs(speed - target) / 4.0) if timestep >= 150 else 0.0
+        assert reward == pytest.approx(expected)
+        assert truncated == (timestep == 400)
+    with pytest.raises(UserError, match="no robot 'ant'; known: halfcheetah"):
+        gymnasium.make("flowrl/HopperCued-v0", robot="ant")
+
+
+def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it() -> None:
+    recipe = replace(EMBEDDED["hopper-cued"].recipe, steps=6_000)
+    episodes = collect(recipe).episodes
+    assert {episode.policy for episode in episodes} == {"350k", "expert"}
+    assert recipe.provenance()["recipe"]["opening"] == "350k"
+    assert "opening" not in EMBEDDED["hopper-medium"].recipe.provenance()["recipe"]
+    policy = load_behavior("hopper", "350k")
+    for episode in episodes:
+        mean = policy.act(episode.observations[:-1, :-3], np.random.default_rng(0), stochastic=False)
+        distance = np.abs(mean - episode.actions).mean(axis=1)
+        assert (distance[100:].mean() > 1.3 * distance[:100].mean()) == (episode.policy == "expert")
+    cues = {(episode.policy, episode.observations[0, -3]) for episode in episodes}
+    assert cues == {("350k", 2.3), ("350k", 2.6), ("expert", 2.3), ("expert", 2.6)}
+    assert environment_named("hopper-cued") == EnvironmentSpec("flowrl/HopperCued-v0")
