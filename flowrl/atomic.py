@@ -78,7 +78,7 @@ def sole_user(folder: Path, refusal: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{folder}: {refusal}") from error
+        raise UserError(refusal) from error
     try:
         yield
     finally:

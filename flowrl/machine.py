@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
 
 def available_cores() -> int:
     """Return the number of cores that this process may run on."""
@@ -17,12 +19,25 @@ def available_memory() -> int | None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
         return None
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for file in _limit_files():
         try:
-            memory = min(memory, int(Path(limit).read_text()))
+            memory = min(memory, int(file.read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return memory
+
+
+def _limit_files() -> list[Path]:
+    """Where the memory limits of this process's control groups, and of those above them, may be (Linux)."""
+    files = []
+    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        for folder in (Path(group), *Path(group).parents):
+            if controllers == "":  # version 2
+                files.append(_GROUPS / folder.relative_to("/") / "memory.max")
+            elif controllers == "memory":
+                files.append(_GROUPS / "memory" / folder.relative_to("/") / "memory.limit_in_bytes")
+    return files
 
 
 def home_folder() -> Path:

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_training import train_here
 
@@ -23,6 +24,7 @@ from flowrl.training.config import (
     to_arguments,
     to_yaml,
 )
+from flowrl.training.setup import build_agent, load_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "scripts" / "train.py"
@@ -389,3 +391,18 @@ def test_a_model_beyond_this_machine_is_refused_before_it_is_made(tiny_dataset, 
     with pytest.raises(UserError, match=r"--embed-dim \d+, --num-layers \d+: .* GiB of memory") as raised:
         train_here(tiny_dataset, tmp_path / "run", agent=agent, **options)
     assert "\n" not in str(raised.value)
+
+
+def test_a_model_for_a_gpu_must_fit_the_gpu(tiny_dataset, monkeypatch):
+    """Whatever memory the machine around it has."""
+    config = TrainConfig(dataset=str(tiny_dataset), env="Hopper-v4", embed_dim=64, num_layers=5)
+    dataset = load_dataset(config)
+    size = 4 * 4 * sum(p.numel() for p in build_agent(config, dataset).model.parameters())
+    gpu = torch.device("cuda", 0)
+    for free, fits in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 50))
+        if fits:
+            build_agent(config, dataset, gpu)
+        else:
+            with pytest.raises(UserError, match=r"--embed-dim 64, --num-layers 5: .*, device cuda:0"):
+                build_agent(config, dataset, gpu)

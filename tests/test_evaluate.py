@@ -139,6 +139,7 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(command, "load_agent", load_agent)
     results = tmp_path / "new" / "results.json"
+    (tmp_path / "config.yaml").write_text("seed: 3\ntargets: [1.5]\n")
     config = EvaluateConfig(
         tmp_path, episodes=2, checkpoint=50, acting="recurrent", json=results, device="cpu"
     )
@@ -149,7 +150,11 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
     document = json.loads(results.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert document["environment"] == HOPPER.to_dict()
     assert document["versions"]["gymnasium"] == gym.__version__
-    given = {"run": str(tmp_path), "dataset_id": "hopper-medium", "dataset_sha256": "c0ffee"}
+    given = {
+        "config": {"seed": 3, "targets": [1.5]},
+        "dataset_id": "hopper-medium",
+        "dataset_sha256": "c0ffee",
+    }
     given |= {"acting": "recurrent", "checkpoint_step": 50, "seed": 0}
     assert {name: document[name] for name in given} == given
     assert [target["target_return"] for target in document["targets"]] == [600.0, 0.0]

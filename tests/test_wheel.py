@@ -64,7 +64,7 @@ def test_train_resume_evaluate_and_report_from_a_wheel(wheel: Path, tiny_dataset
     commands = [
         ["train", *arguments(tiny_dataset, run, steps=20)],
         ["train", "--resume", str(run), "--steps", "30"],
-        ["evaluate", str(run), "--episodes", "1", "--json", "scores.json"],
+        ["evaluate", str(run), "--episodes", "1", "--json", "run/evaluation.json"],
         ["report", str(run), "--output", "report"],
     ]
     kept = ("OMP_NUM_THREADS", "LD_LIBRARY_PATH", "SYSTEMROOT")
@@ -80,6 +80,6 @@ def test_train_resume_evaluate_and_report_from_a_wheel(wheel: Path, tiny_dataset
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(installed / "flowrl" / "__init__.py")
-    scores = json.loads((work / "scores.json").read_text())
+    scores = json.loads((work / run / "evaluation.json").read_text())
     assert scores["checkpoint_step"] == 30
     assert "flow-interleaved-6" in (work / "report" / "report.md").read_text()

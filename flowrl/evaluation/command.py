@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -19,6 +19,7 @@ from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting
 from flowrl.model.loading import load_agent
 from flowrl.options import Seed, checked, flag
+from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.signals import StopSignals
 
 
@@ -54,9 +55,10 @@ class EvaluateConfig:
 def evaluate_run(config: EvaluateConfig) -> None:
     """Load, evaluate, print the table, write the files.
 
-    The JSON file holds ``run``, ``environment``, ``dataset_id``, ``dataset_sha256``, ``acting``,
-    ``checkpoint_step``, ``seed``, ``versions``, and in ``targets`` what
-    :meth:`flowrl.evaluation.evaluate.TargetResult.to_dict` gives for each target.
+    The JSON file holds ``config`` (the options of the run), ``environment``, ``dataset_id``,
+    ``dataset_sha256``, ``acting``, ``checkpoint_step``, ``seed``, ``versions``, and in ``targets`` what
+    :meth:`flowrl.evaluation.evaluate.TargetResult.to_dict` gives for each target. ``flowrl report`` reads it
+    as ``evaluation.json`` in the run folder.
 
     Raises:
         UserError: the run, a flag or the environment is unusable.
@@ -88,7 +90,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     print(format_table(results))
     if config.json is not None:
         document = {
-            "run": str(config.run),
+            "config": _options_of(config.run),
             "environment": environment.to_dict(),
             "dataset_id": agent.config.dataset_id,
             "dataset_sha256": agent.config.dataset_sha256,
@@ -106,6 +108,13 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     if config.video is not None:
         write_video(config.video, agent, environment, targets, config.seed)
         print(f"video in {config.video}")
+
+
+def _options_of(run: Path) -> dict[str, Any]:
+    """The options of a run, from its folder or that of one of its checkpoints; none without it."""
+    folders = (run, run.absolute().parent.parent)
+    path = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+    return {} if path is None else read_yaml_mapping(path)
 
 
 def _check_writable(name: str, path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from filelock import FileLock, Timeout
 
+from flowrl.atomic import sole_user
 from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError, did_you_mean
 from flowrl.model.transformer import TokenLayout
@@ -86,7 +86,7 @@ def run_sweep(arguments: list[str] | None = None) -> int:
             slots = local_slots(config.jobs, runs[0].config.device)
         try:
             runs_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(runs_dir / ".lock", timeout=0):
+            with sole_user(runs_dir, f"--runs-dir {runs_dir}: another sweep is at work in this folder"):
                 write_plan(runs, runs_dir)
                 if config.on == "ray":
                     ended = run_on_ray(unfinished, slots, config.address, signals)
@@ -99,8 +99,6 @@ def run_sweep(arguments: list[str] | None = None) -> int:
                     finished += failure is None
                     outcome = f"finished {run.name}" if failure is None else f"failed {failure}"
                     print(f"{outcome}; {finished} of {len(runs)} finished", flush=True)
-        except Timeout as error:
-            raise UserError(f"--runs-dir {runs_dir}: another sweep is at work in this folder") from error
         except OSError as error:
             raise UserError(f"--runs-dir {runs_dir}: cannot be written: {error}") from error
     print(f"{finished} of {len(runs)} runs finished in {runs_dir}")

@@ -58,7 +58,7 @@ def _train(
     ranks: Ranks,
 ) -> list[TargetResult]:
     """Only the first process writes files."""
-    in_use = "another process is training in this folder"
+    in_use = f"{run_dir}: another process is training in this folder"
     try:
         if ranks.is_first:
             run_dir.mkdir(parents=True, exist_ok=True)
