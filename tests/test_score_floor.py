@@ -4,13 +4,13 @@ from tiny_training import train_here
 
 from flowrl.data.command import CollectCommand, run_collect
 
-# Seeds 0, 1 and 2 scored 62, 77 and 78 when this was written; a thirtieth of the learning rate 44, actions that
-# belong to other transitions 8, no learning 4. The behaviour policies score 67 on average.
+# Seeds 0, 1 and 2 scored 62, 77 and 78 when this was written; a thirtieth of the learning rate 44, actions of
+# other transitions 8, no learning 4. The behaviour policies score 67 on average.
 FLOOR = 50.0
 
 
 def test_a_small_training_reaches_a_normalized_score_of_50(tmp_path):
-    """Half medium, half expert episodes of Hopper, 800 updates of a small model, the expert's return asked for."""
+    """Half medium, half expert episodes of Hopper; 800 updates of a small model; the expert's return."""
     data = tmp_path / "hopper.hdf5"
     run_collect(
         CollectCommand("hopper", policies=("medium", "expert"), steps=20_000, format="d4rl", out=data)
