@@ -8,26 +8,22 @@ so a resumed run is as good as a straight one but not the same bit for bit.
 """
 
 import json
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import gymnasium
 import numpy as np
 import tyro
 from export_behavior import measure_returns, save_policy
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from flowrl.atomic import atomic_path, write_text
+from flowrl.atomic import atomic_path, sole_user, write_text
 from flowrl.behavior.policy import BehaviorPolicy, Layer
 from flowrl.errors import UserError, exit_on_user_error
+from flowrl.signals import StopSignals
 
 EVALUATION_SEED = 1_000_000  # far from the training seeds, the same for every snapshot
 REPLAY_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
@@ -76,13 +72,11 @@ def train_behavior(training: BehaviorTraining) -> int:
             raise UserError(f"--{name.replace('_', '-')} {getattr(training, name)}: want at least 1")
     model = _make_model(training)
     training.run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(training.run_dir / ".lock", timeout=0), _stop_signals() as received:
-            claim_run_dir(training)
-            _train(training, model, received)
-    except Timeout:
-        raise UserError(f"--run-dir {training.run_dir}: another process is training there") from None
-    return 128 + received[0] if received else 0
+    in_use = f"--run-dir {training.run_dir}: another process is training there"
+    with sole_user(training.run_dir, in_use), StopSignals() as signals:
+        claim_run_dir(training)
+        _train(training, model, signals)
+    return 128 + signals.received if signals.received else 0
 
 
 def _make_model(training: BehaviorTraining) -> Any:
@@ -109,22 +103,6 @@ def _make_model(training: BehaviorTraining) -> Any:
     )
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the yielded list instead of dying from them."""
-    received: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def claim_run_dir(training: BehaviorTraining) -> None:
     """Write what was asked, or check that what was asked before is the same run, perhaps with more steps."""
     path = training.run_dir / "training.json"
@@ -142,7 +120,7 @@ def claim_run_dir(training: BehaviorTraining) -> None:
     write_text(path, json.dumps(wanted, indent=2) + "\n")
 
 
-def _train(training: BehaviorTraining, model: Any, received: list[int]) -> None:
+def _train(training: BehaviorTraining, model: Any, signals: StopSignals) -> None:
     from stable_baselines3.common.callbacks import BaseCallback
 
     class StopOnSignal(BaseCallback):
@@ -150,7 +128,7 @@ def _train(training: BehaviorTraining, model: Any, received: list[int]) -> None:
 
         def _on_step(self) -> bool:
             progress.update(1)
-            return not received
+            return not signals.received
 
     run_dir = training.run_dir
     step = _load_checkpoint(run_dir, model)
@@ -158,7 +136,7 @@ def _train(training: BehaviorTraining, model: Any, received: list[int]) -> None:
     if step == 0:
         _take_snapshot(training, model, step, 0.0)
     with tqdm(total=training.steps, initial=step, desc=training.env, unit="step", disable=None) as progress:
-        while step < training.steps and not received:
+        while step < training.steps and not signals.received:
             target = min(training.steps, (step // training.snapshot_every + 1) * training.snapshot_every)
             started = time.perf_counter()
             model.learn(target - step, StopOnSignal(), log_interval=None, reset_num_timesteps=False)
@@ -166,7 +144,7 @@ def _train(training: BehaviorTraining, model: Any, received: list[int]) -> None:
             first, step = step, model.replay_buffer.pos
             speed = (step - first) / (time.perf_counter() - started)
             _save_replay(run_dir, model.replay_buffer, first, step)
-            if not received:
+            if not signals.received:
                 _take_snapshot(training, model, step, speed)
             _save_checkpoint(run_dir, model, step)
 
