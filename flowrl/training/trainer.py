@@ -108,17 +108,21 @@ class Trainer:
         """
         quiet = None if self.ranks.is_first else True
         with tqdm(total=self.config.steps, initial=self.step, unit="update", disable=quiet) as progress:
-            self._evaluate_and_save(progress)  # due before the first update, or when the run was stopped
+            self._evaluate_if_due(progress)  # as it was when the run was stopped
+            self._save_if_due()  # a new run's first checkpoint
             while not self.at_end:
                 self.update()
                 progress.update()
-                if self.step % self.config.log_every == 0 or self.at_end:
-                    progress.set_postfix(loss=f"{self.log():.4f}", refresh=False)
-                self._evaluate_and_save(progress)
+                self._log_if_due(progress)
+                self._evaluate_if_due(progress)
+                self._save_if_due()
         return self.results
 
     def update(self) -> None:
-        """One update. No tensor's value is read: a GPU computes while the next update is prepared."""
+        """Sample, learn from the batch, average the weights.
+
+        No tensor's value is read, so that a GPU computes while the next update is prepared.
+        """
         config, state = self.config, self.state
         state.model.train()
         batch = state.sampler.sample()
@@ -132,12 +136,13 @@ class Trainer:
         state.record(figures, batch)
 
     def _gradient_step(self, window: Window, share: float = 1.0) -> Tensor:
-        """Loss, backward, clip, step; return (loss, gradient norm) of all ranks, (2,)."""
+        """Loss, backward, clip, step; return (loss, gradient norm) of all ranks, (2,).
+
+        ``share`` is that of the update's timesteps which are in this rank's window.
+        """
         in_bfloat16 = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
-            loss = (
-                self._loss(window) * share
-            )  # of all timesteps of this update that are in this rank's window
+            loss = self._loss(window) * share
         (loss * self.ranks.size).backward()  # DistributedDataParallel averages over ranks
         norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), self.config.gradient_clip)
         self.state.optimizer.step()
@@ -151,8 +156,10 @@ class Trainer:
         averaged, current = self.state.agent.model.parameters(), self.state.model.parameters()
         torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
 
-    def log(self) -> float:
-        """Write a line of metrics about the updates since the last one; return their mean loss."""
+    def _log_if_due(self, progress: tqdm) -> None:
+        """Write a line of metrics about the updates since the last one."""
+        if self.step % self.config.log_every != 0 and not self.at_end:
+            return
         self._check_finite()
         state, now = self.state, time.perf_counter()
         elapsed, updates = now - self._last_log, len(state.pending)
@@ -165,28 +172,19 @@ class Trainer:
             "updates_per_second": updates / elapsed,
         }
         self._write("train", figures)
+        progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         state.pending, state.pending_tokens, self._last_log = [], 0, now
-        return loss
 
-    def _evaluate_and_save(self, progress: tqdm) -> None:
-        """Do what is due after this update, and stop after a signal."""
-        config, every = self.config, self.config.eval_every
-        due = self.at_end or (every > 0 and self.step > 0 and self.step % every == 0)
-        if due and config.eval_episodes > 0 and (self.at_end or self.state.evaluated_step < self.step):
-            self._evaluate(progress)
-        received = self.ranks.largest(self.signals.received or 0)  # of whichever rank got it
-        if received or self.at_end or self.step % config.checkpoint_every == 0:
-            self.save()
-        if received:
-            print(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
-            raise Stopped(128 + received)
-
-    def _evaluate(self, progress: tqdm) -> None:
+    def _evaluate_if_due(self, progress: tqdm) -> None:
         """Roll out the agent as it is now; a signal interrupts at once, after a checkpoint."""
-        agent, config, seed = self.state.agent, self.config, evaluation_seed(self.config)
+        agent, config, every = self.state.agent, self.config, self.config.eval_every
+        due = self.at_end or (every > 0 and self.step > 0 and self.step % every == 0)
+        done = self.state.evaluated_step == self.step and not self.at_end
+        if not due or done or config.eval_episodes == 0:
+            return
         assert agent.environment is not None  # load_dataset saw to it
         self._check_finite()
-        started = time.perf_counter()
+        seed, started = evaluation_seed(config), time.perf_counter()
         # Several processes finish an evaluation together, and stop after it.
         interruptible = self.signals.interruptible() if self.ranks.size == 1 else nullcontext()
         try:
@@ -213,6 +211,15 @@ class Trainer:
                 self.save()
             raise
         self._last_log += time.perf_counter() - started  # speeds count training alone
+
+    def _save_if_due(self) -> None:
+        """Save where a checkpoint is due, or before stopping after a signal."""
+        received = self.ranks.largest(self.signals.received or 0)  # of whichever rank got it
+        if received or self.at_end or self.step % self.config.checkpoint_every == 0:
+            self.save()
+        if received:
+            print(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
+            raise Stopped(128 + received)
 
     def save(self) -> None:
         """Write a checkpoint of this very moment."""
