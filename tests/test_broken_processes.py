@@ -67,7 +67,7 @@ def test_a_file_that_claims_10_to_the_12_rows(tmp_path: Path, folder: Path) -> N
         for key in ("rewards", "terminals", "timeouts"):
             file.create_dataset(key, shape=(10**12,), dtype="f4", chunks=(16,), compression="gzip")
     line = refused("train.py", *train_words(path), folder=folder)
-    assert "'observations' of shape (1000000000000, 11) would take" in line
+    assert "claim.hdf5: 1000000000000 steps take" in line
 
 
 def test_a_dataset_for_another_environment(tmp_path: Path, folder: Path) -> None:
