@@ -22,6 +22,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+SourceClamp = Annotated[float, Field(gt=0, le=40)]  # the exponential and its sum stay finite in float32
 
 
 def checked(kind: type, values: Mapping[str, Any], label: Callable[[str], str]) -> dict[str, Any]:

@@ -168,7 +168,13 @@ def test_a_hostile_configuration_is_refused_by_name(place, value):
 
 def test_missing_and_unknown_entries_are_named():
     data = agent_config_to_dict(make_agent().config)
-    newer = ("agent", "context_tokens", "time_encoding", "action_choices")  # old files lack these
+    newer = (
+        "agent",
+        "context_tokens",
+        "time_encoding",
+        "source_clamp",
+        "action_choices",
+    )  # old files lack these
     entries = [(data, name) for name in data] + [(data["model"], name) for name in data["model"]]
     for holder, name in entries:
         if name in newer:

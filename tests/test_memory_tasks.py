@@ -1,5 +1,6 @@
 """Memory tasks: their environments, one and many at a time, their data, and acting far beyond its length."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
-from flowrl import load_agent
+from flowrl import Agent, load_agent
+from flowrl.attention.flow.naive import naive_flow_attention
+from flowrl.attention.kinds import attention_kind
 from flowrl.behavior.shipped import load_behavior
 from flowrl.data import load_episodes
 from flowrl.data.collect import collect
@@ -22,6 +26,7 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env, make_vector_env
 from flowrl.errors import UserError
 from flowrl.evaluation.rollout import rollout
+from flowrl.model.transformer import ModelConfig
 from flowrl.training.config import parse_train_config
 from flowrl.training.run import train
 
@@ -161,6 +166,49 @@ def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused() 
     check_corridor(load_episodes("tmaze-20"))
     with pytest.raises(UserError, match="max_episode_steps 19 ends it before the junction; length 20"):
         make_vector_env(EnvironmentSpec("flowrl/TMaze-v0", {"length": 20}, max_episode_steps=19), 2)
+
+
+@pytest.mark.parametrize("source_clamp", [2.0, 10.0, 20.0])
+def test_the_source_clamp_bounds_how_far_a_timestep_stands_out(source_clamp: float) -> None:
+    torch.manual_seed(0)
+    first, later = torch.full((1, 1, 1, 4), -9.0), torch.ones(1, 1, 40, 4)  # closed gates: tiny flows
+    keys, values = torch.cat((first, later), dim=2), torch.randn(1, 1, 41, 4)
+    kind = attention_kind("flow", 41, source_clamp)
+    outputs, state = kind.steps(keys, keys, values, None)
+    plain = naive_flow_attention(keys, keys, values, clamp=source_clamp)
+    torch.testing.assert_close(outputs, plain, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(kind.parallel(keys, keys, values), plain, rtol=1e-3, atol=1e-6)
+    assert math.exp(source_clamp) <= state.sum_exponentials.item() <= 41 * math.exp(source_clamp)
+
+
+def test_acting_takes_the_models_source_clamp_or_the_one_that_is_given(tmp_path: Path) -> None:
+    flags = "--env tmaze-6 --context-length episode --token-layout fused --num-layers 1 --embed-dim 64"
+    flags += " --steps 2 --batch-size 4 --targets 1 --eval-episodes 0 --source-clamp 0.5"
+    train(parse_train_config([*flags.split(), "--run-dir", str(tmp_path / "r")]))
+    agents = [load_agent(tmp_path / "r"), load_agent(tmp_path / "r", source_clamp=12.0)]
+    taken = []
+    for agent, expected in zip(agents, (0.5, 12.0), strict=True):
+        assert isinstance(agent.config.model, ModelConfig)
+        assert agent.config.model.source_clamp == expected
+        generator = torch.Generator().manual_seed(1)  # weights under which the clamp matters
+        for parameter in agent.model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 3
+        taken.append(_actions(agent))
+        agent.acting = "window"
+        np.testing.assert_allclose(taken[-1], _actions(agent), atol=1e-4)
+    assert np.abs(taken[0] - taken[1]).max() > 1e-3
+
+
+def _actions(agent: Agent) -> np.ndarray:
+    """Actions (6, 3, 1) of an episode that fits in the agent's window."""
+    envs = make_vector_env(environment_named("tmaze-6"), 3)
+    observations, _ = envs.reset(seed=[0, 1, 2])
+    agent.reset(3, 1.0)
+    actions = []
+    for _ in range(6):
+        actions.append(agent.act(observations, np.zeros(3)))
+        observations, *_ = envs.step(actions[-1])
+    return np.array(actions)
 
 
 def test_a_trained_agent_acts_ten_times_as_long_as_its_episodes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from flowrl.attention.performer import performer_attention, performer_attention_
 from flowrl.attention.softmax import softmax_attention, softmax_attention_step
 
 AttentionName = Literal["flow", "softmax", "linear", "performer", "cosformer"]
+SOURCE_CLAMP = 10.0  # of the paper's code
 State = Any  # a NamedTuple of tensors, each with the batch as its first dimension
 
 
@@ -61,8 +62,17 @@ ATTENTION_KINDS: dict[AttentionName, AttentionKind] = {
 }
 
 
-def attention_kind(name: AttentionName, max_tokens: int) -> AttentionKind:
-    """The kind in a model of contexts up to ``max_tokens``, by which cosFormer measures distance."""
+def attention_kind(name: AttentionName, max_tokens: int, source_clamp: float = SOURCE_CLAMP) -> AttentionKind:
+    """The kind in a model of contexts up to ``max_tokens``, by which cosFormer measures distance.
+
+    ``source_clamp`` is Flow-Attention's bound on the conserved source.
+    """
+    if name == "flow" and source_clamp != SOURCE_CLAMP:
+        return AttentionKind(
+            partial(flow_attention, clamp=source_clamp),
+            partial(flow_attention_step, clamp=source_clamp),
+            partial(flow_attention_steps, clamp=source_clamp),
+        )
     if name != "cosformer":
         return ATTENTION_KINDS[name]
     return AttentionKind(

@@ -18,7 +18,7 @@ from flowrl.evaluation.evaluate import MOST_EPISODES, evaluate, format_table
 from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting
 from flowrl.model.loading import load_agent
-from flowrl.options import Seed, checked, flag
+from flowrl.options import Seed, SourceClamp, checked, flag
 from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.signals import StopSignals
 
@@ -39,6 +39,8 @@ class EvaluateConfig:
     acting: Acting | None = None
     """recurrent: constant cost per step over the whole episode so far; window: recompute the last
     context_length steps. By default the way that the run was trained for."""
+    source_clamp: SourceClamp | None = None
+    """Flow-Attention's, in place of the run's own: 20 where episodes are of more than 20,000 timesteps."""
     checkpoint: int | None = None
     """Step of the checkpoint to evaluate; by default the last one."""
     seed: Seed = 0
@@ -75,7 +77,13 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     if config.video is not None:
         _check_writable("--video", config.video)
         check_video(config.video)
-    agent = load_agent(config.run, checkpoint=config.checkpoint, acting=config.acting, device=config.device)
+    agent = load_agent(
+        config.run,
+        checkpoint=config.checkpoint,
+        acting=config.acting,
+        device=config.device,
+        source_clamp=config.source_clamp,
+    )
     environment = agent.environment if config.env is None else environment_named(config.env)
     targets = config.targets or agent.config.targets
     if environment is None:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from flowrl.attention.cosformer import MAX_TOKENS
+from flowrl.attention.kinds import SOURCE_CLAMP
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName
@@ -24,13 +25,23 @@ MODELS: dict[AgentName, type[ModelConfig] | type[BehaviorCloningConfig]] = {
     "bc": BehaviorCloningConfig,
 }
 BEFORE: dict[AgentName, dict[str, Any]] = {  # entries that older files lack, and what they were then
-    "transformer": {"context_tokens": MAX_TOKENS, "action_choices": (), "time_encoding": "learned"},
+    "transformer": {
+        "context_tokens": MAX_TOKENS,
+        "action_choices": (),
+        "time_encoding": "learned",
+        "source_clamp": SOURCE_CLAMP,
+    },
     "bc": {"action_choices": ()},
 }
 
 
 def load_agent(
-    run: str | Path, *, checkpoint: int | None = None, acting: Acting | None = None, device: str = "cpu"
+    run: str | Path,
+    *,
+    checkpoint: int | None = None,
+    acting: Acting | None = None,
+    device: str = "cpu",
+    source_clamp: float | None = None,
 ) -> Agent:
     """Load a trained agent from its run folder; the dataset is not needed.
 
@@ -39,6 +50,7 @@ def load_agent(
         checkpoint: step to load; the newest whole one by default.
         acting: recurrent or window; by default the way the agent was trained for.
         device: where it runs: auto, cpu, cuda, cuda:1, ...
+        source_clamp: in place of the model's own, for acting longer than it was trained for.
 
     Raises:
         UserError: nothing there, damaged files, or tensors that do not fit the configuration.
@@ -48,6 +60,8 @@ def load_agent(
         raise UserError(f"acting '{acting}': expected one of {', '.join(get_args(Acting))}")
     loaded = load_checkpoint(run, checkpoint)
     config = agent_config_from_dict(loaded.agent, where=f"{run}: {AGENT_JSON}")
+    if source_clamp is not None and isinstance(config.model, ModelConfig):
+        config = replace(config, model=replace(config.model, source_clamp=source_clamp))
     model = build_model(config.model, loaded.model, where=f"{run}: {MODEL_TENSORS}")
     model.to(pick_device(device))
     return Agent(model.eval(), config, acting=acting, checkpoint_step=loaded.step)

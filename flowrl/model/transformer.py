@@ -13,9 +13,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flowrl.attention.cosformer import MAX_TOKENS
-from flowrl.attention.kinds import AttentionName, State, attention_kind
+from flowrl.attention.kinds import SOURCE_CLAMP, AttentionName, State, attention_kind
 from flowrl.model.action_model import ActingState, ActionModel
-from flowrl.options import STRICT, NumLayers, Probability, Size
+from flowrl.options import STRICT, NumLayers, Probability, Size, SourceClamp
 from flowrl.window import Window
 
 TokenLayout = Literal["interleaved", "fused"]
@@ -44,6 +44,8 @@ class ModelConfig:
     context_tokens: Size = MAX_TOKENS
     """Tokens of the longest context in training: cosFormer's M, of no effect on other kinds."""
     time_encoding: TimeEncoding = "learned"
+    source_clamp: SourceClamp = SOURCE_CLAMP
+    """Bound on Flow-Attention's conserved source before its exponential, of no effect on other kinds."""
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -59,7 +61,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.kind = attention_kind(config.attention, config.context_tokens)
+        self.kind = attention_kind(config.attention, config.context_tokens, config.source_clamp)
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.project = nn.Linear(config.embed_dim, config.embed_dim)

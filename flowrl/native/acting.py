@@ -22,7 +22,7 @@ from flowrl.native.library import native_library
 
 SOURCE = Path(__file__).with_name("acting.cpp")
 WIDTH_MULTIPLE = 32  # two vectors of AVX-512
-FLOW_EPS, CLAMP = 1e-6, 10.0  # the defaults of flow_attention_step
+FLOW_EPS = 1e-6  # the default of flow_attention_step
 CHECK_BATCH, TOLERANCE = 3, 1e-4  # of an error relative to the largest number
 
 
@@ -73,7 +73,7 @@ class PackedBlocks:
         assert flow is not None
         norm_eps = self._model.final_norm.eps
         sizes = (num_tokens, batch, width, self._num_heads, len(states))
-        acting = _Acting(*sizes, norm_eps, FLOW_EPS, CLAMP, torch.get_num_threads())
+        acting = _Acting(*sizes, norm_eps, FLOW_EPS, self._model.config.source_clamp, torch.get_num_threads())
         pointers = [tensor.data_ptr() for state in states for tensor in state]
         last, in_turn = tokens.new_empty(batch, width), tokens.transpose(0, 1).contiguous()
         library.act(

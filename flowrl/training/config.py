@@ -12,7 +12,7 @@ import tyro
 import yaml
 from pydantic import Strict
 
-from flowrl.attention.kinds import AttentionName
+from flowrl.attention.kinds import SOURCE_CLAMP, AttentionName
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, AgentName
 from flowrl.model.transformer import TimeEncoding, TokenLayout
@@ -26,6 +26,7 @@ from flowrl.options import (
     Seed,
     Share,
     Size,
+    SourceClamp,
     checked,
     flag,
 )
@@ -65,6 +66,9 @@ class TrainConfig:
     positive random features; cosformer: with ReLU, re-weighted by distance."""
     token_layout: TokenLayout = "interleaved"
     """interleaved: return-to-go, observation and action tokens; fused: one token per timestep."""
+    source_clamp: SourceClamp = SOURCE_CLAMP
+    """Flow-Attention's bound on the conserved source before its exponential. A timestep can stand out from
+    about e to this power of later ones: 10 carries a cue over some 20,000 timesteps, 20 over millions."""
     time_encoding: TimeEncoding = "learned"
     """learned: an embedding for each timestep of the longest episode, whose last stands for all later ones;
     sinusoidal: waves, defined for any timestep; none: without use for the timestep."""

@@ -142,6 +142,7 @@ def _model_config(
         dropout=config.dropout,
         context_tokens=min(tokens, LARGEST_DIMENSION),
         time_encoding=config.time_encoding,
+        source_clamp=config.source_clamp,
     )
 
 
