@@ -12,11 +12,13 @@ from flowrl.errors import UserError, did_you_mean
 
 LARGEST_DIMENSION = 1 << 20  # a larger one is damage or a mistake, not a model
 LARGEST_COUNT = 1 << 53  # beyond this, floating point skips whole numbers
+MOST_EPISODES = 100_000  # of an evaluation: each has an environment of its own
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Size = Annotated[int, Field(ge=1, le=LARGEST_DIMENSION)]
 NumLayers = Annotated[int, Field(ge=1, le=1000)]
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 PositiveCount = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Episodes = Annotated[int, Field(ge=0, le=MOST_EPISODES)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

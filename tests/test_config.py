@@ -216,6 +216,7 @@ FROM_0 += ("seed",)
         ({"ema_decay": 1.0}, "--ema-decay 1.0: should be less than 1"),
         ({"dropout": float("nan")}, "--dropout nan: should be a finite number"),
         ({"weight_decay": float("inf")}, "--weight-decay inf: should be a finite number"),
+        ({"eval_episodes": 100_001}, "--eval-episodes 100001: should be less than or equal to 100000"),
         ({"embed_dim": 65}, "--embed-dim 65: must be a multiple of --num-heads 4"),
         ({"num_layers": 1001}, "--num-layers 1001: should be less than or equal to 1000"),
         ({"embed_dim": 10**30}, "--embed-dim 10+.*: should be less than"),

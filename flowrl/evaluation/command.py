@@ -5,20 +5,19 @@ import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
-from pydantic import Field
 
 from flowrl.atomic import write_text
 from flowrl.data.sources import environment_named
 from flowrl.envs.spaces import check_environment
 from flowrl.errors import UserError
-from flowrl.evaluation.evaluate import MOST_EPISODES, evaluate, format_table
+from flowrl.evaluation.evaluate import evaluate, format_table
 from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting
 from flowrl.model.loading import load_agent
-from flowrl.options import Seed, SourceClamp, checked, flag
+from flowrl.options import Episodes, Seed, SourceClamp, checked, flag
 from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.signals import StopSignals
 
@@ -29,7 +28,7 @@ class EvaluateConfig:
 
     run: tyro.conf.Positional[Path]
     """Run folder that training wrote."""
-    episodes: Annotated[int, Field(ge=1, le=MOST_EPISODES)] = 20
+    episodes: Episodes = 20
     """Episodes per target return."""
     env: str | None = None
     """Environment to evaluate in, by default the run's own: such as tmaze-20000, forty times as long as the

@@ -11,10 +11,9 @@ from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.rollout import BatchedAgent, rollout
+from flowrl.options import MOST_EPISODES
 from flowrl.process import prepare_process
 from flowrl.ranks import ALONE, Ranks
-
-MOST_EPISODES = 100_000  # each has an environment of its own
 
 
 @dataclass(frozen=True)

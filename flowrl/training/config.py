@@ -18,6 +18,7 @@ from flowrl.model.agent import Acting, AgentName
 from flowrl.model.transformer import TimeEncoding, TokenLayout
 from flowrl.options import (
     Count,
+    Episodes,
     NotNegative,
     NumLayers,
     Positive,
@@ -120,7 +121,7 @@ class TrainConfig:
     """Target returns to evaluate at; by default the best and the median episode's return in the data."""
     eval_every: Count = 10_000
     """Updates between evaluations; the last update is always evaluated, 0 evaluates only then."""
-    eval_episodes: Count = 20
+    eval_episodes: Episodes = 20
     """Episodes per target return; 0 trains without any evaluation."""
     eval_seed: Seed | None = None
     """Seed of evaluation episodes; by default one drawn from --seed, so that trainings with different seeds
