@@ -144,7 +144,9 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
         tmp_path, episodes=2, checkpoint=50, acting="recurrent", json=results, device="cpu"
     )
     evaluate_run(config)
-    assert calls == [(tmp_path, {"checkpoint": 50, "acting": "recurrent", "device": "cpu"})]
+    ((run, options),) = calls
+    assert (run, options.pop("source_clamp")) == (tmp_path, None)
+    assert options == {"checkpoint": 50, "acting": "recurrent", "device": "cpu"}
     printed = capsys.readouterr().out
     assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, checkpoint 50" in printed
     document = json.loads(results.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
