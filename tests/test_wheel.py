@@ -54,6 +54,8 @@ def test_a_wheel_holds_every_package_and_data_file(wheel: Path):
     assert {str(path.relative_to(REPOSITORY)) for path in data} <= names
     configs = [path for path in (REPOSITORY / "configs").rglob("*.yaml")]
     assert {f"flowrl/{path.relative_to(REPOSITORY)}" for path in configs} <= names
+    (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "flowrl = flowrl.__main__:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_train_resume_evaluate_and_report_from_a_wheel(wheel: Path, tiny_dataset: Path, tmp_path: Path):
