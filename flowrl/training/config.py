@@ -69,7 +69,7 @@ class TrainConfig:
     """interleaved: return-to-go, observation and action tokens; fused: one token per timestep."""
     source_clamp: SourceClamp = SOURCE_CLAMP
     """Flow-Attention's bound on the conserved source before its exponential. A timestep can stand out from
-    about e to this power of later ones: 10 carries a cue over some 20,000 timesteps, 20 over millions."""
+    about e to this power of later ones: 10 carries a cue over 20,000 timesteps and more, 20 over millions."""
     time_encoding: TimeEncoding = "learned"
     """learned: an embedding for each timestep of the longest episode, whose last stands for all later ones;
     sinusoidal: waves, defined for any timestep; none: without use for the timestep."""

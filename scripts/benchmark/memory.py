@@ -93,25 +93,32 @@ def method_of(run: Path) -> str:
 
 
 def draw(acted: list[Acted], path: Path) -> None:
-    """Success against length, the mean over each method's runs; dashed where the clamp is not the default."""
+    """Success, and milliseconds of acting at the end, against length: means over each method's runs."""
     from matplotlib.figure import Figure  # an extra: only drawing needs it
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    success, cost = figure.subplots(1, 2)
     for method, clamp in sorted({(entry.method, entry.source_clamp) for entry in acted}):
-        points: dict[int, list[float]] = {}
-        for entry in acted:
-            if (entry.method, entry.source_clamp) == (method, clamp):
-                points.setdefault(entry.length, []).append(100 * entry.success)
-        lengths = sorted(points)
-        label = method if clamp == 10.0 else f"{method}, source clamp {clamp:g}"
-        means = [float(np.mean(points[length])) for length in lengths]
-        axes.plot(lengths, means, "o-" if clamp == 10.0 else "s--", label=label)
-    axes.axhline(50, color="grey", linewidth=1, linestyle=":")
-    axes.set(xscale="log", xlabel="timesteps between cue and decision", ylabel="success (%)", ylim=(0, 105))
-    axes.set_title("T-Maze: trained on 500 timesteps, acting in longer corridors")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
+        entries = [entry for entry in acted if (entry.method, entry.source_clamp) == (method, clamp)]
+        lengths = sorted({entry.length for entry in entries})
+        by_length = [[entry for entry in entries if entry.length == length] for length in lengths]
+        label = method if clamp == 10.0 else f"{method}, acting with source clamp {clamp:g}"
+        style = "o-" if clamp == 10.0 else "s--"
+        successes = [100 * float(np.mean([entry.success for entry in some])) for some in by_length]
+        success.plot(lengths, successes, style, label=label, alpha=0.7)
+        cost.plot(
+            lengths, [float(np.mean([e.last_ms for e in some])) for some in by_length], style, alpha=0.7
+        )
+    success.axhline(50, color="grey", linewidth=1, linestyle=":")
+    success.set(
+        xscale="log", xlabel="timesteps between cue and decision", ylabel="success (%)", ylim=(0, 105)
+    )
+    success.set_title("T-Maze: trained on 500 timesteps, acting in longer ones")
+    success.legend(fontsize="small")
+    cost.set(xscale="log", yscale="log", xlabel="timestep", ylabel=f"ms for {acted[0].episodes} episodes")
+    cost.set_title("acting and stepping once, at the end")
+    for axes in (success, cost):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
