@@ -1,5 +1,6 @@
 """What the tests of all attention kinds share: inputs, gradients, steps in a row, and memory."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,38 @@ def with_gradients(attention, queries, keys, values, weight, **options):
     output = attention(*inputs, **options)
     (output * weight).sum().backward()
     return output.detach(), *(tensor.grad for tensor in inputs)
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that torch allocates without a value holds NaN: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def computed_by(form):
+    """Causal Flow-Attention by a form's own ``forward`` and ``backward`` (a module: cpu, triton)."""
+
+    def attention(queries, keys, values, *, clamp=10.0, eps=1e-6):
+        return _Form.apply(form, queries, keys, values, clamp, eps)
+
+    return attention
+
+
+class _Form(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, form, queries, keys, values, clamp, eps):
+        results = form.forward(queries, keys, values, clamp, eps, True)
+        ctx.save_for_backward(queries, keys, values, *results)
+        ctx.form, ctx.options = form, (clamp, eps)
+        return results[0]
+
+    @staticmethod
+    def backward(ctx, g_outputs):
+        queries, keys, values, *results = ctx.saved_tensors
+        gradients = ctx.form.backward(queries, keys, values, g_outputs, *results, *ctx.options)
+        return None, *gradients, None, None
 
 
 def stepped(queries, keys, values, step=flow_attention_step, **options):

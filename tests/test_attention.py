@@ -9,13 +9,13 @@ from attention_forms import assert_all_close, saved_by, stepped, tokens, with_gr
 
 from flowrl.attention import (
     ATTENTION_KINDS,
-    flow,
     flow_attention,
     flow_attention_step,
     naive_flow_attention,
     softmax_attention,
     softmax_attention_step,
 )
+from flowrl.attention.flow import blocks
 from flowrl.attention.kinds import clear_rows, select_rows
 
 LENGTHS = (1, 2, 60, 127, 128, 129, 1000, 3000)
@@ -121,17 +121,15 @@ def test_recurrent_form_has_the_gradients_of_the_naive_one():
     assert_all_close(with_gradients(stepped, q, k, v, weight), expected, 1e-10)
 
 
-def use_short_blocks(monkeypatch, block, group):
-    """Blocks of so many tokens and groups of so many put every kind of boundary into a few tokens."""
-    monkeypatch.setattr(flow, "ONE_BLOCK", block)
-    monkeypatch.setattr(flow, "SHORTEST_BLOCK", block)
-    for name in ("ONE_GROUP", "GROUP_TOKENS"):
-        monkeypatch.setattr(flow, name, group)
+def use_short_blocks(monkeypatch, block):
+    """Blocks of so many tokens put every kind of boundary into a few tokens."""
+    monkeypatch.setattr(blocks, "ONE_BLOCK", block)
+    monkeypatch.setattr(blocks, "SHORTEST_BLOCK", block)
 
 
 @pytest.mark.parametrize("length", [3, 4, 5, 8, 12, 13, 36, 47])
-def test_state_carries_over_blocks_and_groups_of_blocks(monkeypatch, length):
-    use_short_blocks(monkeypatch, 4, group=2 * 2 * 12)  # three blocks of each of the 2 x 2 sequences
+def test_state_carries_over_blocks(monkeypatch, length):
+    use_short_blocks(monkeypatch, 4)
     q, k, v, weight = tokens(length, batch=2, head_dim=4)
     for clamp in (0.5, 10.0):
         expected = with_gradients(naive_flow_attention, q, k, v, weight, clamp=clamp)
@@ -140,7 +138,7 @@ def test_state_carries_over_blocks_and_groups_of_blocks(monkeypatch, length):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients_agree_with_finite_differences(monkeypatch, causal):
-    use_short_blocks(monkeypatch, 2, group=4)
+    use_short_blocks(monkeypatch, 2)
     inputs = [tensor.requires_grad_() for tensor in tokens(5, heads=1, head_dim=2, value_dim=1)[:3]]
     assert torch.autograd.gradcheck(lambda *x: flow_attention(*x, causal=causal), inputs)
 

@@ -8,7 +8,7 @@ from tiny_training import assert_same_end, figures, resume_here, train_here
 from workload import Sizes, open_trainer, paper_config, training_data
 
 from flowrl.attention import flow_attention, naive_flow_attention
-from flowrl.attention.flow.triton import triton_supports
+from flowrl.attention.flow.triton import supports
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
@@ -29,11 +29,11 @@ GPU_TRAINING = {
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
 def test_kernels_are_chosen_and_agree_with_the_naive_form(length, head_dim):
     inputs = [x.cuda() for x in tokens(length, batch=2, head_dim=head_dim, value_dim=head_dim)]
-    assert not triton_supports(*inputs[:3])  # float64: torch does that
+    assert not supports(*inputs[:3])  # float64: torch does that
     exact = with_gradients(naive_flow_attention, *inputs)
     assert_all_close(with_gradients(flow_attention, *inputs), exact, 1e-10)
     rounded = [x.float() for x in inputs]
-    assert triton_supports(*rounded[:3]) or torch.cuda.get_device_capability() < (8, 0)
+    assert supports(*rounded[:3]) or torch.cuda.get_device_capability() < (8, 0)
     assert_all_close(with_gradients(flow_attention, *rounded), exact, 1e-5)
 
 

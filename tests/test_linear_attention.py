@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 import torch
 from attention_forms import assert_all_close, saved_by, stepped, tokens, with_gradients
-
-from flowrl.attention import causal_linear, performer
-from flowrl.attention.kinds import ATTENTION_KINDS, attention_kind
-from flowrl.attention.naive_linear import (
+from naive_linear import (
     naive_cosformer_attention,
     naive_linear_attention,
     naive_performer_attention,
 )
-from flowrl.attention.performer import random_directions
+
+from flowrl.attention import linear
+from flowrl.attention.kinds import ATTENTION_KINDS, attention_kind
+from flowrl.attention.linear import random_directions
 
 NAIVE = {
     "linear": naive_linear_attention,
@@ -82,12 +82,10 @@ def test_parallel_recurrent_and_naive_forms_agree(name, length, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("group", [1, 2 * 16])
-def test_blocks_and_groups_of_sequences_join_at_every_length(monkeypatch, name, group):
+def test_blocks_join_at_every_length(monkeypatch, name):
     """Blocks of a few tokens put every boundary into a few: all lengths from 1 to 40, five sequences."""
-    monkeypatch.setattr(causal_linear, "ONE_BLOCK", 4)
-    monkeypatch.setattr(causal_linear, "SHORTEST_BLOCK", 4)
-    monkeypatch.setattr(causal_linear, "GROUP_TOKENS", group)
+    monkeypatch.setattr(linear, "ONE_BLOCK", 4)
+    monkeypatch.setattr(linear, "SHORTEST_BLOCK", 4)
     for length in range(1, 41):
         inputs = tokens(length, batch=5, heads=1, head_dim=2, value_dim=3, seed=length)
         expected = with_gradients(NAIVE[name], *inputs)
@@ -101,8 +99,8 @@ def test_recurrent_form_has_the_gradients_of_the_naive_one(name):
 
 
 def test_gradients_agree_with_finite_differences(monkeypatch):
-    monkeypatch.setattr(causal_linear, "ONE_BLOCK", 2)
-    monkeypatch.setattr(causal_linear, "SHORTEST_BLOCK", 2)
+    monkeypatch.setattr(linear, "ONE_BLOCK", 2)
+    monkeypatch.setattr(linear, "SHORTEST_BLOCK", 2)
     inputs = [tensor.requires_grad_() for tensor in tokens(5, heads=1, head_dim=2, value_dim=1)[:3]]
     for name in NAMES:
         assert torch.autograd.gradcheck(parallel(name), inputs), name
@@ -240,23 +238,21 @@ def test_performer_estimates_softmax_attention(monkeypatch):
     exact = ATTENTION_KINDS["softmax"].parallel(0.2 * q, 0.2 * k, v)
     errors = []
     for features in (4, 64):
-        monkeypatch.setattr(performer, "FEATURES_PER_DIMENSION", features)
-        performer._directions_on.cache_clear()
-        errors.append((performer.performer_attention(0.2 * q, 0.2 * k, v) - exact).std().item())
-    performer._directions_on.cache_clear()
+        monkeypatch.setattr(linear, "FEATURES_PER_DIMENSION", features)
+        linear._directions_on.cache_clear()
+        errors.append((parallel("performer")(0.2 * q, 0.2 * k, v) - exact).std().item())
+    linear._directions_on.cache_clear()
     mean_of_values = v.cumsum(2) / torch.arange(1, 151)[:, None]  # what uniform weights would give
     assert errors[1] < errors[0] / 2.5
     assert errors[1] < 0.5 * (mean_of_values - exact).std()
 
 
 def test_directions_first_asked_for_while_acting_serve_training():
-    performer._directions_on.cache_clear()
+    linear._directions_on.cache_clear()
     inputs = tokens(3)
     with torch.inference_mode():
         ATTENTION_KINDS["performer"].step(*(tensor[:, :, 0] for tensor in inputs[:3]), None)
-    with_gradients(
-        performer.performer_attention, *inputs
-    )  # an inference tensor could not be kept for the gradient
+    with_gradients(parallel("performer"), *inputs)  # an inference tensor could not be kept for the gradient
 
 
 # cosFormer ------------------------------------------------------------------------------------------------

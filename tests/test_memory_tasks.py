@@ -174,7 +174,7 @@ def test_the_source_clamp_bounds_how_far_a_timestep_stands_out(source_clamp: flo
     first, later = torch.full((1, 1, 1, 4), -9.0), torch.ones(1, 1, 40, 4)  # closed gates: tiny flows
     keys, values = torch.cat((first, later), dim=2), torch.randn(1, 1, 41, 4)
     kind = attention_kind("flow", 41, source_clamp)
-    outputs, state = kind.steps(keys, keys, values, None)
+    outputs, state = kind.decode(keys, keys, values, None)
     plain = naive_flow_attention(keys, keys, values, clamp=source_clamp)
     torch.testing.assert_close(outputs, plain, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(kind.parallel(keys, keys, values), plain, rtol=1e-3, atol=1e-6)

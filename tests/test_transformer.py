@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-
-from flowrl.attention import ATTENTION_KINDS, naive_flow_attention
-from flowrl.attention.naive_linear import (
+from naive_linear import (
     naive_cosformer_attention,
     naive_linear_attention,
     naive_performer_attention,
 )
+
+from flowrl.attention import ATTENTION_KINDS, naive_flow_attention
 from flowrl.model.transformer import INIT_STD, ModelConfig, SequenceModel
 from flowrl.window import Window
 

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from attention_forms import assert_all_close, tokens, with_gradients
+from attention_forms import assert_all_close, computed_by, tokens, with_gradients
 from test_attention import extreme_inputs
 
 from flowrl.attention import flow_attention, naive_flow_attention
-from flowrl.attention.flow.triton import triton_flow_attention, triton_supports
+from flowrl.attention.flow import triton
 
 pytest.importorskip("triton", reason="triton is not installed; CUDA builds of torch bring it")
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+triton_flow_attention = computed_by(triton)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = ({}, {"clamp": 0.3, "eps": 0.05})
 
@@ -102,7 +103,7 @@ def test_extreme_inputs_stay_finite():
 
 def test_what_the_kernels_cannot_do_is_left_to_torch():
     on_cpu = torch.zeros(1, 2, 8, 64)
-    assert not triton_supports(on_cpu, on_cpu, on_cpu)
+    assert not triton.supports(on_cpu, on_cpu, on_cpu)
     for head_dim, value_dim, dtype in (
         (64, 32, torch.float32),
         (24, 24, torch.float32),
@@ -110,6 +111,6 @@ def test_what_the_kernels_cannot_do_is_left_to_torch():
     ):
         x = torch.randn(1, 2, 8, head_dim, dtype=dtype, device=DEVICE)
         values = torch.randn(1, 2, 8, value_dim, dtype=dtype, device=DEVICE)
-        assert not triton_supports(x, x, values)
+        assert not triton.supports(x, x, values)
         expected = naive_flow_attention(x.double(), x.double(), values.double())
         assert (flow_attention(x, x, values) - expected).abs().max() < 1e-5

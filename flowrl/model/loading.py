@@ -10,8 +10,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from flowrl.attention.cosformer import MAX_TOKENS
 from flowrl.attention.kinds import SOURCE_CLAMP
+from flowrl.attention.linear import MAX_TOKENS
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName

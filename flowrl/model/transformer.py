@@ -12,8 +12,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from flowrl.attention.cosformer import MAX_TOKENS
 from flowrl.attention.kinds import SOURCE_CLAMP, AttentionName, State, attention_kind
+from flowrl.attention.linear import MAX_TOKENS
 from flowrl.model.action_model import ActingState, ActionModel
 from flowrl.options import STRICT, NumLayers, Probability, Size, SourceClamp
 from flowrl.window import Window
@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
 
     def step(self, x: Tensor, state: State | None, read: slice) -> tuple[Tensor, State]:
         """The same from the state after earlier tokens, and the state after all of these."""
-        outputs, state = self.kind.steps(*self._heads(x), state)
+        outputs, state = self.kind.decode(*self._heads(x), state)
         return self.project(outputs[:, :, read].transpose(1, 2).flatten(2)), state
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

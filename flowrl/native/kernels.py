@@ -6,12 +6,16 @@
 import os
 import warnings
 from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 SWITCH = "FLOWRL_KERNELS"
-_trusted: dict[Hashable, bool] = {}
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+_trusted: dict[tuple[str, Hashable], bool] = {}
 
 
 def kernels_enabled() -> bool:
@@ -36,19 +40,69 @@ def is_trusted(kernel: str, case: Hashable, check: Callable[[], float], toleranc
     if key not in _trusted:
         _trusted[key] = False  # whatever the check itself calls for this case uses torch
         try:
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                error = check()
-            reason = f"differs from torch by {error:.2g}"
-            _trusted[key] = error <= tolerance
+            error = in_clean_thread(check)
         except Exception as failure:  # whatever goes wrong in a kernel must not stop a run
-            reason = f"failed: {failure}"
-        if not _trusted[key]:
-            warnings.warn(f"{kernel} {reason}; torch is used instead", stacklevel=3)
+            _give_up(key, f"failed: {failure}")
+        else:
+            _trusted[key] = error <= tolerance
+            if not _trusted[key]:
+                _give_up(key, f"differs from torch by {error:.2g}")
     return _trusted[key]
+
+
+def run_trusted(
+    kernel: str,
+    case: Hashable,
+    check: Callable[[], float],
+    tolerance: float,
+    fast: Callable[[], Result],
+    plain: Callable[[], Result],
+) -> Result:
+    """``fast()`` where :func:`is_trusted` holds; otherwise, and from its first exception on, ``plain()``.
+
+    Memory that runs out is no fault of a kernel and is raised.
+    """
+    if is_trusted(kernel, case, check, tolerance):
+        try:
+            return fast()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:
+            _give_up((kernel, case), f"failed: {failure}")
+    return plain()
+
+
+def in_clean_thread(function: Callable[[], Result]) -> Result:
+    """Call ``function`` free of what this thread has set: no_grad, inference mode, autocast, tracing.
+
+    Its work on a CUDA device stays in this thread's stream.
+    """
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+    def call() -> Result:
+        with torch.cuda.stream(stream):
+            return function()
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(call).result()
+
+
+def constant_when_compiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``torch.compile`` takes what ``function`` returns for a constant.
+
+    As ``torch.compiler.assume_constant_result``, without its import of the compiler, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def largest_difference(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """The largest absolute difference between tensors pair by pair; infinite where one is not finite."""
     pairs = zip(results, expected, strict=True)
-    worst = max(float((a.detach().double() - b.detach().double()).abs().max()) for a, b in pairs)
-    return worst if worst == worst else float("inf")
+    differences = [float((a.detach().double() - b.detach().double()).abs().max()) for a, b in pairs]
+    return max(x if x == x else float("inf") for x in differences)
+
+
+def _give_up(key: tuple[str, Hashable], reason: str) -> None:
+    _trusted[key] = False
+    warnings.warn(f"{key[0]} {reason}; torch is used instead", stacklevel=4)

@@ -1,15 +1,18 @@
 """C++ for CPUs as libraries: compiled when first needed, kept for next time.
 
-No package is needed to build one and no torch header to read, so it takes a second or two, once a machine.
-Where there is no g++, :func:`native_library` returns None: torch does the work.
+No package is needed to build one and no torch header to read, so it takes seconds, once a machine. Without a
+compiler :func:`native_library` returns None: torch does the work.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -17,7 +20,6 @@ from pathlib import Path
 import torch
 
 from flowrl.atomic import atomic_path
-from flowrl.machine import home_folder
 
 FOLDER = Path(__file__).parents[1]  # which headers are included from
 INSTRUCTIONS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}  # torch's names of them, and the compiler's
@@ -31,14 +33,17 @@ def native_library(
 ) -> ctypes.CDLL | None:
     """The library of this C++ file, whose functions return nothing; None where it cannot be built.
 
-    ``defined`` are macros, as "NAME=value". It lies in ``$XDG_CACHE_HOME/flowrl`` (``~/.cache/flowrl``),
-    named by its sources, compiler and flags. Warns where a compiler is there but fails.
+    ``defined`` are macros, as "NAME=value". The compiler is the environment's CXX, g++ by default. The
+    library lies in ``$XDG_CACHE_HOME/flowrl`` (``~/.cache/flowrl``), named by its sources, compiler and
+    flags; where that folder cannot be written, in a temporary folder of this process. Warns where a compiler
+    is there but fails.
     """
-    command = _command(defined)
-    if command is None:
+    compiler, flags = _compiler(), _flags(defined)
+    if compiler is None or flags is None:
         return None
+    command = [*compiler, *flags]
     try:
-        version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         headers = (header.read_bytes() for header in sorted(FOLDER.rglob("*.h")))
         parts = (source.read_bytes(), *headers, version, *map(str.encode, command))
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
@@ -55,14 +60,19 @@ def native_library(
     return library
 
 
-def _command(defined: tuple[str, ...]) -> list[str] | None:
-    """The compiler and its flags; None where none is installed, or none that is known to know the machine."""
-    compiler = shutil.which(os.environ.get("CXX") or COMPILER)
+def _compiler() -> list[str] | None:
+    """The compiler with its own arguments, such as "ccache g++"; None where it is not installed."""
+    words = shlex.split(os.environ.get("CXX") or COMPILER)
+    return words if words and shutil.which(words[0]) else None
+
+
+def _flags(defined: tuple[str, ...]) -> list[str] | None:
+    """Its flags; None where no instruction set is known to suit the machine."""
     architecture = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability())
-    if compiler is None or architecture is None or not sys.platform.startswith("linux"):
+    if architecture is None or not sys.platform.startswith("linux"):
         return None
     flags = ["-std=c++17", "-O3", f"-march={architecture}", "-fPIC", "-shared", "-fopenmp"]
-    return [compiler, *flags, *(f"-D{macro}" for macro in defined)]
+    return [*flags, *(f"-D{macro}" for macro in defined)]
 
 
 def _compile(command: list[str]) -> None:
@@ -72,6 +82,17 @@ def _compile(command: list[str]) -> None:
         raise subprocess.SubprocessError(next((line for line in lines if "error" in line), lines[0]))
 
 
+@cache
 def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else home_folder() / ".cache") / "flowrl"
+    """Where libraries are kept; created."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(home) if home else Path.home() / ".cache") / "flowrl"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        pass
+    temporary = tempfile.mkdtemp(prefix="flowrl-")  # readable by this user alone: it holds code that is run
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary)

@@ -14,7 +14,7 @@ from timing import Spread, interleaved, nothing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from workload import Sizes, open_trainer, paper_config, training_data
 
-from flowrl.attention.flow.triton import triton_supports
+from flowrl.attention.flow import triton
 from flowrl.attention.kinds import AttentionName
 
 ATTENTIONS: tuple[AttentionName, ...] = ("flow", "softmax")
@@ -75,7 +75,7 @@ def _measure_attention(section: Section, sizes: Sizes, repetitions: int, device:
         inputs = make_inputs(shape, device, torch.bfloat16)
         contenders = {"flow": partial(forward_backward, "flow", inputs), "softmax": partial(_flash, inputs)}
         timings = interleaved(contenders, repetitions, wait=_waiting(device))
-        kernels = "" if triton_supports(*inputs) else ", without Triton"
+        kernels = "" if triton.supports(*inputs) else ", without Triton"
         case = f"GPU attention forward + backward{kernels}, bf16, {BATCH} x {HEADS} x {length:,} x {HEAD_DIM}"
         for form, timing in timings.items():
             section.measurements.append(Measurement(form, case, BATCH * length, timing))

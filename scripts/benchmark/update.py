@@ -10,13 +10,12 @@ from timing import Timing, interleaved, peak_memory
 from torch import nn
 from workload import Sizes, open_trainer, paper_config, training_data
 
-from flowrl.attention.flow import flow_attention_step
-from flowrl.attention.kinds import AttentionKind, AttentionName
+from flowrl.attention.kinds import ATTENTION_KINDS, AttentionName
 from flowrl.model.transformer import SelfAttention, SequenceModel
 from flowrl.training.config import TrainConfig
 
 BFLOAT16 = "flow, bfloat16"
-AUTHORS = AttentionKind(authors_flow_attention, flow_attention_step)
+AUTHORS = replace(ATTENTION_KINDS["flow"], parallel=authors_flow_attention)
 TINY = Sizes(
     num_layers=1, embed_dim=8, batch_size=1, episode_batch_size=1, episode_length=30, transitions=400
 )

@@ -1,176 +1,158 @@
-"""Flow-Attention for training and acting: the parallel causal form, the bidirectional form, and the step.
+"""Flow-Attention, linear in length: a parallel form for training, a recurrent form for acting.
 
-Notation follows Flowformer (arXiv 2202.06258): q are sinks and k sources after their sigmoid, I and O the
-incoming and outgoing flow, n_i = i the number of tokens seen. ``naive.py`` holds the plain formula.
+One file for each way to compute it: ``naive.py`` the formulas, ``blocks.py`` torch, ``recurrent.py`` token
+after token, ``cpu.py`` C++, ``triton.py`` CUDA. This file picks one; ``operators.py`` presents the last two
+to torch.
 """
 
-from typing import NamedTuple
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from flowrl.attention.flow.blocks import CausalFlowBlocks
-from flowrl.attention.flow.cpu import native_flow_attention, native_supports
-from flowrl.attention.flow.triton import triton_flow_attention, triton_supports
+from flowrl.attention.flow import cpu, triton
+from flowrl.attention.flow.blocks import bidirectional_flow, causal_flow_blocks
+from flowrl.attention.flow.naive import naive_flow_attention
+from flowrl.attention.flow.operators import flow_operator
+from flowrl.attention.flow.recurrent import (
+    FlowState,
+    decode_flow_attention,
+    empty_flow_state,
+    flow_attention_step,
+)
+from flowrl.attention.precision import accumulation_dtype, without_autocast
 
-ONE_BLOCK = 128  # tokens up to which one block does the whole job
-SHORTEST_BLOCK = 32  # otherwise blocks as long as head_dim: the Gram matrix then costs what the memory does
-ONE_GROUP = 12_288  # tokens times sequences up to which all are handled together
-GROUP_TOKENS = 4_096  # otherwise groups of so many: more overflow the cache, fewer amortise less
-
-
-class FlowState(NamedTuple):
-    """Everything the causal form remembers of the past; constant in size. All tensors float32 or float64."""
-
-    num_tokens: Tensor  # (batch, heads) tokens seen, n
-    sum_keys: Tensor  # (batch, heads, head_dim)
-    sum_queries: Tensor  # (batch, heads, head_dim)
-    weighted_keys: Tensor  # (batch, heads, head_dim), sum of (n_j / O_j) k_j
-    weighted_queries: Tensor  # (batch, heads, head_dim), sum of (n_i / I_i) q_i
-    sum_exponentials: Tensor  # (batch, heads), sum of exp(conserved source)
-    memory: Tensor  # (batch, heads, head_dim, value_dim), sum of k_j (C_j v_j)^T
-
-
-def empty_flow_state(query: Tensor, value: Tensor) -> FlowState:
-    """Return the state before the first token, for tensors whose first two dimensions are (batch, heads)."""
-    batch, heads, head_dim, value_dim = *query.shape[:2], query.shape[-1], value.shape[-1]
-    dtype = _accumulation_dtype(query.dtype)
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(batch, heads, *shape, dtype=dtype, device=query.device)
-
-    return FlowState(
-        zeros(),
-        zeros(head_dim),
-        zeros(head_dim),
-        zeros(head_dim),
-        zeros(head_dim),
-        zeros(),
-        zeros(head_dim, value_dim),
-    )
+__all__ = [
+    "FlowState",
+    "empty_flow_state",
+    "flow_attention",
+    "flow_attention_decode",
+    "flow_attention_step",
+    "naive_flow_attention",
+]
 
 
+@overload
 def flow_attention(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     *,
     causal: bool = True,
+    mask: Tensor | None = None,
+    initial_state: FlowState | None = None,
+    return_state: Literal[False] = False,
     clamp: float = 10.0,
     eps: float = 1e-6,
-) -> Tensor:
-    """Flow-Attention, linear in length in time and memory.
+) -> Tensor: ...
+@overload
+def flow_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    initial_state: FlowState | None = None,
+    return_state: Literal[True],
+    clamp: float = 10.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, FlowState]: ...
+def flow_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    initial_state: FlowState | None = None,
+    return_state: bool = False,
+    clamp: float = 10.0,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, FlowState]:
+    """Flow-Attention of whole sequences, linear in length in time and memory (arXiv 2202.06258, Eq. 4-9).
 
     Args:
         queries, keys: (batch, heads, length, head_dim), **before** the sigmoid.
         values: (batch, heads, length, value_dim).
         causal: sums over the past only, as in the paper's reinforcement-learning experiments; otherwise
-            the bidirectional Eq. 4-9, where queries and keys may differ in length.
+            the bidirectional form, where queries and keys may differ in length.
+        mask: (batch, length) bool, True for valid tokens. The outputs of valid tokens are those of the same
+            sequence without the others, whose outputs are 0.
+        initial_state: what precedes the first token, in the causal form: a few new tokens may attend to a
+            long past that was read before.
+        return_state: also return the state after the last token, from which this function and
+            :func:`flow_attention_step` continue.
         clamp: bound on the conserved source flow before its exponential.
         eps: added to every component where the formula divides by a flow.
 
     Returns (batch, heads, length, value_dim) in the dtype of ``values``. Sums are float32 (float64 for
-    float64 input) whatever the autocast state. Raises ValueError for shapes that do not fit.
+    float64 input) whatever the autocast state. Raises ValueError for arguments that do not fit.
     """
-    _check_shapes(queries, keys, values, causal)
-    if causal and triton_supports(queries, keys, values):
-        return triton_flow_attention(queries, keys, values, clamp=clamp, eps=eps)
-    with torch.autocast(queries.device.type, enabled=False):
-        dtype = _accumulation_dtype(queries.dtype)
+    _check(queries, keys, values, causal, mask, initial_state, return_state)
+    traced = _is_exporting() or torch.jit.is_tracing()  # into torch's own operations, at any length
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    fast = causal and mask is None and initial_state is None and not (return_state or traced or transformed)
+    with without_autocast(queries):
+        if fast and triton.supports(queries, keys, values):
+            return flow_operator(queries, keys, values, clamp, eps)
+        dtype = accumulation_dtype(queries.dtype) if initial_state is None else initial_state.memory.dtype
         q, k, v = queries.to(dtype), keys.to(dtype), values.to(dtype)
-        if causal and native_supports(q, k, v):
-            outputs = native_flow_attention(q, k, v, clamp=clamp, eps=eps)
+        state: FlowState | None = None
+        if fast and cpu.supports(q, k, v):
+            outputs = flow_operator(q, k, v, clamp, eps)
         elif causal:
-            outputs = _causal(q, k, v, clamp, eps)
+            outputs, state = causal_flow_blocks(
+                q, k, v, clamp=clamp, eps=eps, mask=mask, state=initial_state,
+                return_state=return_state, one_block=traced,
+            )  # fmt: skip
         else:
-            outputs = _bidirectional(q.sigmoid(), k.sigmoid(), v, clamp, eps)
-    return outputs.to(values.dtype)
+            outputs = bidirectional_flow(q, k, v, clamp=clamp, eps=eps, mask=mask)
+    outputs = outputs.to(values.dtype)
+    return outputs if state is None else (outputs, state)
 
 
-def flow_attention_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def flow_attention_decode(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
     state: FlowState | None = None,
     *,
     clamp: float = 10.0,
     eps: float = 1e-6,
 ) -> tuple[Tensor, FlowState]:
-    """The recurrent form: one token in, one out, in constant time and memory.
+    """A few tokens at once, for acting: outputs (batch, heads, tokens, value_dim), and the state after them.
 
-    ``query`` and ``key`` are (batch, heads, head_dim), before the sigmoid; ``value`` is (batch, heads,
-    value_dim); ``state`` is None before the first token. Returns the output (batch, heads, value_dim) and the
-    new state. Raises ValueError for shapes that do not fit.
+    ``queries`` and ``keys`` are (batch, heads, tokens, head_dim), before the sigmoid, ``values`` are (batch,
+    heads, tokens, value_dim). The numbers are those of :func:`flow_attention_step`, token after token, but
+    the tensors of ``state`` are overwritten and returned; None stands for the state before the first token.
+    There is no gradient.
     """
-    if query.ndim != 3 or query.shape != key.shape or query.shape[:2] != value.shape[:2] or value.ndim != 3:
-        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        raise ValueError(f"flow_attention_step takes (batch, heads, head_dim) tensors, got {shapes}")
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(queries), torch.no_grad():
         if state is None:
-            state = empty_flow_state(query, value)
-        dtype = state.memory.dtype
-        q, k, v = query.to(dtype).sigmoid(), key.to(dtype).sigmoid(), value.to(dtype)
-        qe, ke = q + eps, k + eps
-        n = state.num_tokens + 1
-        sum_keys, sum_queries = state.sum_keys + k, state.sum_queries + q
-        incoming = (qe * (sum_keys + eps)).sum(-1)
-        outgoing = (ke * (sum_queries + eps)).sum(-1)
-        weighted_keys = state.weighted_keys + (n / outgoing)[..., None] * k
-        weighted_queries = state.weighted_queries + (n / incoming)[..., None] * q
-        conserved_sink = (qe * (weighted_keys + eps)).sum(-1) / n
-        conserved_source = (ke * (weighted_queries + eps)).sum(-1) / n
-        exponential = conserved_source.clamp(-clamp, clamp).exp()
-        sum_exponentials = state.sum_exponentials + exponential
-        competition = n * exponential / sum_exponentials
-        memory = state.memory + k[..., :, None] * (competition[..., None] * v)[..., None, :]
-        scale = conserved_sink.sigmoid() / incoming
-        output = ((scale[..., None] * q)[..., None, :] @ memory)[..., 0, :]
-    new_state = FlowState(n, sum_keys, sum_queries, weighted_keys, weighted_queries, sum_exponentials, memory)
-    return output.to(value.dtype), new_state
+            state = empty_flow_state(queries, values)
+        q, k, v = (x.to(state.memory.dtype) for x in (queries, keys, values))
+        in_place = q.shape[2] <= cpu.MOST_STEPS and all(x.is_contiguous() for x in state)
+        if in_place and cpu.supports(q, k, v):
+            outputs = torch.ops.flowrl.flow_decode(q, k, v, *state, clamp, eps)
+        else:
+            outputs = decode_flow_attention(q, k, v, state, clamp, eps)
+    return outputs.to(values.dtype), state
 
 
-def _causal(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
-    """Walk over groups of whole blocks, then the shorter last block: nothing is ever padded."""
-    batch, heads, length, head_dim = queries.shape
-    block = length if length <= ONE_BLOCK else max(head_dim, SHORTEST_BLOCK)
-    together = ONE_GROUP if batch * heads * length <= ONE_GROUP else GROUP_TOKENS
-    group = max(together // (batch * heads * block), 1)  # blocks
-    sizes, left = [], length  # tokens of each group
-    while left > 0:
-        blocks = max(min(left // block, group), 1)
-        sizes.append(min(blocks * block, left))
-        left -= sizes[-1]
-    state: tuple[Tensor | None, ...] = (None,) * len(FlowState._fields)
-    if len(sizes) == 1:
-        inputs = (queries, keys, values)
-        return CausalFlowBlocks.apply(*inputs, max(length // block, 1), False, clamp, eps, *state)[0]
-    outputs = []
-    # split, not slices: the gradient of each slice would be as long as the whole sequence.
-    parts = zip(*(x.split(sizes, dim=2) for x in (queries, keys, values)), strict=True)
-    for index, (size, part) in enumerate(zip(sizes, parts, strict=True)):
-        goes_on = index + 1 < len(sizes)
-        output, *state = CausalFlowBlocks.apply(*part, max(size // block, 1), goes_on, clamp, eps, *state)
-        outputs.append(output)
-    return torch.cat(outputs, dim=-2)
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # torch 2.7 has it
 
 
-def _bidirectional(q: Tensor, k: Tensor, v: Tensor, clamp: float, eps: float) -> Tensor:
-    num_sinks, num_sources = q.shape[-2], k.shape[-2]
-    qe, ke = q + eps, k + eps
-    incoming = qe @ (k.sum(-2) + eps)[..., None]  # (batch, heads, sinks, 1), Eq. 4
-    outgoing = ke @ (q.sum(-2) + eps)[..., None]  # (batch, heads, sources, 1)
-    conserved_sink = qe @ ((k / outgoing).sum(-2) + eps)[..., None]  # Eq. 7
-    conserved_source = ke @ ((q / incoming).sum(-2) + eps)[..., None]
-    competition = num_sources * conserved_source.clamp(-clamp, clamp).softmax(dim=-2)  # Eq. 8
-    memory = k.transpose(-1, -2) @ (competition * v)  # (batch, heads, head_dim, value_dim)
-    return (conserved_sink * (num_sinks / num_sources)).sigmoid() / incoming * (q @ memory)  # Eq. 9
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> None:
+def _check(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    initial_state: FlowState | None,
+    return_state: bool,
+) -> None:
     shapes = f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
     if queries.ndim != 4 or keys.ndim != 4 or values.ndim != 4:
         raise ValueError(f"flow_attention takes (batch, heads, length, head_dim) tensors, got {shapes}")
@@ -178,7 +160,21 @@ def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -
         raise ValueError(f"queries and keys differ in batch, heads or head_dim: {shapes}")
     if keys.shape[:3] != values.shape[:3]:
         raise ValueError(f"keys and values differ in batch, heads or length: {shapes}")
-    if causal and queries.shape[-2] != keys.shape[-2]:
-        raise ValueError(f"causal attention takes as many queries as keys, got {shapes}")
     if queries.shape[-2] == 0 or keys.shape[-2] == 0:
         raise ValueError(f"flow_attention takes at least one token, got {shapes}")
+    if (causal or mask is not None) and queries.shape[-2] != keys.shape[-2]:
+        raise ValueError(
+            f"causal or masked attention takes as many queries as keys, got {shapes}; "
+            "a longer past is given by initial_state"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (keys.shape[0], keys.shape[2])):
+        raise ValueError(
+            f"mask must be bool of shape (batch, length), got {mask.dtype} {tuple(mask.shape)} for {shapes}"
+        )
+    if not causal and (initial_state is not None or return_state):
+        raise ValueError("initial_state and return_state belong to the causal form alone")
+    if initial_state is not None:
+        expected = (*keys.shape[:2], keys.shape[-1], values.shape[-1])
+        if initial_state.memory.shape != expected:
+            found = tuple(initial_state.memory.shape)
+            raise ValueError(f"initial_state has a memory {found}, {expected} would fit {shapes}")

@@ -1,21 +1,21 @@
-"""Causal Flow-Attention on CPUs, as C++ with its gradient: see ``cpu.cpp`` for how it works.
+"""Causal Flow-Attention on CPUs in C++, forward, backward and a few tokens at a time: see ``cpu.cpp``.
 
-:func:`native_supports` says where it applies; torch does the rest. Normalisers, flows and all sums are
-float32 (float64 for float64 input), as everywhere.
+The library is compiled on first use for one dtype and one width of heads. Flows and all sums are float32
+(float64 for float64 inputs).
 """
 
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flowrl.attention.heads import empty_slices
+from flowrl.attention.flow.recurrent import FlowState
+from flowrl.native.kernels import constant_when_compiled, kernels_enabled
 from flowrl.native.library import native_library
 
+NAME = "Flow-Attention in C++"
 SOURCE = Path(__file__).with_name("cpu.cpp")
 NUMBERS = {torch.float32: "float", torch.float64: "double"}
 BLOCK = 64  # tokens, as in cpu.cpp
@@ -41,100 +41,108 @@ class Layout(ctypes.Structure):
 
 @cache
 def flow_library(dtype: torch.dtype, width: int) -> ctypes.CDLL | None:
-    """The library for this type of numbers and width of heads; None where it cannot be built."""
+    """The library for this dtype and width of heads; None where it cannot be built."""
     functions = ("flow_forward", "flow_backward", "flow_steps")
     return native_library(SOURCE, functions, (f"REAL={NUMBERS[dtype]}", f"WIDTH={width}"))
 
 
-def native_supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+@constant_when_compiled
+def is_available(dtype: torch.dtype, width: int) -> bool:
+    """Whether kernels are switched on and the library is there."""
+    return kernels_enabled() and flow_library(dtype, width) is not None
+
+
+@constant_when_compiled
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+def supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the C++ form can do causal attention on these (batch, heads, length, head_dim) tensors.
 
     A sequence is one thread's work: where there are more threads than long sequences, torch is faster.
     """
     batch, heads, length, width = queries.shape
     return (
-        not torch.compiler.is_compiling()  # a compiler of torch code cannot see into C++
-        and queries.device.type == "cpu"
+        queries.device.type == "cpu"
         and width in WIDTHS
         and values.shape[-1] == width
-        and (length <= BLOCK or batch * heads >= torch.get_num_threads())
+        and (length <= BLOCK or batch * heads >= _num_threads())
         and queries.dtype == keys.dtype == values.dtype
         and queries.dtype in NUMBERS
-        and flow_library(queries.dtype, width) is not None
+        and is_available(queries.dtype, int(width))
     )
 
 
-def native_flow_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, *, clamp: float = 10.0, eps: float = 1e-6
-) -> Tensor:
-    """Causal Flow-Attention of (batch, heads, length, head_dim) tensors, queries and keys before the sigmoid.
+def empty_results(queries: Tensor, values: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs and what the backward pass needs besides: flows, sums and memories, empty unless ``keep``."""
+    batch, heads, length, width = queries.shape
+    sequences, blocks = (batch * heads if keep else 0), -(-length // BLOCK)
+    if blocks == 1:
+        blocks = 0  # nothing precedes the only block
+    return (
+        results_like(values),
+        queries.new_empty(sequences, FLOWS, length),
+        queries.new_empty(sequences, blocks, SUMS, width),
+        queries.new_empty(sequences, blocks, width, width),
+    )
 
-    Returns (batch, heads, length, head_dim), tokens before heads in memory. Inputs are those that
-    :func:`native_supports` accepts; slices of one projection are read where they lie.
+
+def forward(
+    queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal Flow-Attention of tensors that :func:`supports` accepts, queries and keys before the sigmoid.
+
+    Returns outputs (batch, heads, length, head_dim), tokens before heads in memory, and what
+    :func:`empty_results` describes.
     """
     inputs = same_strides(queries, keys, values)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return _NativeFlow.apply(*inputs, clamp, eps)
-    outputs = results_like(values)
-    _call("flow_forward", _layout(inputs[0], outputs, clamp, eps), *inputs, outputs, None, None, None)
+    results = empty_results(queries, values, keep)
+    _call("flow_forward", _layout(inputs[0], results[0], clamp, eps), *inputs, *results)
+    return results
+
+
+def backward(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    g_outputs: Tensor,
+    outputs: Tensor,
+    flows: Tensor,
+    sums: Tensor,
+    memories: Tensor,
+    clamp: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by queries, keys and values, from that by the outputs and the results of forward."""
+    inputs = same_strides(queries, keys, values)
+    (outputs,) = same_strides(outputs)
+    if g_outputs.stride() != outputs.stride():
+        g_outputs = torch.empty_like(outputs).copy_(g_outputs)
+    gradients = (results_like(queries), results_like(keys), results_like(values))
+    layout = _layout(inputs[0], outputs, clamp, eps, gradients[0])
+    kept = (x.contiguous() for x in (flows, sums, memories))
+    _call("flow_backward", layout, *inputs, outputs, g_outputs, *kept, *gradients)
+    return gradients
+
+
+def decode(
+    queries: Tensor, keys: Tensor, values: Tensor, state: FlowState, clamp: float, eps: float
+) -> Tensor:
+    """The outputs of up to ``MOST_STEPS`` tokens, (batch, heads, tokens, head_dim); changes ``state``.
+
+    Inputs and state have one dtype that :func:`supports` accepts; the state is contiguous.
+    """
+    inputs = same_strides(queries, keys, values)
+    outputs = tokens_first(values)
+    _call("flow_steps", _layout(inputs[0], outputs, clamp, eps), *inputs, outputs, *state)
     return outputs
 
 
-def native_flow_attention_steps(
-    queries: Tensor, keys: Tensor, values: Tensor, state: tuple[Tensor, ...], *, clamp: float, eps: float
-) -> Tensor:
-    """Feed up to ``MOST_STEPS`` tokens, (batch, heads, tokens, head_dim); changes the FlowState ``state``.
-
-    Inputs and state have one dtype that :func:`native_supports` accepts; the state is contiguous.
-    """
-    inputs = same_strides(queries, keys, values)
-    batch, heads, tokens, width = queries.shape
-    outputs = values.new_empty(tokens, batch, heads, width).permute(1, 2, 0, 3)
-    num_tokens, sum_k, sum_q, sum_wk, sum_wq, exponentials, memory = state
-    layout = _layout(inputs[0], outputs, clamp, eps)
-    sums = (sum_k, sum_q, sum_wk, sum_wq)
-    _call("flow_steps", layout, *inputs, outputs, num_tokens, *sums, exponentials, memory)
-    return outputs
-
-
-class _NativeFlow(torch.autograd.Function):
-    """``apply(queries, keys, values, clamp, eps)`` -> outputs."""
-
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
-        batch, heads, length, width = queries.shape
-        outputs = results_like(values)
-        flows = queries.new_empty(batch * heads, FLOWS, length)
-        blocks = -(-length // BLOCK)
-        sums = memories = None
-        if blocks > 1:
-            sums = queries.new_empty(batch * heads, blocks, SUMS, width)
-            memories = queries.new_empty(batch * heads, blocks, width, width)
-        layout = _layout(queries, outputs, clamp, eps)
-        _call("flow_forward", layout, queries, keys, values, outputs, flows, sums, memories)
-        ctx.save_for_backward(queries, keys, values, outputs, flows, sums, memories)
-        ctx.constants = (clamp, eps)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, outputs, flows, sums, memories = ctx.saved_tensors
-        gradients = empty_slices(queries)
-        if g_outputs.stride() != outputs.stride():
-            g_outputs = results_like(outputs).copy_(g_outputs)
-        clamp, eps = ctx.constants
-        layout = _layout(queries, outputs, clamp, eps, gradients[0])
-        kept = (flows, sums, memories)
-        _call("flow_backward", layout, queries, keys, values, outputs, g_outputs, *kept, *gradients)
-        return *gradients, None, None
-
-
-def _call(name: str, layout: Layout, *tensors: Tensor | None) -> None:
-    """Call ``name`` of the library for the first tensor's type and width, which is there."""
-    assert tensors[0] is not None
+def _call(name: str, layout: Layout, *tensors: Tensor) -> None:
+    """Call the library for the first tensor's dtype and width; empty tensors are null pointers."""
     library = flow_library(tensors[0].dtype, tensors[0].shape[-1])
-    pointers = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
+    pointers = (ctypes.c_void_p(x.data_ptr() if x.numel() else None) for x in tensors)
     getattr(library, name)(ctypes.byref(layout), *pointers)
 
 
@@ -149,6 +157,11 @@ def _layout(
 def results_like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape with tokens before heads in memory, as a projection wants to read it."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """An empty tensor of x's shape with tokens first in memory."""
+    return x.new_empty(x.shape[2], *x.shape[:2], x.shape[3]).permute(1, 2, 0, 3)
 
 
 def same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,60 +1,110 @@
-"""A few tokens of causal Flow-Attention at once, from a state that is changed in place: for acting.
+"""The recurrent form of causal Flow-Attention: a state of constant size, and one token at a time.
 
-The numbers are those of :func:`flowrl.attention.flow.flow_attention_step`, token after token. Tokens lead
-in memory, so that every sum over the past is a run of contiguous additions; the memory matrix, by far the
-largest part of the state, is read once and written once for all of them.
+Notation follows Flowformer (arXiv 2202.06258): q is a sink and k a source after their sigmoid, I and O its
+incoming and outgoing flow, n the number of tokens seen.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flowrl.attention.flow import FlowState, empty_flow_state
-from flowrl.attention.flow.cpu import MOST_STEPS, native_flow_attention_steps, native_supports
+from flowrl.attention.precision import accumulation_dtype, without_autocast
 
 
-def flow_attention_steps(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+class FlowState(NamedTuple):
+    """Everything the causal form remembers of the past; constant in size. All tensors float32 or float64."""
+
+    num_tokens: Tensor  # (batch, heads) tokens seen, n
+    sum_keys: Tensor  # (batch, heads, head_dim)
+    sum_queries: Tensor  # (batch, heads, head_dim)
+    weighted_keys: Tensor  # (batch, heads, head_dim), sum of (n_j / O_j) k_j
+    weighted_queries: Tensor  # (batch, heads, head_dim), sum of (n_i / I_i) q_i
+    sum_exponentials: Tensor  # (batch, heads), sum of exp(conserved source)
+    memory: Tensor  # (batch, heads, head_dim, value_dim), sum of k_j (C_j v_j)^T
+
+
+def empty_flow_state(query: Tensor, value: Tensor) -> FlowState:
+    """Return the state before the first token, for tensors whose first two dimensions are (batch, heads)."""
+    batch, heads, head_dim, value_dim = *query.shape[:2], query.shape[-1], value.shape[-1]
+    shapes = ((), *((head_dim,),) * 4, (), (head_dim, value_dim))
+    dtype = accumulation_dtype(query.dtype)
+    return FlowState(*(query.new_zeros(batch, heads, *shape, dtype=dtype) for shape in shapes))
+
+
+def flow_attention_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     state: FlowState | None = None,
     *,
     clamp: float = 10.0,
     eps: float = 1e-6,
 ) -> tuple[Tensor, FlowState]:
-    """Feed a few tokens and return their outputs (batch, heads, tokens, value_dim) and the state after them.
+    """One token in, one out, in constant time and memory.
 
-    ``queries`` and ``keys`` are (batch, heads, tokens, head_dim), before the sigmoid, ``values`` are (batch,
-    heads, tokens, value_dim); they are cheapest where tokens come first in memory. The tensors of ``state``
-    are overwritten and returned; None stands for the state before the first token. There is no gradient.
+    ``query`` and ``key`` are (batch, heads, head_dim), before the sigmoid; ``value`` is (batch, heads,
+    value_dim); ``state`` is None before the first token. Returns the output (batch, heads, value_dim) and the
+    new state. Raises ValueError for shapes that do not fit.
     """
-    with torch.autocast(queries.device.type, enabled=False):
+    if query.ndim != 3 or query.shape != key.shape or query.shape[:2] != value.shape[:2] or value.ndim != 3:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        raise ValueError(f"flow_attention_step takes (batch, heads, head_dim) tensors, got {shapes}")
+    with without_autocast(query):
         if state is None:
-            state = empty_flow_state(queries[:, :, 0], values[:, :, 0])
-        tokens, dtype = queries.shape[2], state.memory.dtype
-        inputs = (queries.to(dtype), keys.to(dtype), values.to(dtype))
-        if tokens <= MOST_STEPS and native_supports(*inputs) and all(x.is_contiguous() for x in state):
-            outputs = native_flow_attention_steps(*inputs, state, clamp=clamp, eps=eps)
-            return outputs.to(values.dtype), state
-        # All (tokens, batch, heads, width) from here on.
-        q, k, v = (x.permute(2, 0, 1, 3) for x in inputs)
-        q, k = q.sigmoid(), k.sigmoid()
+            state = empty_flow_state(query, value)
+        dtype = state.memory.dtype
+        q, k, v = query.to(dtype).sigmoid(), key.to(dtype).sigmoid(), value.to(dtype)
         qe, ke = q + eps, k + eps
-        query_mass, key_mass = eps * qe.sum(-1), eps * ke.sum(-1)
-        n = state.num_tokens + torch.arange(1, tokens + 1, dtype=dtype, device=q.device)[:, None, None]
-        incoming = (qe * _running_sums(state.sum_keys, k)).sum(-1) + query_mass  # (tokens, batch, heads)
-        outgoing = (ke * _running_sums(state.sum_queries, q)).sum(-1) + key_mass
-        weighted_keys = _running_sums(state.weighted_keys, k, n / outgoing)
-        weighted_queries = _running_sums(state.weighted_queries, q, n / incoming)
-        conserved_sink = ((qe * weighted_keys).sum(-1) + query_mass) / n
-        conserved_source = ((ke * weighted_queries).sum(-1) + key_mass) / n
+        n = state.num_tokens + 1
+        sum_keys, sum_queries = state.sum_keys + k, state.sum_queries + q
+        incoming = (qe * (sum_keys + eps)).sum(-1)
+        outgoing = (ke * (sum_queries + eps)).sum(-1)
+        weighted_keys = state.weighted_keys + (n / outgoing)[..., None] * k
+        weighted_queries = state.weighted_queries + (n / incoming)[..., None] * q
+        conserved_sink = (qe * (weighted_keys + eps)).sum(-1) / n
+        conserved_source = (ke * (weighted_queries + eps)).sum(-1) / n
         exponential = conserved_source.clamp(-clamp, clamp).exp()
-        normaliser = exponential.cumsum(0) + state.sum_exponentials
-        competed = (n * exponential / normaliser)[..., None] * v
-        aggregated = _aggregate(q, k, competed, state.memory)
-        scale = (conserved_sink.sigmoid() / incoming).permute(1, 2, 0)[..., None]
-        state.num_tokens.copy_(n[-1])
-        state.sum_exponentials.copy_(normaliser[-1])
-    return (scale * aggregated).to(values.dtype), state
+        sum_exponentials = state.sum_exponentials + exponential
+        competition = n * exponential / sum_exponentials
+        memory = state.memory + k[..., :, None] * (competition[..., None] * v)[..., None, :]
+        scale = conserved_sink.sigmoid() / incoming
+        output = ((scale[..., None] * q)[..., None, :] @ memory)[..., 0, :]
+    new_state = FlowState(n, sum_keys, sum_queries, weighted_keys, weighted_queries, sum_exponentials, memory)
+    return output.to(value.dtype), new_state
+
+
+def decode_flow_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, state: FlowState, clamp: float, eps: float
+) -> Tensor:
+    """A few tokens at once, for acting: the numbers of :func:`flow_attention_step`, token after token.
+
+    ``queries`` and ``keys`` are (batch, heads, tokens, head_dim), before the sigmoid, ``values`` (batch,
+    heads, tokens, value_dim), all of the state's dtype. Returns outputs (batch, heads, tokens, value_dim);
+    the tensors of ``state`` are overwritten, and there is no gradient. Tokens lead in memory, so that every
+    sum over the past is a run of contiguous additions; the memory matrix, by far the largest part of the
+    state, is read once and written once for all of them.
+    """
+    # All (tokens, batch, heads, width) from here on.
+    q, k, v = (x.permute(2, 0, 1, 3) for x in (queries, keys, values))
+    q, k = q.sigmoid(), k.sigmoid()
+    qe, ke = q + eps, k + eps
+    query_mass, key_mass = eps * qe.sum(-1), eps * ke.sum(-1)
+    n = state.num_tokens + torch.arange(1, len(q) + 1, dtype=q.dtype, device=q.device)[:, None, None]
+    incoming = (qe * _running_sums(state.sum_keys, k)).sum(-1) + query_mass  # (tokens, batch, heads)
+    outgoing = (ke * _running_sums(state.sum_queries, q)).sum(-1) + key_mass
+    weighted_keys = _running_sums(state.weighted_keys, k, n / outgoing)
+    weighted_queries = _running_sums(state.weighted_queries, q, n / incoming)
+    conserved_sink = ((qe * weighted_keys).sum(-1) + query_mass) / n
+    conserved_source = ((ke * weighted_queries).sum(-1) + key_mass) / n
+    exponential = conserved_source.clamp(-clamp, clamp).exp()
+    normaliser = exponential.cumsum(0) + state.sum_exponentials
+    competed = (n * exponential / normaliser)[..., None] * v
+    aggregated = _aggregate(q, k, competed, state.memory)
+    scale = (conserved_sink.sigmoid() / incoming).permute(1, 2, 0)[..., None]
+    state.num_tokens.copy_(n[-1])
+    state.sum_exponentials.copy_(normaliser[-1])
+    return scale * aggregated
 
 
 def _running_sums(total: Tensor, increments: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -62,15 +112,10 @@ def _running_sums(total: Tensor, increments: Tensor, weights: Tensor | None = No
 
     ``weights``, (tokens, ...) without the last dimension, multiply the increments.
     """
-    sums = torch.empty_like(increments)
-    before = total
-    for token, increment in enumerate(increments):
-        if weights is None:
-            torch.add(before, increment, out=sums[token])
-        else:
-            torch.addcmul(before, weights[token][..., None], increment, out=sums[token])
-        before = sums[token]
-    total.copy_(before)
+    if weights is not None:
+        increments = weights[..., None] * increments
+    sums = torch.cat((total[None], increments)).cumsum(0)[1:]
+    total.copy_(sums[-1])
     return sums
 
 

@@ -1,22 +1,22 @@
 """Causal Flow-Attention on a CUDA device, as Triton kernels with their gradient.
 
 Sequences of one block are one kernel each way. Longer ones run block-parallel passes with prefix sums over
-blocks between them, so that one long sequence fills the device as well as many short ones do. Normalisers,
-flows and all sums are float32 whatever the inputs. Triton comes with CUDA builds of torch and is imported
-when first needed; :func:`triton_supports` says where the kernels apply, the torch form does the rest.
+blocks between them, so that one long sequence fills the device as well as many short ones do. Flows and all
+sums are float32 whatever the inputs. Triton comes with CUDA builds of torch and is imported when first
+needed.
 """
 
 import importlib.util
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flowrl.attention.flow.cpu import results_like, same_strides
+from flowrl.native.kernels import constant_when_compiled, kernels_enabled
 
-TOKENS = 64  # of a block; two would not fit into the registers together with their gradients
+NAME = "Flow-Attention in Triton"
+BLOCK = 64  # tokens; two blocks would not fit into the registers together with their gradients
 SMALLEST = 16  # side of a matrix product that the tensor cores take
 WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,174 +25,172 @@ LARGE_SHARED_MEMORY = (9, 10)  # compute capabilities; 128 columns take 192 KiB 
 SUMS = "tf32x3"  # three products of TensorFloat-32 parts: as exact as float32
 
 
-def triton_supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+def supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernels can do causal attention on these (batch, heads, length, head_dim) tensors."""
+    width = queries.shape[-1]
     return (
         queries.is_cuda
-        and values.shape[-1] == queries.shape[-1]
-        and queries.shape[-1] in WIDTHS
+        and values.shape[-1] == width
         and {queries.dtype, keys.dtype, values.dtype} <= set(DTYPES)
-        and _device_supports(queries.device, queries.shape[-1])
+        and width in WIDTHS
+        and is_available(queries.device, int(width))
     )
 
 
-@torch.compiler.disable
+@constant_when_compiled
+def is_available(device: torch.device, width: int) -> bool:
+    """Whether kernels are switched on, triton is there and the device can run them at this width."""
+    return kernels_enabled() and _runs_on(device, width)
+
+
 @cache
-def _device_supports(device: torch.device, width: int) -> bool:
-    """Whether triton is there, and the device has TensorFloat-32 and, for wide heads, the shared memory."""
-    if importlib.util.find_spec("triton") is None or torch.version.cuda is None:
+def _runs_on(device: torch.device, width: int) -> bool:
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return False
-    generation = torch.cuda.get_device_capability(device)[0]
-    return generation >= 8 if width <= 64 else generation in LARGE_SHARED_MEMORY
+    return fits(torch.cuda.get_device_capability(device), width)
 
 
-@torch.compiler.disable
-def triton_flow_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, *, clamp: float = 10.0, eps: float = 1e-6
-) -> Tensor:
-    """Causal Flow-Attention of (batch, heads, length, head_dim) tensors, queries and keys before the sigmoid.
+def fits(capability: tuple[int, int], width: int) -> bool:
+    """Whether a device of this capability has TensorFloat-32 and, for wide heads, the shared memory."""
+    if width not in WIDTHS:
+        return False
+    return capability[0] >= 8 if width <= 64 else capability[0] in LARGE_SHARED_MEMORY
 
-    Returns (batch, heads, length, head_dim) in the dtype of ``values``. Inputs are those that
-    :func:`triton_supports` accepts; any strides will do, those of slices of one projection without a copy.
+
+def empty_results(queries: Tensor, values: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs and what the backward pass of several blocks needs besides; a window finds it again.
+
+    Flows (5, sequences, length); sums of keys, queries, (n / O) keys and (n / I) queries before each block,
+    (4 * sequences, blocks + 1, width); memories (sequences, blocks + 1, width, width).
     """
-    return _TritonFlow.apply(queries, keys, values, clamp, eps)
+    batch, heads, length, width = queries.shape
+    sequences, blocks = batch * heads, -(-length // BLOCK)
+    if blocks == 1:
+        sequences = 0
+
+    def empty(*shape: int) -> Tensor:
+        return queries.new_empty(shape, dtype=torch.float32)
+
+    flows, sums = empty(5, sequences, length), empty(4 * sequences, blocks + 1, width)
+    return results_like(values), flows, sums, empty(sequences, blocks + 1, width, width)
 
 
-class _TritonFlow(torch.autograd.Function):
-    """``apply(queries, keys, values, clamp, eps)`` -> outputs."""
+def forward(
+    queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal Flow-Attention of tensors that :func:`supports` accepts, queries and keys before the sigmoid.
 
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
-        from flowrl.attention.flow import triton_forward as kernels
+    Returns outputs (batch, heads, length, head_dim) in the dtype of ``values``, tokens before heads in
+    memory, and what :func:`empty_results` describes. Slices of one projection are read where they lie.
+    """
+    from flowrl.attention.flow import triton_forward as kernels
 
-        queries, keys, values = inputs = same_strides(queries, keys, values)
-        outputs = results_like(values)
-        heads, length, sequences, blocks, sizes, precise, options = _plan(inputs)
-        sources, targets = queries.stride()[:3], outputs.stride()[:3]
-        with torch.cuda.device_of(queries):
-            if blocks == 1:
-                kernels.window_kernel[(sequences,)](
-                    *inputs, outputs, heads, length, *sources, *targets,
-                    eps, clamp, SUMS=SUMS, VALUES=precise, **sizes, **options,
-                )  # fmt: skip
-                ctx.save_for_backward(*inputs)
-            else:
-                width, grid = queries.shape[-1], (sequences * blocks,)
-                shape = (heads, sequences, length, blocks, *sources)
-                flows = queries.new_empty(5, sequences, length, dtype=torch.float32)
-                sums, weighted = (_scanned(queries, 2 * sequences, blocks, width) for _ in range(2))
-                exponentials = _scanned(queries, sequences, blocks)
-                memory = _scanned(queries, sequences, blocks, width, width)
-                kernels.sums_kernel[grid](queries, keys, sums, *shape, **sizes, **options)
-                sums.cumsum_(1)
-                kernels.flows_kernel[grid](
-                    queries, keys, sums, weighted, flows, *shape, eps, SUMS=SUMS, **sizes, **options
-                )
-                weighted.cumsum_(1)
-                kernels.conserved_kernel[grid](
-                    queries, keys, weighted, exponentials, flows, *shape, eps, clamp,
-                    SUMS=SUMS, **sizes, **options,
-                )  # fmt: skip
-                exponentials.cumsum_(1)
-                kernels.memory_kernel[grid](
-                    keys,
-                    values,
-                    exponentials,
-                    memory,
-                    flows,
-                    *shape,
-                    clamp,
-                    VALUES=precise,
-                    **sizes,
-                    **options,
-                )
-                memory.cumsum_(1)
-                kernels.outputs_kernel[grid](
-                    *inputs,
-                    outputs,
-                    memory,
-                    flows,
-                    *shape,
-                    *targets,
-                    clamp,
-                    VALUES=precise,
-                    **sizes,
-                    **options,
-                )
-                ctx.save_for_backward(*inputs, outputs, flows, sums, weighted, memory)
-        ctx.constants = (clamp, eps)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from flowrl.attention.flow import triton_backward as kernels
-
-        queries, keys, values, *kept = ctx.saved_tensors
-        inputs, (clamp, eps) = (queries, keys, values), ctx.constants
-        g_queries, g_keys, g_values = (results_like(x) for x in inputs)
-        if g_outputs.stride() != g_values.stride():
-            g_outputs = results_like(g_outputs).copy_(g_outputs)
-        heads, length, sequences, blocks, sizes, precise, options = _plan(inputs)
-        sources, targets = queries.stride()[:3], g_values.stride()[:3]
-        with torch.cuda.device_of(queries):
-            if blocks == 1:
-                kernels.grad_window_kernel[(sequences,)](
-                    *inputs, g_outputs, g_queries, g_keys, g_values, heads, length, *sources, *targets,
-                    eps, clamp, SUMS=SUMS, VALUES=precise, **sizes, num_warps=MOST_WARPS,
-                )  # fmt: skip
-                return g_queries, g_keys, g_values, None, None
-            outputs, flows, sums, weighted, memory = kept
-            width, grid = queries.shape[-1], (sequences * blocks,)
-            shape = (heads, sequences, length, blocks, *sources)
-            grads = torch.empty_like(flows)
-            g_sums, g_weighted = (_scanned(queries, 2 * sequences, blocks, width) for _ in range(2))
-            g_exponentials = _scanned(queries, sequences, blocks)
-            g_memory = _scanned(queries, sequences, blocks, width, width)
-            kernels.grad_memory_kernel[grid](
-                queries, outputs, g_outputs, g_memory, g_weighted, flows, grads, *shape, *targets, eps,
-                VALUES=precise, **sizes, **options,
+    results = outputs, flows, sums, memory = empty_results(queries, values, keep)
+    inputs = same_strides(queries, keys, values)
+    queries, keys, values = inputs
+    heads, length, sequences, blocks, sizes, precise, options = _plan(inputs)
+    sources, targets = queries.stride()[:3], outputs.stride()[:3]
+    with torch.cuda.device_of(queries):
+        if blocks == 1:
+            kernels.window_kernel[(sequences,)](
+                *inputs, outputs, heads, length, *sources, *targets, eps, clamp,
+                SUMS=SUMS, VALUES=precise, **sizes, **options,
             )  # fmt: skip
-            g_memory.cumsum_(1)
-            kernels.grad_values_kernel[grid](
-                *inputs, g_outputs, g_values, g_memory, g_exponentials, flows, grads, *shape, *targets, clamp,
-                VALUES=precise, **sizes, **options,
+            return results
+        grid, shape = (sequences * blocks,), (heads, sequences, length, blocks, *sources)
+        plain, weighted = sums.split(2 * sequences)
+        exponentials = _scanned(queries.new_empty(sequences, blocks + 1, dtype=torch.float32))
+        kernels.sums_kernel[grid](queries, keys, _scanned(plain), *shape, **sizes, **options)
+        plain.cumsum_(1)
+        kernels.flows_kernel[grid](
+            queries, keys, plain, _scanned(weighted), flows, *shape, eps, SUMS=SUMS, **sizes, **options
+        )
+        weighted.cumsum_(1)
+        kernels.conserved_kernel[grid](
+            queries, keys, weighted, exponentials, flows, *shape, eps, clamp, SUMS=SUMS, **sizes, **options
+        )
+        exponentials.cumsum_(1)
+        kernels.memory_kernel[grid](
+            keys, values, exponentials, _scanned(memory), flows, *shape, clamp,
+            VALUES=precise, **sizes, **options,
+        )  # fmt: skip
+        memory.cumsum_(1)
+        kernels.outputs_kernel[grid](
+            *inputs, outputs, memory, flows, *shape, *targets, clamp, VALUES=precise, **sizes, **options
+        )
+    return results
+
+
+def backward(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    g_outputs: Tensor,
+    outputs: Tensor,
+    flows: Tensor,
+    sums: Tensor,
+    memories: Tensor,
+    clamp: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by queries, keys and values, from that by the outputs and the results of forward."""
+    from flowrl.attention.flow import triton_backward as kernels
+
+    inputs = same_strides(queries, keys, values)
+    queries, keys, values = inputs
+    gradients = g_queries, g_keys, g_values = results_like(queries), results_like(keys), results_like(values)
+    outputs, g_outputs = (
+        x if x.stride() == g_values.stride() else results_like(x).copy_(x) for x in (outputs, g_outputs)
+    )
+    heads, length, sequences, blocks, sizes, precise, options = _plan(inputs)
+    sources, targets = queries.stride()[:3], g_values.stride()[:3]
+    with torch.cuda.device_of(queries):
+        if blocks == 1:
+            kernels.grad_window_kernel[(sequences,)](
+                *inputs, g_outputs, *gradients, heads, length, *sources, *targets, eps, clamp,
+                SUMS=SUMS, VALUES=precise, **sizes, num_warps=MOST_WARPS,
             )  # fmt: skip
-            g_exponentials.cumsum_(1)
-            kernels.grad_source_kernel[grid](
-                keys, g_exponentials, g_weighted, flows, grads, *shape, eps, clamp, **sizes, **options
-            )
-            g_weighted.cumsum_(1)
-            kernels.grad_flows_kernel[grid](
-                queries, keys, g_weighted, g_sums, flows, grads, *shape, eps, SUMS=SUMS, **sizes, **options
-            )
-            g_sums.cumsum_(1)
-            kernels.grad_inputs_kernel[grid](
-                *inputs, g_outputs, g_queries, g_keys, sums, weighted, memory, g_sums, g_weighted, g_memory,
-                flows, grads, *shape, *targets, eps, clamp, VALUES=precise, **sizes, num_warps=MOST_WARPS,
-            )  # fmt: skip
-        return g_queries, g_keys, g_values, None, None
+            return gradients
+        grid, shape = (sequences * blocks,), (heads, sequences, length, blocks, *sources)
+        plain, weighted = sums.split(2 * sequences)
+        grads = torch.empty_like(flows)
+        g_plain, g_weighted, g_memories = (_scanned(torch.empty_like(x)) for x in (plain, weighted, memories))
+        g_exponentials = _scanned(queries.new_empty(sequences, blocks + 1, dtype=torch.float32))
+        kernels.grad_memory_kernel[grid](
+            queries, outputs, g_outputs, g_memories, g_weighted, flows, grads, *shape, *targets, eps,
+            VALUES=precise, **sizes, **options,
+        )  # fmt: skip
+        g_memories.cumsum_(1)
+        kernels.grad_values_kernel[grid](
+            *inputs, g_outputs, g_values, g_memories, g_exponentials, flows, grads, *shape, *targets, clamp,
+            VALUES=precise, **sizes, **options,
+        )  # fmt: skip
+        g_exponentials.cumsum_(1)
+        kernels.grad_source_kernel[grid](
+            keys, g_exponentials, g_weighted, flows, grads, *shape, eps, clamp, **sizes, **options
+        )
+        g_weighted.cumsum_(1)
+        kernels.grad_flows_kernel[grid](
+            queries, keys, g_weighted, g_plain, flows, grads, *shape, eps, SUMS=SUMS, **sizes, **options
+        )
+        g_plain.cumsum_(1)
+        kernels.grad_inputs_kernel[grid](
+            *inputs, g_outputs, g_queries, g_keys, plain, weighted, memories, g_plain, g_weighted, g_memories,
+            flows, grads, *shape, *targets, eps, clamp, VALUES=precise, **sizes, num_warps=MOST_WARPS,
+        )  # fmt: skip
+    return gradients
 
 
 def _plan(inputs: tuple[Tensor, ...]) -> tuple[int, int, int, int, dict[str, int], str, dict[str, int]]:
     """Heads, length, sequences, blocks of one, the kernels' sizes, products' precision, launch options."""
     batch, heads, length, width = inputs[0].shape
-    tokens = TOKENS if length > TOKENS else max(1 << (length - 1).bit_length(), SMALLEST)
+    tokens = BLOCK if length > BLOCK else max(1 << (length - 1).bit_length(), SMALLEST)
     precise = SUMS if torch.float32 in {x.dtype for x in inputs} else "tf32"
-    options = {"num_warps": MOST_WARPS if width > 64 else 4}
-    return (
-        heads,
-        length,
-        batch * heads,
-        -(-length // tokens),
-        {"TOKENS": tokens, "WIDTH": width},
-        precise,
-        options,
-    )
+    sizes, options = {"TOKENS": tokens, "WIDTH": width}, {"num_warps": MOST_WARPS if width > 64 else 4}
+    return heads, length, batch * heads, -(-length // tokens), sizes, precise, options
 
 
-def _scanned(like: Tensor, sequences: int, blocks: int, *shape: int) -> Tensor:
-    """A buffer (sequences, blocks + 1, ...) whose cumulative sum over blocks gives what precedes each."""
-    buffer = like.new_empty(sequences, blocks + 1, *shape, dtype=torch.float32)
+def _scanned(buffer: Tensor) -> Tensor:
+    """(sequences, blocks + 1, ...) ready for blocks' sums, whose cumulative sum gives what precedes each."""
     buffer[:, 0] = 0
     return buffer

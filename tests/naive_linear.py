@@ -1,7 +1,4 @@
-"""The linear kinds of attention straight from their formulas: the oracles of their fast forms.
-
-Quadratic in length: every weight of every pair of tokens is written out. Never used in training.
-"""
+"""The linear kinds of attention straight from their formulas, quadratic in length, as references."""
 
 import math
 
@@ -9,9 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowrl.attention.causal_linear import SMALLEST_NORMALISER
-from flowrl.attention.cosformer import MAX_TOKENS
-from flowrl.attention.performer import EPS, FEATURES_PER_DIMENSION, random_directions
+from flowrl.attention.linear import (
+    EPS,
+    FEATURES_PER_DIMENSION,
+    MAX_TOKENS,
+    SMALLEST_NORMALISER,
+    random_directions,
+)
 
 
 def naive_linear_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -1,139 +1,119 @@
-"""The C++ form of Flow-Attention against the naive one, and what happens where it cannot be built."""
+"""The C++ form of Flow-Attention against the naive one, and what happens where it cannot be built.
 
+There must be a compiler: without one these tests fail.
+"""
+
+import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from attention_forms import assert_all_close, saved_by, tokens, with_gradients
-
-from flowrl.attention import flow, flow_attention, flow_attention_step, naive_flow_attention
-from flowrl.attention.flow.cpu import (
-    MOST_STEPS,
-    WIDTHS,
-    flow_library,
-    native_flow_attention,
-    native_flow_attention_steps,
-    native_supports,
+from attention_forms import (
+    assert_all_close,
+    computed_by,
+    saved_by,
+    tokens,
+    unwritten_is_nan,  # noqa: F401
+    with_gradients,
 )
-from flowrl.attention.flow.recurrent import flow_attention_steps
-from flowrl.attention.heads import split_heads
-from flowrl.attention.kinds import ATTENTION_KINDS
 
+from flowrl.attention import flow_attention, flow_attention_step, naive_flow_attention
+from flowrl.attention.flow import cpu, empty_flow_state, flow_attention_decode
+from flowrl.attention.flow.cpu import MOST_STEPS, WIDTHS
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="C++ is built on Linux alone"),
+    pytest.mark.usefixtures("unwritten_is_nan"),
+]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+cpp_flow_attention = computed_by(cpu)
 LENGTHS = (1, 2, 5, 20, 60, 63, 64, 65, 127, 129, 300)
-
-needs_compiler = pytest.mark.skipif(
-    flow_library(torch.float32, 16) is None, reason="no g++, or none for this machine"
-)
 
 
 def inputs_of(length, width, *, dtype=torch.float64, batch=2, heads=2, seed=0):
     return tokens(length, batch=batch, heads=heads, head_dim=width, value_dim=width, seed=seed, dtype=dtype)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_outputs_and_gradients_are_the_naive_ones(length, dtype):
     inputs = inputs_of(length, 16)
     cast = [tensor.to(dtype) for tensor in inputs]
-    assert native_supports(*cast[:3])
+    assert cpu.supports(*cast[:3])
     for options in ({}, {"clamp": 0.9}, {"clamp": 0.3}, {"eps": 0.05}):
         expected = with_gradients(naive_flow_attention, *inputs, **options)
-        actual = with_gradients(native_flow_attention, *cast, **options)
+        actual = with_gradients(cpp_flow_attention, *cast, **options)
         assert actual[0].dtype == dtype
         assert_all_close(actual, expected, TOLERANCE[dtype])
 
 
-@needs_compiler
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width_of_heads(width):
     inputs = inputs_of(140, width, batch=1)
     expected = with_gradients(naive_flow_attention, *inputs)
-    actual = with_gradients(native_flow_attention, *(tensor.float() for tensor in inputs))
+    actual = with_gradients(cpp_flow_attention, *(tensor.float() for tensor in inputs))
     assert_all_close(actual, expected, 1e-5)
 
 
-@needs_compiler
 def test_long_sequences_do_not_drift():
     inputs = inputs_of(3000, 32, batch=1, heads=1)
     expected = with_gradients(naive_flow_attention, *inputs)
-    actual = with_gradients(native_flow_attention, *(tensor.float() for tensor in inputs))
+    actual = with_gradients(cpp_flow_attention, *(tensor.float() for tensor in inputs))
     assert_all_close(actual, expected, 1e-5)
 
 
-@needs_compiler
 def test_gradients_agree_with_finite_differences():
     inputs = [tensor.requires_grad_() for tensor in inputs_of(66, 16, batch=1, heads=1)[:3]]
-    assert torch.autograd.gradcheck(native_flow_attention, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(flow_attention, inputs, fast_mode=True)
 
 
-@needs_compiler
 def test_slices_of_one_projection_and_any_other_layout_give_the_same():
     inputs = inputs_of(70, 16)
-    expected = with_gradients(native_flow_attention, *inputs)
+    expected = with_gradients(cpp_flow_attention, *inputs)
     packed = torch.stack([tensor.transpose(1, 2) for tensor in inputs[:3]], dim=2).requires_grad_()
-    output = native_flow_attention(*packed.permute(2, 0, 3, 1, 4))  # (batch, length, 3, heads, width) before
+    output = cpp_flow_attention(*packed.permute(2, 0, 3, 1, 4))  # (batch, length, 3, heads, width) before
     (output * inputs[3]).sum().backward()
     gradients = [packed.grad[:, :, index].transpose(1, 2) for index in range(3)]
     assert all(map(torch.equal, (output.detach(), *gradients), expected))
     mixed = (inputs[0].transpose(2, 3).contiguous().transpose(2, 3), *inputs[1:])
-    assert all(map(torch.equal, with_gradients(native_flow_attention, *mixed), expected))
+    assert all(map(torch.equal, with_gradients(cpp_flow_attention, *mixed), expected))
 
 
-@pytest.mark.parametrize("kind", ["flow", "softmax", "linear"])
-def test_gradients_of_one_projection_are_put_together(kind):
-    """As autograd does it, whether they already lie side by side or not."""
-    torch.manual_seed(0)
-    projected, weights = torch.randn(2, 70, 3 * 48), torch.randn(2, 3, 70, 16)
-    attention = ATTENTION_KINDS[kind].parallel
-    gradients = []
-    for split in (split_heads, lambda x, heads: x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)):
-        leaf = projected.clone().requires_grad_()
-        (attention(*split(leaf, 3)) * weights).sum().backward()
-        gradients.append(leaf.grad)
-    assert torch.equal(*gradients)
-
-
-@needs_compiler
 def test_neither_threads_nor_other_sequences_change_a_bit():
     inputs = inputs_of(150, 16, batch=5, dtype=torch.float32)
-    expected = with_gradients(native_flow_attention, *inputs)
-    alone = with_gradients(native_flow_attention, *(tensor[3:4] for tensor in inputs))
+    expected = with_gradients(cpp_flow_attention, *inputs)
+    alone = with_gradients(cpp_flow_attention, *(tensor[3:4] for tensor in inputs))
     assert all(torch.equal(a, b[3:4]) for a, b in zip(alone, expected, strict=True))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert all(map(torch.equal, with_gradients(native_flow_attention, *inputs), expected))
+        assert all(map(torch.equal, with_gradients(cpp_flow_attention, *inputs), expected))
     finally:
         torch.set_num_threads(before)
-    with torch.no_grad():
-        assert torch.equal(native_flow_attention(*inputs[:3]), expected[0])
+    assert torch.equal(cpu.forward(*inputs[:3], 10.0, 1e-6, False)[0], expected[0])  # nothing kept
 
 
-@needs_compiler
 @pytest.mark.parametrize("changed", [0, 63, 64, 100, 199])
 def test_a_change_alters_nothing_before_it(changed):
     inputs = inputs_of(200, 16, dtype=torch.float32)[:3]
-    before = native_flow_attention(*inputs)
+    before = cpp_flow_attention(*inputs)
     for index in range(3):
         altered = [tensor.clone() for tensor in inputs]
         altered[index][:, :, changed] += 3
-        after = native_flow_attention(*altered)
+        after = cpp_flow_attention(*altered)
         assert torch.equal(after[:, :, :changed], before[:, :, :changed])
         assert not torch.equal(after, before)
 
 
-@needs_compiler
 @pytest.mark.parametrize("key", [-1e4, -30.0, 0.0, 1e4])
 @pytest.mark.parametrize("query", [-1e4, -30.0, 0.0, 1e4])
 def test_vanishing_flows_stay_finite(query, key):
     """As in the torch form; outputs equal the recurrent form, which divides by the same small flows."""
     q, k = (torch.full((1, 1, 2000, 16), value) for value in (query, key))
     value = 1e4 * torch.randn(1, 1, 2000, 16)
-    results = with_gradients(native_flow_attention, q, k, value, 1.0)
+    results = with_gradients(cpp_flow_attention, q, k, value, 1.0)
     assert all(result.isfinite().all() for result in results)
     state, outputs = None, []
     for token in range(100):
@@ -142,27 +122,24 @@ def test_vanishing_flows_stay_finite(query, key):
     assert torch.allclose(results[0][:, :, :100], torch.stack(outputs, 2), rtol=1e-3, atol=1e-3)
 
 
-@needs_compiler
 def test_what_is_not_a_number_is_not_hidden():
     inputs = inputs_of(100, 16, dtype=torch.float32)
     for index in range(3):
         spoilt = [tensor.clone() for tensor in inputs]
         spoilt[index][1, 0, 70, 3] = float("nan")
-        output, *gradients = with_gradients(native_flow_attention, *spoilt)
+        output, *gradients = with_gradients(cpp_flow_attention, *spoilt)
         assert output[1, 0, 70:].isnan().any()
         assert output[0].isfinite().all()
         assert output[1, 1].isfinite().all()
         assert any(gradient[1, 0].isnan().any() for gradient in gradients)
 
 
-@needs_compiler
 def test_memory_is_linear_in_length():
-    (short, _), (long, largest) = (saved_by(native_flow_attention, length, 64) for length in (2048, 4096))
+    (short, _), (long, largest) = (saved_by(cpp_flow_attention, length, 64) for length in (2048, 4096))
     assert 1.9 * short < long < 2.1 * short
     assert largest <= 3 * 4096 * 64  # gradients of queries, keys and values, side by side
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("options", [{}, {"clamp": 0.3}, {"clamp": 0.9}, {"eps": 0.05}])
 def test_steps_are_the_naive_form_token_after_token(options, dtype):
@@ -170,10 +147,10 @@ def test_steps_are_the_naive_form_token_after_token(options, dtype):
     inputs = inputs_of(sum(chunks), 16)[:3]
     expected = naive_flow_attention(*inputs, **options)
     cast = [tensor.to(dtype) for tensor in inputs]
-    state = flow.empty_flow_state(cast[0][:, :, 0], cast[2][:, :, 0])
+    state = empty_flow_state(cast[0][:, :, 0], cast[2][:, :, 0])
     numbers = {"clamp": 10.0, "eps": 1e-6} | options
     outputs = [
-        native_flow_attention_steps(*part, state, **numbers)
+        cpu.decode(*part, state, **numbers)
         for part in zip(*(tensor.split(chunks, dim=2) for tensor in cast), strict=True)
     ]
     actual = torch.cat(outputs, dim=2)
@@ -185,19 +162,21 @@ def test_steps_are_the_naive_form_token_after_token(options, dtype):
         assert (a - b).abs().max() <= TOLERANCE[dtype] * max(1.0, b.abs().max()), name
 
 
-@needs_compiler
 def test_acting_and_training_take_it_where_it_applies(monkeypatch):
     """The rest goes to torch: other widths, values of another, longer chunks, few long sequences."""
-    called = []
-    monkeypatch.setattr("flowrl.attention.flow.cpu._call", lambda name, layout, *tensors: called.append(name))
+    called, call = [], cpu._call
     inputs = inputs_of(8, 16, dtype=torch.float32)[:3]
+    few = [tensor[:, :, :MOST_STEPS] for tensor in inputs]
+    flow_attention(*inputs)  # the first use checks the library
+    flow_attention_decode(*few)
+    monkeypatch.setattr(cpu, "_call", lambda name, *rest: (called.append(name), call(name, *rest)))
     flow_attention(*inputs)
-    flow_attention_steps(*(tensor[:, :, :MOST_STEPS] for tensor in inputs))
+    flow_attention_decode(*few)
     with torch.autocast("cpu", torch.bfloat16):
         flow_attention(*(tensor.bfloat16() for tensor in inputs))
     assert called == ["flow_forward", "flow_steps", "flow_forward"]
     called.clear()
-    flow_attention_steps(*inputs)
+    flow_attention_decode(*inputs)
     flow_attention(*inputs, causal=False)
     flow_attention(*(tensor[..., :8] for tensor in inputs))
     flow_attention(inputs[0], inputs[1], inputs[2][..., :5])
@@ -216,6 +195,8 @@ print(flow_attention(x, x, x).isfinite().all().item())
 
 
 def build(**environment):
+    """The warnings of a process that attends once in this environment."""
+    environment |= {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     result = subprocess.run(
         [sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, timeout=120
     )
@@ -228,9 +209,8 @@ def test_without_a_compiler_torch_does_the_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_compiler
 @pytest.mark.parametrize("says", ["exit 3", "echo 'some error: no AVX' >&2; exit 1"])
-def test_a_compiler_that_fails_is_told_of(tmp_path, says):
+def test_a_compiler_that_fails_is_reported(tmp_path, says):
     compiler = tmp_path / "broken-compiler"
     compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{says}\n')
     compiler.chmod(0o755)
@@ -240,25 +220,33 @@ def test_a_compiler_that_fails_is_told_of(tmp_path, says):
     assert list((tmp_path / "cache" / "flowrl").iterdir()) == []  # nothing half-written
 
 
-@needs_compiler
-def test_a_folder_that_cannot_be_written_is_told_of(tmp_path):
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    told = build(PATH="/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert "could not be built, torch's forms are used" in told
+def quick_compiler(folder):
+    """A compiler that optimises nothing and notes its arguments in ``folder``/calls."""
+    compiler = folder / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    return f"env LANG=C {compiler}"  # with arguments of its own, as "ccache g++" has
 
 
-@needs_compiler
+@pytest.mark.parametrize("home", [{"XDG_CACHE_HOME": "a-file"}, {"HOME": "/proc/no"}])
+def test_without_a_folder_for_libraries_a_temporary_one_serves(tmp_path, home):
+    (tmp_path / "a-file").write_text("a file where a folder should be")
+    (tmp_path / "temporary").mkdir()
+    places = {name: str(tmp_path / path) for name, path in home.items()}
+    places |= {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path / "temporary")}
+    assert build(CXX=quick_compiler(tmp_path), **places) == ""
+    assert f"-o {tmp_path}/temporary/flowrl-" in (tmp_path / "calls").read_text()
+    assert list((tmp_path / "temporary").iterdir()) == []  # removed at the end
+
+
+def test_kernels_switched_off_are_not_even_built(tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)}
+    assert build(FLOWRL_KERNELS="off", **environment) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
-    errors = []
-    threads = [
-        threading.Thread(
-            target=lambda: errors.append(build(PATH="/usr/bin:/bin", XDG_CACHE_HOME=str(tmp_path)))
-        )
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == [""] * 3
+    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "CXX": quick_compiler(tmp_path)}
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda _: build(**environment), range(2))) == [""] * 2
     assert [path.suffix for path in (tmp_path / "flowrl").iterdir()] == [".so"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowrl.attention import ATTENTION_KINDS, flow_attention_step, naive_flow_attention
-from flowrl.attention.flow.recurrent import flow_attention_steps
+from flowrl.attention.flow import flow_attention_decode
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 CHUNKS = (2, 3, 3, 1, 7, 3, 1, 20)
@@ -17,11 +17,11 @@ def tokens(length, *, batch=2, head_dim=8, value_dim=5, seed=0, dtype=torch.floa
     return [2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def in_chunks(steps, inputs, chunks=CHUNKS, state=None, **options):
+def in_chunks(decode, inputs, chunks=CHUNKS, state=None, **options):
     """The outputs of all tokens, fed a chunk at a time, and the last state."""
     outputs = []
     for part in zip(*(tensor.split(chunks, dim=2) for tensor in inputs), strict=True):
-        output, state = steps(*part, state, **options)
+        output, state = decode(*part, state, **options)
         outputs.append(output)
     return torch.cat(outputs, dim=2), state
 
@@ -31,7 +31,7 @@ def in_chunks(steps, inputs, chunks=CHUNKS, state=None, **options):
 def test_chunks_equal_the_naive_form(options, dtype):
     inputs = tokens(sum(CHUNKS))
     expected = naive_flow_attention(*inputs, **options)
-    actual, _ = in_chunks(flow_attention_steps, [tensor.to(dtype) for tensor in inputs], **options)
+    actual, _ = in_chunks(flow_attention_decode, [tensor.to(dtype) for tensor in inputs], **options)
     assert actual.dtype == dtype
     assert actual.shape == (2, 3, sum(CHUNKS), 5)
     assert (actual.double() - expected).abs().max() <= TOLERANCE[dtype] * max(1.0, expected.abs().max())
@@ -40,24 +40,24 @@ def test_chunks_equal_the_naive_form(options, dtype):
 def test_many_chunks_of_three_do_not_drift():
     inputs = tokens(3000, batch=1)
     expected = naive_flow_attention(*inputs)
-    actual, _ = in_chunks(flow_attention_steps, [tensor.float() for tensor in inputs], 3)
+    actual, _ = in_chunks(flow_attention_decode, [tensor.float() for tensor in inputs], 3)
     assert (actual - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
 
 
-def test_state_is_that_of_single_steps_and_either_form_goes_on_from_it():
+def test_state_is_that_of_single_steps_and_either_form_continues_from_it():
     inputs = tokens(24, seed=1)
     single, states = None, []
     for token in range(24):
         _, single = flow_attention_step(*(tensor[:, :, token] for tensor in inputs), single)
         states.append(single)
-    _, state = in_chunks(flow_attention_steps, [tensor[:, :, :12] for tensor in inputs], (5, 7))
+    _, state = in_chunks(flow_attention_decode, [tensor[:, :, :12] for tensor in inputs], (5, 7))
     for name, actual, expected in zip(state._fields, state, states[11], strict=True):
         assert actual.shape == expected.shape, name
         assert (actual - expected).abs().max() < 1e-10, name
     untouched = [tensor.clone() for tensor in states[11]]
     _, one_further = flow_attention_step(*(tensor[:, :, 12] for tensor in inputs), states[11])
     assert all(map(torch.equal, states[11], untouched))  # a single step leaves its state alone
-    outputs, last = flow_attention_steps(*(tensor[:, :, 13:] for tensor in inputs), one_further)
+    outputs, last = flow_attention_decode(*(tensor[:, :, 13:] for tensor in inputs), one_further)
     assert (outputs - naive_flow_attention(*inputs)[:, :, 13:]).abs().max() < 1e-10
     assert last.memory is one_further.memory
     assert all((a - b).abs().max() < 1e-10 for a, b in zip(last, states[-1], strict=True))
@@ -67,9 +67,9 @@ def test_rows_do_not_mix_whatever_the_layout_in_memory():
     inputs = tokens(9, batch=4, value_dim=8)
     packed = torch.stack(inputs, dim=3).permute(2, 0, 3, 1, 4).contiguous()  # (tokens, batch, 3, ...)
     expected = naive_flow_attention(*inputs)
-    actual, _ = in_chunks(flow_attention_steps, packed.permute(2, 1, 3, 0, 4), 3)
+    actual, _ = in_chunks(flow_attention_decode, packed.permute(2, 1, 3, 0, 4), 3)
     assert (actual - expected).abs().max() < 1e-10
-    alone, _ = in_chunks(flow_attention_steps, [tensor[2:3] for tensor in inputs], 3)
+    alone, _ = in_chunks(flow_attention_decode, [tensor[2:3] for tensor in inputs], 3)
     assert (alone - expected[2:3]).abs().max() < 1e-10
 
 
@@ -78,7 +78,7 @@ def test_bfloat16_inputs_are_summed_in_float32(autocast):
     rounded = tokens(900, batch=1, dtype=torch.bfloat16)
     exact = naive_flow_attention(*(tensor.double() for tensor in rounded))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        actual, state = in_chunks(flow_attention_steps, rounded, 3)
+        actual, state = in_chunks(flow_attention_decode, rounded, 3)
     assert actual.dtype == torch.bfloat16
     assert all(tensor.dtype == torch.float32 for tensor in state)
     assert ((actual.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
@@ -89,7 +89,7 @@ def test_bfloat16_inputs_are_summed_in_float32(autocast):
 def test_vanishing_flows_stay_finite_and_equal_the_single_step(query, key):
     q, k = (torch.full((1, 3, 12, 8), value) for value in (query, key))
     value = torch.randn(1, 3, 12, 5)
-    actual, state = in_chunks(flow_attention_steps, (q, k, value), 3)
+    actual, state = in_chunks(flow_attention_decode, (q, k, value), 3)
     assert all(tensor.isfinite().all() for tensor in (actual, *state))
     expected, single = [], None
     for token in range(12):
@@ -101,5 +101,5 @@ def test_vanishing_flows_stay_finite_and_equal_the_single_step(query, key):
 @pytest.mark.parametrize("name", list(ATTENTION_KINDS))
 def test_every_kind_takes_a_few_tokens_at_once(name):
     kind, inputs = ATTENTION_KINDS[name], tokens(sum(CHUNKS), value_dim=8)
-    actual, _ = in_chunks(kind.steps, inputs)
+    actual, _ = in_chunks(kind.decode, inputs)
     assert (actual - kind.parallel(*inputs)).abs().max() < 1e-10

@@ -1,0 +1,186 @@
+"""The fast forms of causal Flow-Attention as operators of torch, ``torch.ops.flowrl.flow_*``.
+
+With its shape function and gradient, an operator is right under FakeTensor, ``torch.compile``, ``make_fx``
+and whatever else works with operators. Each form (C++ on CPUs, Triton on CUDA devices) is checked against
+torch before its first use for a device, dtype and width; where it fails, the operator computes by torch.
+"""
+
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowrl.attention.flow import cpu, triton
+from flowrl.attention.flow.blocks import causal_flow_blocks
+from flowrl.attention.flow.recurrent import (
+    FlowState,
+    decode_flow_attention,
+    empty_flow_state,
+    flow_attention_step,
+)
+from flowrl.attention.precision import accumulation_dtype, without_autocast
+from flowrl.native.kernels import in_clean_thread, largest_difference, run_trusted
+
+CHECK_LENGTHS = (cpu.BLOCK - 4, 2 * cpu.BLOCK + 5)  # one block; several, the last of them cut short
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+CLAMP, EPS = 10.0, 1e-6  # of the checks
+
+_INPUTS = "Tensor queries, Tensor keys, Tensor values"
+_KEPT = "Tensor flows, Tensor sums, Tensor memories"
+_STATE = ", ".join(f"Tensor({name}!) {name}" for name in FlowState._fields)
+_library = torch.library.Library("flowrl", "FRAGMENT")
+_library.define(
+    f"flow_forward({_INPUTS}, float clamp, float eps, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"flow_backward({_INPUTS}, Tensor g_outputs, Tensor outputs, {_KEPT}, float clamp, float eps) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(f"flow_decode({_INPUTS}, {_STATE}, float clamp, float eps) -> Tensor")
+
+
+def flow_operator(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
+    """Causal Flow-Attention of (batch, heads, length, head_dim) tensors that a fast form supports."""
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, values))
+    return torch.ops.flowrl.flow_forward(queries, keys, values, clamp, eps, keep)[0]
+
+
+def _forward(
+    queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float, keep: bool
+) -> tuple[Tensor, ...]:
+    form = _form(queries)
+
+    def plain() -> tuple[Tensor, ...]:
+        results = form.empty_results(queries, values, keep)
+        results[0].copy_(_by_torch(queries, keys, values, clamp, eps))
+        return results
+
+    return _run(form, queries, partial(form.forward, queries, keys, values, clamp, eps, keep), plain)
+
+
+def _backward(
+    queries: Tensor, keys: Tensor, values: Tensor, g_outputs: Tensor, *kept_and_options: Any
+) -> tuple[Tensor, ...]:
+    form, (clamp, eps) = _form(queries), kept_and_options[-2:]
+
+    def plain() -> tuple[Tensor, ...]:
+        return _results_by_torch((queries, keys, values), g_outputs, clamp, eps)[1:]
+
+    fast = partial(form.backward, queries, keys, values, g_outputs, *kept_and_options)
+    return _run(form, queries, fast, lambda: in_clean_thread(plain))
+
+
+def _decode(queries: Tensor, keys: Tensor, values: Tensor, *state_and_options: Any) -> Tensor:
+    *state, clamp, eps = state_and_options
+    arguments = (queries, keys, values, FlowState(*state), clamp, eps)
+    case = (queries.dtype, queries.shape[-1])
+    return run_trusted(
+        f"{cpu.NAME}, a few tokens at a time,",
+        case,
+        partial(_decode_error, *case),
+        TOLERANCE[queries.dtype],
+        partial(cpu.decode, *arguments),
+        partial(decode_flow_attention, *arguments),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    queries, keys, values, clamp, eps, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(queries, keys, values, *output)
+    ctx.options = clamp, eps
+
+
+def _gradient(ctx: Any, g_outputs: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    queries, keys, values, *kept = ctx.saved_tensors
+    if g_outputs is None:
+        return (None,) * 6
+    if torch.is_grad_enabled():  # gradients that are differentiated again
+        with torch.enable_grad():
+            outputs = _by_torch(queries, keys, values, *ctx.options)
+        inputs = [x for x in (queries, keys, values) if x.requires_grad]
+        found = iter(torch.autograd.grad(outputs, inputs, g_outputs, create_graph=True))
+        return *(next(found) if x.requires_grad else None for x in (queries, keys, values)), None, None, None
+    gradients = torch.ops.flowrl.flow_backward(queries, keys, values, g_outputs, *kept, *ctx.options)
+    return *gradients, None, None, None
+
+
+def _run(form: ModuleType, queries: Tensor, fast: Any, plain: Any) -> tuple[Tensor, ...]:
+    """What ``fast`` gives where this form is trusted, otherwise what ``plain`` gives."""
+    case = (queries.device, queries.dtype, queries.shape[-1])
+    check = partial(_error, form, *case)
+    return run_trusted(form.NAME, case, check, TOLERANCE[queries.dtype], fast, plain)
+
+
+def _form(queries: Tensor) -> ModuleType:
+    return cpu if queries.device.type == "cpu" else triton
+
+
+def _by_torch(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
+    with without_autocast(queries):
+        dtype = accumulation_dtype(queries.dtype)
+        inputs = (x.to(dtype) for x in (queries, keys, values))
+        return causal_flow_blocks(*inputs, clamp=clamp, eps=eps)[0].to(values.dtype)
+
+
+def _results_by_torch(
+    inputs: tuple[Tensor, ...], g_outputs: Tensor, clamp: float, eps: float
+) -> tuple[Tensor, ...]:
+    """Outputs, and the gradients by queries, keys and values."""
+    queries, keys, values = (x.detach().requires_grad_() for x in inputs)
+    outputs = _by_torch(queries, keys, values, clamp, eps)
+    return outputs, *torch.autograd.grad(outputs, (queries, keys, values), g_outputs)
+
+
+def _error(form: ModuleType, device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """The largest difference of a form's outputs and gradients from torch's, over tiny cases."""
+    generator, errors = torch.Generator().manual_seed(0), []
+    for length in CHECK_LENGTHS:
+        numbers = torch.randn(4, 1, 2, length, width, generator=generator)
+        *inputs, g_outputs = numbers.to(device, dtype)
+        results = form.forward(*inputs, CLAMP, EPS, True)
+        gradients = form.backward(*inputs, g_outputs, *results, CLAMP, EPS)
+        exact = (x.to(accumulation_dtype(dtype)) for x in (*inputs, g_outputs))
+        *inputs, g_outputs = exact
+        expected = _results_by_torch(tuple(inputs), g_outputs, CLAMP, EPS)
+        errors.append(largest_difference((results[0], *gradients), expected))
+    return max(errors)
+
+
+def _decode_error(dtype: torch.dtype, width: int) -> float:
+    """The same of outputs and states, token after token and a few tokens at once."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = torch.randn(
+        3, 1, 2, cpu.MOST_STEPS + 1, width, generator=generator, dtype=torch.float64
+    ).to(dtype)
+    fast, outputs = empty_flow_state(queries, values), []
+    for tokens in (slice(cpu.MOST_STEPS), slice(cpu.MOST_STEPS, None)):
+        query, key, value = (x[:, :, tokens] for x in (queries, keys, values))
+        outputs.append(cpu.decode(query, key, value, fast, CLAMP, EPS))
+    expected, state = [], empty_flow_state(queries, values)
+    for query, key, value in zip(queries.unbind(2), keys.unbind(2), values.unbind(2), strict=True):
+        output, state = flow_attention_step(query, key, value, state, clamp=CLAMP, eps=EPS)
+        expected.append(output)
+    return largest_difference((torch.cat(outputs, dim=2), *fast), (torch.stack(expected, dim=2), *state))
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("flow_forward", _forward, _device)
+    _library.impl("flow_backward", _backward, _device)
+_library.impl("flow_decode", _decode, "CPU")
+torch.library.register_fake(
+    "flowrl::flow_forward",
+    lambda queries, keys, values, clamp, eps, keep: _form(queries).empty_results(queries, values, keep),
+    lib=_library,
+)
+torch.library.register_fake(
+    "flowrl::flow_backward",
+    lambda queries, keys, values, *_: tuple(cpu.results_like(x) for x in (queries, keys, values)),
+    lib=_library,
+)
+torch.library.register_fake(
+    "flowrl::flow_decode", lambda queries, keys, values, *_: cpu.tokens_first(values), lib=_library
+)
+torch.library.register_autograd("flowrl::flow_forward", _gradient, setup_context=_setup_context, lib=_library)
