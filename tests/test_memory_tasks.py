@@ -123,21 +123,6 @@ def test_data_is_the_environments_and_the_same_every_time() -> None:
     np.testing.assert_array_equal(observations[0, :, 2], np.arange(15, dtype=np.float32) / 15)
 
 
-def test_mixed_data_has_shorter_corridors_of_the_same_environment() -> None:
-    data = load_episodes("tmaze-40-arms-3-distractors-6-mixed")
-    assert data.environment == environment_named("tmaze-40-arms-3-distractors-6")
-    lengths, counts = np.unique(data.episode_lengths, return_counts=True)
-    assert (lengths[0], lengths[-1]) == (8, 40)
-    np.testing.assert_allclose(lengths * counts, 50_000, atol=40)
-    check_corridor(data)
-    ends = data.episode_starts + data.episode_lengths - 1
-    arms = np.rint(data.actions[ends, 0] + 1).astype(int)
-    right = arms == data.observations[data.episode_starts, :3].argmax(axis=1)
-    np.testing.assert_array_equal(data.episode_returns, right)
-    assert data.observations[ends, -3].all()
-    assert data.observations[:, -3].sum() == data.num_episodes
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [

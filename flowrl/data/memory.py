@@ -13,9 +13,6 @@ from flowrl.errors import UserError
 
 TRANSITIONS = 200_000  # of a dataset, if that many episodes fit
 FEWEST_EPISODES, MOST_EPISODES = 256, 2_000
-MIXED = "-mixed"  # ends the names of data of several lengths
-SHORTEST_MIXED, MIXED_LENGTHS = 5, 8  # geometrically spaced, up to the environment's
-MIXED_TRANSITIONS, FEWEST_MIXED = 50_000, 64  # of each length, and episodes of it
 LONGEST_DATA = 100_000  # timesteps of a corridor: 256 of them take 1 GB
 WALKING_NOISE = 0.1  # standard deviation of the actions in the corridor, which do nothing
 
@@ -28,7 +25,7 @@ def memory_environment(name: str) -> EnvironmentSpec | None:
     """
     if name in CUED_TASKS:
         return registered_environment(ROBOTS[name.removesuffix("-cued")].cued_id)
-    return tmaze_environment(name.removesuffix(MIXED))
+    return tmaze_environment(name)
 
 
 def memory_dataset(name: str) -> EpisodeDataset:
@@ -52,42 +49,11 @@ def memory_dataset(name: str) -> EpisodeDataset:
 
 
 def _tmaze_dataset(name: str, environment: EnvironmentSpec) -> EpisodeDataset:
-    """Episodes that take a random arm, so that the return is 1 where it happened to be the right one.
-
-    Mixed data holds corridors of several lengths, each with as many transitions: in the short ones the cue is
-    a large share of what attention averages, and what is learned there holds in the long ones.
-    """
+    """Episodes that take a random arm, so that the return is 1 where it happened to be the right one."""
     length, arms, distractors = (environment.kwargs[key] for key in ("length", "arms", "distractors"))
-    if name.endswith(MIXED):
-        shortest = min(max(SHORTEST_MIXED, distractors + 2), length)
-        lengths = sorted({round(x) for x in np.geomspace(shortest, length, MIXED_LENGTHS)})
-        counts = [max(MIXED_TRANSITIONS // each, FEWEST_MIXED) for each in lengths]
-    else:
-        lengths, counts = [length], [min(max(TRANSITIONS // length, FEWEST_EPISODES), MOST_EPISODES)]
+    episodes = min(max(TRANSITIONS // length, FEWEST_EPISODES), MOST_EPISODES)
     generator = np.random.default_rng([length, arms, distractors])
-    parts = [
-        _walk(each, arms, distractors, count, generator) for each, count in zip(lengths, counts, strict=True)
-    ]
-    observations, actions, rewards = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return build_episodes(
-        observations=observations,
-        actions=actions,
-        rewards=rewards,
-        episode_lengths=np.repeat(lengths, counts),
-        terminated=np.ones(sum(counts), dtype=bool),
-        dataset_id=f"flowrl/{name}",
-        where=name,
-        environment=environment,
-        reference=reference_scores(environment.env_id),
-    )
-
-
-def _walk(
-    length: int, arms: int, distractors: int, episodes: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Observations, actions and rewards of whole episodes of one length, one after the other."""
-    kwargs = {"length": length, "arms": arms, "distractors": distractors}
-    envs = TMazeVectorEnv(make_env(EnvironmentSpec(TMAZE_ID, kwargs)), episodes)
+    envs = TMazeVectorEnv(make_env(environment), episodes)
     observations = np.empty((episodes, length, cue_size(arms) + 3), dtype=np.float32)
     actions = generator.normal(0, WALKING_NOISE, (episodes, length, 1)).clip(-1, 1).astype(np.float32)
     actions[:, -1, 0] = arm_action(generator.integers(arms, size=episodes), arms)
@@ -99,7 +65,17 @@ def _walk(
         if timestep + 1 < length:
             observations[:, timestep + 1] = following
     envs.close()
-    return observations.reshape(-1, cue_size(arms) + 3), actions.reshape(-1, 1), rewards.reshape(-1)
+    return build_episodes(
+        observations=observations.reshape(episodes * length, -1),
+        actions=actions.reshape(episodes * length, 1),
+        rewards=rewards.reshape(-1),
+        episode_lengths=np.full(episodes, length),
+        terminated=np.ones(episodes, dtype=bool),
+        dataset_id=f"flowrl/{name}",
+        where=name,
+        environment=environment,
+        reference=reference_scores(environment.env_id),
+    )
 
 
 def check_corridor(dataset: EpisodeDataset) -> None:
