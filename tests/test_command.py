@@ -15,16 +15,6 @@ from flowrl.__main__ import COMMANDS, EXIT_BROKEN_PIPE, main
 
 # Importing torch's compiler takes as long as all the rest of torch.
 NOT_FOR_ACTING = ("tyro", "tensorboard", "minari", "h5py", "mujoco", "yaml", "matplotlib", "torch._dynamo")
-    "tyro",
-    "tensorboard",
-    "minari",
-    "h5py",
-    "mujoco",
-    "yaml",
-    "matplotlib",
-    "ray",
-    "torch._dynamo",
-)
 
 
 def run(words: list[str], **variables: str) -> subprocess.CompletedProcess:
