@@ -74,7 +74,7 @@ def claiming(steps: int) -> Change:
 
 
 REFUSED: dict[str, tuple[str, Change, str]] = {
-    **{f"no {key}": (key, lambda file, key: file.__delitem__(key), f"'{key}' is missing") for key in KEYS},
+    **{f"no {key}": (key, lambda file, key: file.__delitem__(key), f"'{key}'.* is missing") for key in KEYS},
     "renamed": ("rewards", lambda file, key: file.move(key, key.upper()), "'rewards' is missing"),
     "a group": ("rewards", grouped, "'rewards' must be an array, not a group"),
     "a scalar": ("terminals", transformed(lambda values: values.flat[0]), "'terminals' must have shape"),

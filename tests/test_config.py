@@ -246,7 +246,9 @@ def test_values_at_their_limits_pass():
 def test_written_configuration_reads_back_the_same(tmp_path):
     """Every field away from its default, then every field at it."""
     other = TrainConfig(
-        env="hopper-medium", dataset="minari:a/b-v0", config="x.yaml", run_dir=Path("runs/a b"),
+        env="hopper-medium", dataset=("minari:a/b-v0", "c.hdf5"), config="x.yaml", run_dir=Path("runs/a b"),
+        env_import=("a.b",), env_kwargs='{"x": [1, "y"]}', max_episode_steps=9, reference_scores=(-1.5, 2.0),
+        split_at_timeouts=True,
         agent="bc", top_fraction=0.25,
         attention="softmax", token_layout="fused", context_length="episode", num_layers=2, embed_dim=64,
         num_heads=2, dropout=0.0, steps=7, batch_size=3, learning_rate=1e-05, weight_decay=1e-22,

@@ -10,6 +10,7 @@ import pytest
 
 from flowrl.data.d4rl import read_d4rl_file
 from flowrl.data.dataset import EpisodeDataset
+from flowrl.errors import UserError
 
 
 def columns(steps: int = 12, observation_dim: int = 4, action_dim: int = 2) -> dict[str, np.ndarray]:
@@ -109,3 +110,70 @@ def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path: Path) -> N
     finally:
         tracemalloc.stop()
     assert raw < peak < 2 * raw
+
+
+LAYOUTS: dict[str, Any] = {
+    "rewards and flags of (N, 1)": lambda data: {
+        **data,
+        **{key: data[key][:, None] for key in ("rewards", "terminals", "timeouts")},
+    },
+    "terminations and truncations": lambda data: {
+        "terminations": data.pop("terminals"),
+        "truncations": data.pop("timeouts"),
+        **data,
+    },
+    "flags as numbers": lambda data: {
+        **data,
+        "terminals": data["terminals"].astype(np.uint8),
+        "timeouts": data["timeouts"].astype(np.float64),
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layouts_hold_the_same_data(tmp_path: Path, layout: str) -> None:
+    dataset = read_d4rl_file(write(tmp_path / "a.hdf5", LAYOUTS[layout](columns())))
+    assert_matches(dataset, columns())
+
+
+def test_one_number_per_step_and_booleans_are_observations_and_actions(tmp_path: Path) -> None:
+    data = columns(observation_dim=3, action_dim=1)
+    data["observations"] = data["observations"] > 0
+    flat = {**data, "actions": data["actions"][:, 0]}
+    assert_matches(read_d4rl_file(write(tmp_path / "a.hdf5", flat)), data)
+
+
+def test_without_timeouts_episodes_end_after_the_given_steps(tmp_path: Path) -> None:
+    data = columns()
+    del data["timeouts"]
+    path = write(tmp_path / "a.hdf5", data)
+    with pytest.raises(UserError, match=r"a\.hdf5: key 'timeouts' is missing: give --max-episode-steps"):
+        read_d4rl_file(path)
+    dataset = read_d4rl_file(path, max_episode_steps=3)
+    # Terminals at steps 2 and 7: 0-2 terminated, 3-5 cut, 6-7 terminated, 8-10 cut, 11 unfinished.
+    assert dataset.episode_lengths.tolist() == [3, 3, 2, 3, 1]
+    assert dataset.terminated.tolist() == [True, False, True, False, False]
+    assert read_d4rl_file(path, max_episode_steps=5).episode_lengths.tolist() == [3, 5, 4]
+
+
+def test_dones_alone_mark_every_end(tmp_path: Path) -> None:
+    data = columns()
+    data["dones"] = data.pop("terminals") | data.pop("timeouts")
+    dataset = read_d4rl_file(write(tmp_path / "a.hdf5", data))
+    assert dataset.episode_lengths.tolist() == [3, 1, 4, 2, 2]
+    assert dataset.terminated.tolist() == [True, True, True, True, False]
+
+
+def test_terminal_flags_that_stay_set_are_reported_or_ignored(tmp_path: Path) -> None:
+    """As in AntMaze: 2 trajectories of 6 steps, at the goal from step 4 of the first on."""
+    data = columns()
+    data["terminals"] = np.isin(np.arange(12), [4, 5])
+    data["timeouts"] = np.isin(np.arange(12), [5, 11])
+    path = write(tmp_path / "a.hdf5", data)
+    dataset = read_d4rl_file(path)
+    assert dataset.episode_lengths.tolist() == [5, 1, 6]
+    assert len(dataset.notes) == 1
+    assert dataset.notes[0].startswith("1 episodes have one step, as a terminal follows on a terminal")
+    whole = read_d4rl_file(path, split_at_timeouts=True)
+    assert whole.episode_lengths.tolist() == [6, 6]
+    assert (whole.terminated.tolist(), whole.notes) == ([True, False], ())

@@ -11,7 +11,7 @@ import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.wrappers import TimeAwareObservation
+from gymnasium.wrappers import RescaleAction
 from minari.data_collector import EpisodeBuffer
 
 from flowrl.data.minari import read_minari
@@ -159,17 +159,23 @@ def test_a_dataset_without_a_usable_environment_says_so(cache: Path) -> None:
     assert (dataset.environment, dataset.reference) == (None, None)
     assert "the dataset names no environment: give one with --env to evaluate" in dataset.notes
     assert "the dataset has no reference scores: returns are not normalized" in dataset.notes
-    change_metadata(cache, env_spec=gymnasium.spec("Hopper-v5").to_json().replace("Hopper-v5", "Nowhere-v3"))
+    change_metadata(cache, env_spec=gymnasium.spec("Hopper-v5").to_json().replace("Hopper-v5", "os:mkdir"))
     dataset = read_minari(ID)
     assert dataset.environment is None
-    assert "'Nowhere-v3' is not registered with Gymnasium" in dataset.notes[0]
+    assert "the dataset's environment os:mkdir: not the id of an environment" in dataset.notes[0]
 
 
-def test_wrappers_of_the_recording_are_reported() -> None:
-    env = TimeAwareObservation(gymnasium.make("Hopper-v5"))
+def test_an_environment_that_is_not_registered_here_is_kept(cache: Path) -> None:
+    create(env="Hopper-v5")
+    change_metadata(cache, env_spec=gymnasium.spec("Hopper-v5").to_json().replace("Hopper-v5", "Nowhere-v3"))
+    assert read_minari(ID).environment == EnvironmentSpec("Nowhere-v3", {}, 1000)
+
+
+def test_wrappers_of_the_recording_belong_to_the_environment() -> None:
+    env = RescaleAction(gymnasium.make("Hopper-v5"), -1, 1)
     create(env=env.spec, eval_env=env.spec)
-    notes = read_minari(ID).notes
-    assert "recorded with wrappers that are not applied: TimeAwareObservation" in notes[0]
+    wrappers = (("RescaleAction", {"min_action": -1, "max_action": 1}),)
+    assert read_minari(ID).environment == EnvironmentSpec("Hopper-v5", {}, 1000, wrappers=wrappers)
 
 
 def test_its_own_reference_scores_win_over_the_table(cache: Path) -> None:

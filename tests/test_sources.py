@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import h5py
 import minari
 import numpy as np
@@ -18,7 +20,8 @@ from minari.data_collector import EpisodeBuffer
 from flowrl.data import EpisodeDataset, d4rl, load_episodes, sources
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, PublishedFile
 from flowrl.data.sources import environment_named
-from flowrl.envs.reference_scores import REFERENCE_SCORES
+from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.reference_scores import REFERENCE_SCORES, ReferenceScores
 from flowrl.envs.spaces import check_environment
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
@@ -205,7 +208,7 @@ def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp
     assert load_episodes(str(path)).observation_dim == 111
 
 
-def record(dataset_id: str, env: str | None) -> None:
+def record(dataset_id: str, env: Any) -> None:
     buffer = EpisodeBuffer(
         observations=np.zeros((4, 11)),
         actions=np.zeros((3, 3), np.float32),
@@ -232,12 +235,75 @@ def test_minari_datasets_bring_their_environment_which_env_replaces() -> None:
     replaced = load_episodes("minari:test/hopper-v0", "hopper-medium")
     assert replaced.environment == EnvironmentSpec("Hopper-v4")
     assert replaced.reference == REFERENCE_SCORES["hopper"]
-    assert "evaluated in Hopper-v4, not in the data's own Hopper-v5" in replaced.notes
+    assert "evaluated in Hopper-v4, not in the data's own Hopper-v5(max_episode_steps=1000)" in replaced.notes
     assert replaced.sha256 == dataset.sha256
     record("test/nameless-v0", None)
     named = load_episodes("minari:test/nameless-v0", "Hopper-v5")
     assert named.environment == EnvironmentSpec("Hopper-v5")
     assert named.reference == REFERENCE_SCORES["hopper"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_keywords_that_the_data_recorded_stay_with_its_own_environment() -> None:
+    spec = gymnasium.make("Hopper-v5", reset_noise_scale=0.1, max_episode_steps=300).spec
+    record("test/noisy-v0", spec)
+    own = EnvironmentSpec("Hopper-v5", {"reset_noise_scale": 0.1}, 300)
+    dataset = load_episodes("minari:test/noisy-v0", "Hopper-v5")
+    assert dataset.environment == own
+    assert not any("evaluated in" in note for note in dataset.notes)
+    options = EnvironmentOptions(
+        env_kwargs='{"frame_skip": 2}', max_episode_steps=50, reference_scores=(0.0, 9.0)
+    )
+    for env in (None, "Hopper-v5"):
+        dataset = load_episodes("minari:test/noisy-v0", env, options)
+        assert dataset.environment == EnvironmentSpec(
+            "Hopper-v5", {"reset_noise_scale": 0.1, "frame_skip": 2}, 50
+        )
+        assert dataset.reference == ReferenceScores(0.0, 9.0)
+        assert dataset.notes[-1].startswith(
+            "evaluated in Hopper-v5(reset_noise_scale=0.1, frame_skip=2, max_episode_steps=50), not in"
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_sources_are_taken_together(tmp_path: Path) -> None:
+    files = [str(write(tmp_path / f"{seed}.hdf5", seed)) for seed in range(2)]
+    record("test/hopper-v0", "Hopper-v5")
+    together = load_episodes([*files, "minari:test/hopper-v0"], "Hopper-v4")
+    parts = [load_episodes(source, "Hopper-v4") for source in (*files, "minari:test/hopper-v0")]
+    assert together.dataset_id == "file:0.hdf5 + file:1.hdf5 + minari:test/hopper-v0"
+    assert together.episode_lengths.tolist() == [5, 4, 5, 4, 3]
+    for name in ("observations", "actions", "rewards", "returns_to_go", "timesteps", "terminated"):
+        expected = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_array_equal(getattr(together, name), expected)
+    assert together.environment == EnvironmentSpec("Hopper-v4")
+    assert together.reference == REFERENCE_SCORES["hopper"]
+    assert together.sha256 not in {part.sha256 for part in parts}
+    assert "minari:test/hopper-v0: evaluated in Hopper-v4" in together.notes[-1]
+    with pytest.raises(UserError, match=r"0\.hdf5 and minari:.* differ in environment: .* with --env"):
+        load_episodes([files[0], "minari:test/hopper-v0"])
+    narrow = write(tmp_path / "narrow.hdf5")
+    with h5py.File(narrow, "a") as file:
+        del file["actions"]
+        file["actions"] = np.zeros((9, 2))
+    with pytest.raises(UserError, match=r"0\.hdf5 and file:narrow\.hdf5 differ in action dim: 3 and 2"):
+        load_episodes([files[0], str(narrow)])
+
+
+def test_an_environment_that_another_package_registers_is_imported_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_hoppers.py").write_text(
+        "import gymnasium\ngymnasium.register('Own/Hopper-v0', 'gymnasium.envs.mujoco.hopper_v5:HopperEnv')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(gymnasium.registry, "Own/Hopper-v0", None)  # removed in the end
+    del gymnasium.registry["Own/Hopper-v0"]
+    path = str(write(tmp_path / "data.hdf5"))
+    expected = EnvironmentSpec("Own/Hopper-v0", imports=("own_hoppers",))
+    assert load_episodes(path, "own_hoppers:Own/Hopper-v0").environment == expected
+    options = EnvironmentOptions(env_import=("own_hoppers",))
+    assert load_episodes(path, "Own/Hopper-v0", options).environment == expected
 
 
 @pytest.mark.parametrize(
@@ -267,7 +333,7 @@ def test_unknown_sources_are_answered_with_what_would_be_right(source: str, mess
     [
         ("Hoper-v4", "did you mean 'Hopper-v4'"),
         ("hopper-mediun", "did you mean 'hopper-medium'"),
-        ("antigravity:Hopper-v4", "not registered with Gymnasium"),
+        ("no_such_module:Hopper-v4", "no_such_module: cannot be imported"),
         ("", "not registered with Gymnasium"),
     ],
 )

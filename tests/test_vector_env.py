@@ -6,31 +6,37 @@ import pytest
 from gymnasium.spaces import Box, Dict
 
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import make_env, make_vector_env
+from flowrl.envs.vector import make_env, make_vector_env, reported_success
 from flowrl.errors import UserError
 
 
 class CountingEnv(gym.Env):
-    """Terminates after ``first_action`` rounded steps; counts how often it is stepped."""
+    """Terminates after a drawn number of steps; counts its steps, and reports what it is given."""
 
     observation_space = Dict({"b": Box(-np.inf, np.inf, (2,)), "a": Box(-np.inf, np.inf, (1,))})
     action_space = Box(-10.0, 10.0, (1,))
+
+    def __init__(self, infos=()):
+        self.infos = infos
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.steps = 0
         self.length = int(self.np_random.integers(1, 8))
-        return self._observation(), {}
+        return self._observation(), self._info()
 
     def step(self, action):
         self.steps += 1
-        return self._observation(), float(action[0]), self.steps == self.length, False, {}
+        return self._observation(), float(action[0]), self.steps == self.length, False, self._info()
 
     def _observation(self):
         return {
             "b": np.array([self.steps, self.length], np.float32),
             "a": np.array([-self.steps], np.float32),
         }
+
+    def _info(self):
+        return self.infos[(self.steps + self.length) % len(self.infos)] if self.infos else {}
 
 
 @pytest.fixture
@@ -48,7 +54,8 @@ def test_finished_slots_stay_still_until_they_are_reset(counting):
     observations, _ = envs.reset(seed=seeds)
     assert observations.shape == (5, 3)
     for step in range(1, 11):
-        observations, rewards, terminations, truncations, _ = envs.step(np.full((5, 1), 2.0, np.float32))
+        observations, rewards, terminations, truncations, infos = envs.step(np.full((5, 1), 2.0, np.float32))
+        assert infos == {}
         for slot, length in enumerate(lengths):
             taken = min(step, length)
             assert envs.get_attr("steps")[slot] == taken
@@ -71,6 +78,76 @@ def test_truncation_and_termination_are_told_apart(counting):
     np.testing.assert_array_equal(terminations, lengths <= 3)
     np.testing.assert_array_equal(truncations, lengths >= 3)
     envs.close()
+
+
+ODD_INFOS = (
+    {"path": np.zeros((2, 2)), "why": None, "detail": {"x": 1}},
+    {"path": np.zeros((5, 2)), "why": "text", "detail": 3, "success": "yes"},
+    {"path": [], "why": b"", "detail": object(), "is_success": [1, 2]},
+    {"success": np.zeros((2, 3)), 5: {}},
+)
+
+
+def test_infos_of_any_kind_are_dropped(counting):
+    envs = make_vector_env(EnvironmentSpec(counting.env_id, {"infos": ODD_INFOS}), 6)
+    envs.reset(seed=list(range(6)))
+    for _ in range(8):
+        *_, infos = envs.step(np.zeros((6, 1), np.float32))
+        assert infos == {}
+    envs.close()
+
+
+def test_success_at_any_step_of_an_episode_counts(counting):
+    infos = ({}, {"success": np.bool_(True)}, {"success": False})
+    envs = make_vector_env(EnvironmentSpec(counting.env_id, {"infos": infos}), 6)
+    lengths = [min(6, int(np.random.default_rng(seed).integers(1, 8))) for seed in range(6)]
+    for _ in range(2):  # a reset forgets
+        envs.reset(seed=list(range(6)))
+        for step in range(1, 9):
+            *_, reported = envs.step(np.zeros((6, 1), np.float32))
+            drawn = [int(np.random.default_rng(seed).integers(1, 8)) for seed in range(6)]
+            expected = [
+                any((taken + total) % 3 == 1 for taken in range(1, min(step, length) + 1))
+                for length, total in zip(lengths, drawn, strict=True)
+            ]
+            if any(expected):
+                assert reported["success"].tolist() == expected
+    envs.close()
+
+
+@pytest.mark.parametrize(
+    ("info", "success"),
+    [
+        ({"success": True}, True),
+        ({"is_success": 0.0}, False),
+        ({"is_success": np.float32(1.0)}, True),
+        ({"success": np.array([True])}, True),
+        ({"success": float("nan")}, False),
+        ({"tasks_to_complete": []}, True),  # FrankaKitchen's
+        ({"tasks_to_complete": ["kettle"], "episode_task_completions": ["microwave"]}, False),
+        ({"success": None}, None),
+        ({}, None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_success_is_read_from_what_environments_report(info, success):
+    assert reported_success(info) is success
+
+
+class OddRewardEnv(CountingEnv):
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        return observation, np.array([reward]), *rest
+
+
+def test_rewards_of_one_number_in_an_array_are_taken():
+    gym.register("flowrl-test/OddReward-v0", OddRewardEnv, max_episode_steps=6)
+    envs = make_vector_env(EnvironmentSpec("flowrl-test/OddReward-v0"), 2)
+    envs.reset(seed=[3, 4])
+    assert envs.step(np.full((2, 1), 2.0, np.float32))[1].tolist() == [2.0, 2.0]
+    envs.close()
+    del gym.registry["flowrl-test/OddReward-v0"]
 
 
 def test_an_environment_that_cannot_be_made_is_a_user_error():

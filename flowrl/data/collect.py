@@ -13,7 +13,7 @@ from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, load_behavior
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.envs.cued_speed import ROBOTS, RUN_UP
 from flowrl.envs.reference_scores import reference_scores
-from flowrl.envs.specs import EnvironmentSpec, registered_environment
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_vector_env
 from flowrl.errors import UserError
 
@@ -113,9 +113,9 @@ def collect(recipe: Recipe) -> Collection:
     environments = {policy.env_id for policy in policies.values()}
     if len(environments) != 1:
         raise UserError(f"policies of {recipe.environment} are for different environments: {environments}")
-    environment, opening = registered_environment(environments.pop()), None
+    environment, opening = EnvironmentSpec(environments.pop()), None
     if recipe.opening:
-        environment = registered_environment(ROBOTS[recipe.environment].cued_id)
+        environment = EnvironmentSpec(ROBOTS[recipe.environment].cued_id)
         opening = policies[recipe.opening]
     shares = np.array([part.share for part in recipe.parts])
     targets = np.ceil(recipe.steps * shares / shares.sum()).astype(int).tolist()

@@ -12,12 +12,19 @@ import numpy as np
 from flowrl.atomic import file_sha256
 from flowrl.data.dataset import EpisodeDataset, build_episodes, check_fits_memory
 from flowrl.data.download import DownloadError, download
-from flowrl.envs.reference_scores import ReferenceScores, reference_scores
+from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError, one_line
 from flowrl.machine import home_folder
 
-REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+# A column's name in D4RL's files, then those that it has elsewhere.
+COLUMNS = {
+    "observations": ("observations",),
+    "actions": ("actions",),
+    "rewards": ("rewards",),
+    "terminals": ("terminals", "terminations", "dones"),
+    "timeouts": ("timeouts", "truncations"),
+}
 
 # D4RL's data follows the dynamics of Gymnasium's -v4 environments; -v5 changed some (Walker2d's friction).
 _ENVIRONMENT_IDS = {
@@ -82,7 +89,6 @@ def read_d4rl(name: str) -> EpisodeDataset:
         path,
         dataset_id=dataset_id,
         environment=environment,
-        reference=reference_scores(environment.env_id),
         notes=notes,
     )
 
@@ -128,59 +134,71 @@ def read_d4rl_file(
     *,
     dataset_id: str | None = None,
     environment: EnvironmentSpec | None = None,
-    reference: ReferenceScores | None = None,
     notes: tuple[str, ...] = (),
+    max_episode_steps: int | None = None,
+    split_at_timeouts: bool = False,
 ) -> EpisodeDataset:
     """Read an HDF5 file in D4RL's layout; other keys (next_observations, infos, metadata) are ignored.
 
-    An episode ends where ``terminals`` or ``timeouts`` is set; with both on one step it terminated. Steps
-    after the last end are kept as one truncated episode, with a note.
+    An episode ends where ``terminals`` (or ``terminations``, ``dones``) or ``timeouts`` (or ``truncations``)
+    is set; with both on one step it terminated. Steps after the last end are kept as one truncated episode,
+    with a note. Rewards and flags may be (N, 1), observations and actions of one number (N,).
 
     Args:
-        path: the file; float32, float64, either byte order, compressed or not.
+        path: the file; numbers of any type and byte order, compressed or not.
         dataset_id: name of the data; ``file:NAME`` by default.
         environment: where agents trained on this data are evaluated.
-        reference: returns that normalised scores are measured against.
         notes: sentences to show to the user, kept before this function's own.
+        max_episode_steps: where the file has no timeouts, an episode ends after so many steps at the latest.
+        split_at_timeouts: let episodes end at timeouts alone, for files such as AntMaze's, whose terminal
+            flag stays set while the robot is at its goal.
 
     Raises:
         UserError: the file is missing, not HDF5, truncated, damaged or larger than memory; a key is missing
             or has a wrong type, shape or length; a value is NaN or infinite; the file holds no steps.
     """
-    with open_d4rl_file(path) as datasets:
-        steps = len(datasets["rewards"])
-        numbers = sum(int(np.prod(datasets[key].shape)) for key in ("observations", "actions", "rewards"))
+    with open_d4rl_file(path) as columns:
+        steps = len(columns["rewards"])
+        numbers = sum(int(np.prod(columns[key].shape)) for key in ("observations", "actions", "rewards"))
         check_fits_memory(str(path), f"{steps} steps", 4 * numbers)
-        # HDF5 converts columns to float32 as it reads them, so that no float64 copy ever exists.
         observations, actions, rewards = (
-            _read_float32(datasets[key]) for key in ("observations", "actions", "rewards")
+            _read_float32(columns[key]) for key in ("observations", "actions", "rewards")
         )
-        terminals, timeouts = (_read_flags(path, key, datasets[key]) for key in ("terminals", "timeouts"))
-
-    ends = np.flatnonzero(terminals | timeouts) + 1  # (E,) one past each episode's last step
-    if not len(ends) or ends[-1] != len(rewards):
-        unfinished = len(rewards) - (int(ends[-1]) if len(ends) else 0)
-        ends = np.append(ends, len(rewards))
-        notes = (*notes, f"the last {unfinished} steps end without terminal or timeout: kept as truncated")
+        terminals = _read_flags(path, columns["terminals"])
+        if "timeouts" in columns:
+            timeouts = _read_flags(path, columns["timeouts"])
+        elif max_episode_steps is not None:
+            timeouts = _timeouts(terminals, max_episode_steps)
+        elif _name(columns["terminals"]) == "dones":  # which mark every end
+            timeouts = np.zeros_like(terminals)
+        else:
+            raise UserError(
+                f"{path}: key 'timeouts' is missing: give --max-episode-steps, the steps after which an "
+                "episode without a terminal ends"
+            )
+    ends, more_notes = _episode_ends(terminals, timeouts, split_at_timeouts)
+    notes = (*notes, *more_notes)
     if environment is not None:
-        observations, environment, notes = _match_ant(observations, environment, notes)
+        observations, environment, notes = _match_ant(observations.reshape(steps, -1), environment, notes)
     return build_episodes(
-        observations=observations,
-        actions=actions,
-        rewards=rewards,
+        observations=observations.reshape(steps, -1),
+        actions=actions.reshape(steps, -1),
+        rewards=rewards.reshape(steps),
         episode_lengths=np.diff(ends, prepend=0),
         terminated=terminals[ends - 1],
         dataset_id=f"file:{path.name}" if dataset_id is None else dataset_id,
         where=str(path),
         environment=environment,
-        reference=reference,
+        reference=reference_scores(environment.env_id) if environment else None,
         notes=notes,
     )
 
 
 @contextmanager
 def open_d4rl_file(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
-    """Open ``path`` and yield its five datasets after checking their presence, types and shapes.
+    """Open ``path`` and yield its datasets by D4RL's names after checking their types and shapes.
+
+    All must be there but for timeouts.
 
     Errors of HDF5 itself, here or while the caller reads, become a UserError that names the file.
     """
@@ -188,9 +206,10 @@ def open_d4rl_file(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
         raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with h5py.File(path, "r") as file:
-            datasets = {key: _dataset(path, file, key) for key in REQUIRED_KEYS}
-            _check_shapes(path, datasets)
-            yield datasets
+            columns = {key: _column(path, file, key) for key in COLUMNS}
+            present = {key: column for key, column in columns.items() if column is not None}
+            _check_shapes(path, present)
+            yield present
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise UserError(
             f"{path}: not a readable HDF5 file (damaged, or another format): {one_line(error)}"
@@ -216,43 +235,81 @@ def _match_ant(
     return np.ascontiguousarray(observations[:, :_ANT_BODY]), environment, (*notes, note)
 
 
-def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    dataset = file.get(key)
+def _episode_ends(
+    terminals: np.ndarray, timeouts: np.ndarray, split_at_timeouts: bool
+) -> tuple[np.ndarray, list[str]]:
+    """Return the ends of episodes, (E,) one past the last step of each, and notes about them."""
+    notes = []
+    repeated = int((terminals[1:] & terminals[:-1]).sum())
+    if repeated and not split_at_timeouts:
+        notes.append(
+            f"{repeated} episodes have one step, as a terminal follows on a terminal: if the flag stays set "
+            "at a goal (AntMaze), --split-at-timeouts keeps such episodes whole"
+        )
+    ends = np.flatnonzero(timeouts if split_at_timeouts else terminals | timeouts) + 1
+    unfinished = len(terminals) - (int(ends[-1]) if len(ends) else 0)
+    if unfinished:
+        ends = np.append(ends, len(terminals))
+        notes.append(f"the last {unfinished} steps end without terminal or timeout: kept as truncated")
+    return ends, notes
+
+
+def _timeouts(terminals: np.ndarray, max_episode_steps: int) -> np.ndarray:
+    """Return flags, (N,), where an episode that no terminal ends reaches ``max_episode_steps``."""
+    timeouts = np.zeros_like(terminals)
+    start = 0
+    for stop in [*(np.flatnonzero(terminals) + 1).tolist(), len(terminals)]:
+        timeouts[start + max_episode_steps - 1 : stop : max_episode_steps] = True
+        start = stop
+    return timeouts & ~terminals
+
+
+def _column(path: Path, file: h5py.File, key: str) -> h5py.Dataset | None:
+    names = COLUMNS[key]
+    dataset = next((found for name in names if (found := file.get(name)) is not None), None)
     if dataset is None:
-        raise UserError(f"{path}: key '{key}' is missing; D4RL files have {', '.join(REQUIRED_KEYS)}")
+        if key == "timeouts":
+            return None
+        missing = "' or '".join(names)
+        raise UserError(f"{path}: key '{missing}' is missing; D4RL files have {', '.join(COLUMNS)}")
     if not isinstance(dataset, h5py.Dataset):
         raise UserError(f"{path}: '{key}' must be an array, not a {type(dataset).__name__.lower()}")
-    kinds = "fiu" if key in ("observations", "actions", "rewards") else "fiub"
-    if dataset.dtype.kind not in kinds:
-        raise UserError(f"{path}: '{key}' must hold numbers, not {dataset.dtype}")
+    if dataset.dtype.kind not in "fiub":
+        raise UserError(f"{path}: '{_name(dataset)}' must hold numbers, not {dataset.dtype}")
     return dataset
 
 
-def _check_shapes(path: Path, datasets: dict[str, h5py.Dataset]) -> None:
+def _name(dataset: h5py.Dataset) -> str:
+    return str(dataset.name).lstrip("/")
+
+
+def _check_shapes(path: Path, columns: dict[str, h5py.Dataset]) -> None:
     """Compare shapes as the header states them, before anything is allocated."""
-    for key, dataset in datasets.items():
-        dimensions = 2 if key in ("observations", "actions") else 1
-        shape = dataset.shape
-        if shape is None or len(shape) != dimensions or (dimensions == 2 and shape[1] == 0):
-            expected = "(steps, numbers per step)" if dimensions == 2 else "(steps,)"
-            raise UserError(f"{path}: '{key}' must have shape {expected}, it has {shape}")
-    lengths = {key: len(dataset) for key, dataset in datasets.items()}
+    for key, column in columns.items():
+        wide, shape = key in ("observations", "actions"), column.shape
+        width = None if shape is None or len(shape) not in (1, 2) else (*shape, 1)[1]
+        if width is None or width < 1 or (width > 1 and not wide):
+            expected = "(steps, numbers per step)" if wide else "(steps,)"
+            raise UserError(f"{path}: '{_name(column)}' must have shape {expected}, it has {shape}")
+    lengths = {_name(column): len(column) for column in columns.values()}
     if len(set(lengths.values())) != 1:
         listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
         raise UserError(f"{path}: keys differ in length: {listed}")
-    if not lengths["rewards"]:
+    if not len(columns["rewards"]):
         raise UserError(f"{path}: no episodes: the arrays are empty")
 
 
-def _read_float32(dataset: h5py.Dataset) -> np.ndarray:
-    values = np.empty(dataset.shape, dtype=np.float32)
-    dataset.read_direct(values)
+def _read_float32(column: h5py.Dataset) -> np.ndarray:
+    if column.dtype.kind == "b":
+        return column[()].astype(np.float32)
+    values = np.empty(column.shape, dtype=np.float32)  # HDF5 converts as it reads: no float64 copy exists
+    column.read_direct(values)
     return values
 
 
-def _read_flags(path: Path, key: str, dataset: h5py.Dataset) -> np.ndarray:
-    values = dataset[()]
+def _read_flags(path: Path, column: h5py.Dataset) -> np.ndarray:
+    values = column[()].reshape(len(column))
     wrong = np.flatnonzero((values != 0) & (values != 1))
     if len(wrong):
-        raise UserError(f"{path}: '{key}'[{wrong[0]}] is {values[wrong[0]]}: flags must be 0 or 1")
+        raise UserError(f"{path}: '{_name(column)}'[{wrong[0]}] is {values[wrong[0]]}: flags must be 0 or 1")
     return values != 0

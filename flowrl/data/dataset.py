@@ -152,6 +152,34 @@ def check_fits_memory(where: str, what: str, needed: int) -> None:
         )
 
 
+def concatenate(datasets: Sequence[EpisodeDataset]) -> EpisodeDataset:
+    """Return the episodes of all datasets, one dataset after another.
+
+    Raises:
+        UserError: they differ in the sizes of observations or actions, or in their environments.
+    """
+    first = datasets[0]
+    for other in datasets[1:]:
+        for what in ("observation_dim", "action_dim", "environment"):
+            ours, theirs = getattr(first, what), getattr(other, what)
+            if ours != theirs:
+                remedy = "; give one with --env" if what == "environment" else ""
+                raise UserError(
+                    f"{first.dataset_id} and {other.dataset_id} differ in {what.replace('_', ' ')}: "
+                    f"{ours} and {theirs}{remedy}"
+                )
+    arrays = ("observations", "actions", "rewards", "episode_lengths", "terminated")
+    dataset_id = " + ".join(dataset.dataset_id for dataset in datasets)
+    return build_episodes(
+        **{name: np.concatenate([getattr(dataset, name) for dataset in datasets]) for name in arrays},
+        dataset_id=dataset_id,
+        where=dataset_id,
+        environment=first.environment,
+        reference=first.reference,
+        notes=[f"{dataset.dataset_id}: {note}" for dataset in datasets for note in dataset.notes],
+    )
+
+
 def delayed_rewards(dataset: EpisodeDataset) -> EpisodeDataset:
     """Return the data with each episode's whole return on its last step and zero reward before it.
 
@@ -247,4 +275,6 @@ def _check_finite(where: str, key: str, array: np.ndarray) -> None:
             first = np.argwhere(~finite)[0]
             index = ", ".join(str(i) for i in (first[0] + start, *first[1:]))
             value = array[tuple(int(i) for i in (first[0] + start, *first[1:]))]
-            raise UserError(f"{where}: '{key}'[{index}] is {value}: every value must be a finite float32")
+            raise UserError(
+                f"{where}: '{key}'[{index}] is {value}: every value must be finite and within float32"
+            )

@@ -7,7 +7,7 @@ from flowrl.data.embedded import CUED_TASKS, load_embedded
 from flowrl.envs.cued_speed import ROBOTS
 from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, cue_size, tmaze_environment
 from flowrl.envs.reference_scores import reference_scores
-from flowrl.envs.specs import EnvironmentSpec, registered_environment
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
 
@@ -24,7 +24,7 @@ def memory_environment(name: str) -> EnvironmentSpec | None:
         UserError: a memory task's name with numbers that are out of range.
     """
     if name in CUED_TASKS:
-        return registered_environment(ROBOTS[name.removesuffix("-cued")].cued_id)
+        return EnvironmentSpec(ROBOTS[name.removesuffix("-cued")].cued_id)
     return tmaze_environment(name)
 
 

@@ -17,7 +17,7 @@ from flowrl.data.dataset import EpisodeDataset, build_episodes, check_fits_memor
 from flowrl.data.download import require_answer
 from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
-from flowrl.envs.specs import EnvironmentSpec, wrappers_in_gymnasium_json
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError, did_you_mean, one_line
 from flowrl.machine import home_folder
 
@@ -239,12 +239,9 @@ def _environment(metadata: Mapping[str, Any]) -> tuple[EnvironmentSpec | None, l
     if recorded is None:
         return None, ["the dataset names no environment: give one with --env to evaluate"]
     try:
-        environment = EnvironmentSpec.from_gymnasium_json(recorded)
+        return EnvironmentSpec.from_gymnasium_json(recorded), []
     except UserError as error:
         return None, [f"the dataset's {error}: give another with --env to evaluate"]
-    wrappers = wrappers_in_gymnasium_json(recorded)
-    notes = [f"the dataset was recorded with wrappers that are not applied: {', '.join(wrappers)}"]
-    return environment, notes if wrappers else []
 
 
 def _reference(

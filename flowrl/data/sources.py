@@ -1,57 +1,101 @@
 """What ``--dataset`` and ``--env`` name: a file in D4RL's layout, a Minari dataset, or a D4RL dataset."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, find_d4rl_file, read_d4rl, read_d4rl_file
-from flowrl.data.dataset import EpisodeDataset
+from flowrl.data.dataset import EpisodeDataset, concatenate
 from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
 from flowrl.data.memory import memory_dataset, memory_environment
 from flowrl.data.minari import read_minari
+from flowrl.envs.options import EnvironmentOptions
 from flowrl.envs.reference_scores import reference_scores
-from flowrl.envs.specs import EnvironmentSpec, registered_environment
+from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment
 from flowrl.errors import UserError, did_you_mean
 
 MINARI_PREFIX = "minari:"
 FILE_SUFFIXES = (".hdf5", ".h5")
+_DEFAULTS = EnvironmentOptions()
 
 
-def load_episodes(source: str, env: str | None = None) -> EpisodeDataset:
+def load_episodes(
+    source: str | Sequence[str],
+    env: str | None = None,
+    options: EnvironmentOptions = _DEFAULTS,
+    split_at_timeouts: bool = False,
+) -> EpisodeDataset:
     """Load offline data.
 
     Args:
         source: ``"minari:ID"`` (local cache, else downloaded), the path of an ``.hdf5`` or ``.h5`` file in
             D4RL's layout, a D4RL v2 dataset such as ``"hopper-medium"`` (local file, else downloaded, else
-            flowrl's own data of that name), a memory task such as
-            ``"tmaze-500"``, or ``"flowrl"``: flowrl's own data, which ``env`` names.
+            flowrl's own data of that name), a memory task such as ``"tmaze-500"``, or ``"flowrl"``: flowrl's
+            own data, which ``env`` names. Several are taken together, one after another.
         env: environment to evaluate in, see :func:`environment_named`. A file names none itself; a Minari
             or D4RL dataset brings its own, which this replaces.
+        options: what differs from the environment as registered or recorded.
+        split_at_timeouts: see :func:`flowrl.data.d4rl.read_d4rl_file`.
 
     Returns:
         The data; its ``environment`` is None when neither the source nor ``env`` names one, and its ``notes``
-        are for the user. Dimensions are not compared with the environment's here
-        (:func:`flowrl.envs.spaces.check_environment` does).
+        are for the user. It is not compared with the environment here
+        (:func:`flowrl.data.matching.match_environment` does).
 
     Raises:
         UserError: unknown source or environment, or data that is missing, damaged or invalid.
     """
-    if source == SOURCE and env is not None and memory_environment(env) is not None:
-        return memory_dataset(env)
-    if source == SOURCE:
-        return load_embedded(env or "")
-    environment = None if env is None else environment_named(env)
+    named, reference = None, options.reference()
+    sources = (source,) if isinstance(source, str) else tuple(source)
+    if env is not None and SOURCE not in sources:
+        named = environment_named(env, options.env_import)
+    else:
+        import_modules(options.env_import)
+    datasets = []
+    for each in sources:
+        dataset = _load(each, env, named, options, split_at_timeouts)
+        datasets.append(_evaluated_in(dataset, named, options))
+    dataset = datasets[0] if len(datasets) == 1 else concatenate(datasets)
+    return dataset if reference is None else replace(dataset, reference=reference)
+
+
+def environment_named(env: str, imports: Sequence[str] = ()) -> EnvironmentSpec:
+    """Return the environment that ``--env`` names: a D4RL dataset's, a memory task's or a Gymnasium id.
+
+    Raises:
+        UserError: see :func:`flowrl.envs.specs.named_environment`.
+    """
+    memory_task = memory_environment(env)
+    if memory_task is not None:
+        return memory_task
+    return named_environment(env, imports, D4RL_ENVIRONMENTS)
+
+
+def _load(
+    source: str,
+    env: str | None,
+    named: EnvironmentSpec | None,
+    options: EnvironmentOptions,
+    split_at_timeouts: bool,
+) -> EpisodeDataset:
     path = Path(os.path.expanduser(source))  # unlike pathlib's, keeps the tilde of an unknown user
     suffix = path.suffix.lower()
+    if source == SOURCE:
+        return memory_dataset(env) if env and memory_environment(env) else load_embedded(env or "")
     if source.startswith(MINARI_PREFIX):
-        return _evaluated_in(read_minari(source.removeprefix(MINARI_PREFIX)), environment)
+        return read_minari(source.removeprefix(MINARI_PREFIX))
     if memory_environment(source) is not None:
-        return _evaluated_in(memory_dataset(source), environment)
+        return memory_dataset(source)
     if source in D4RL_ENVIRONMENTS:
-        return _evaluated_in(_d4rl_or_embedded(source), environment)
+        return _d4rl_or_embedded(source)
     if suffix in FILE_SUFFIXES:
-        reference = None if environment is None else reference_scores(environment.env_id)
-        return read_d4rl_file(path, environment=environment, reference=reference)
+        return read_d4rl_file(
+            path,
+            environment=named,
+            max_episode_steps=options.max_episode_steps,
+            split_at_timeouts=split_at_timeouts,
+        )
     if path.is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
         raise UserError(
             f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
@@ -74,26 +118,29 @@ def _d4rl_or_embedded(name: str) -> EpisodeDataset:
     return read_d4rl(name)
 
 
-def environment_named(env: str) -> EnvironmentSpec:
-    """Return the environment that ``--env`` names: a D4RL dataset's, a memory task's or a Gymnasium id.
+def _evaluated_in(
+    dataset: EpisodeDataset, named: EnvironmentSpec | None, options: EnvironmentOptions
+) -> EpisodeDataset:
+    """Replace the data's own environment by what the user gave, with a note of what differs.
 
-    Raises:
-        UserError: neither; the message suggests the closest name.
+    What the data recorded of an environment holds where the user names it by its id alone.
     """
-    if env in D4RL_ENVIRONMENTS:
-        return D4RL_ENVIRONMENTS[env]
-    if (memory_task := memory_environment(env)) is not None:
-        return memory_task
-    return registered_environment(env, also_known=tuple(D4RL_ENVIRONMENTS))
-
-
-def _evaluated_in(dataset: EpisodeDataset, environment: EnvironmentSpec | None) -> EpisodeDataset:
-    """Replace the dataset's own environment where the user asked for another."""
-    if environment is None or environment == dataset.environment:
+    own = dataset.environment
+    if own is not None and (named is None or (named.env_id == own.env_id and not named.kwargs)):
+        named = own
+    environment = None if named is None else options.apply(named)
+    if environment == own or environment is None:
         return dataset
-    if dataset.environment is None:
-        note = f"evaluated in {environment.env_id}"
-    else:
-        note = f"evaluated in {environment.env_id}, not in the data's own {dataset.environment.env_id}"
+    notes = dataset.notes
+    if own is not None and replace(environment, imports=own.imports) != own:
+        notes = (*notes, f"evaluated in {_described(environment)}, not in the data's own {_described(own)}")
     reference = dataset.reference or reference_scores(environment.env_id)
-    return replace(dataset, environment=environment, reference=reference, notes=(*dataset.notes, note))
+    return replace(dataset, environment=environment, reference=reference, notes=notes)
+
+
+def _described(environment: EnvironmentSpec) -> str:
+    parts = [f"{key}={value!r}" for key, value in environment.kwargs.items()]
+    if environment.max_episode_steps is not None:
+        parts.append(f"max_episode_steps={environment.max_episode_steps}")
+    parts += [name for name, _ in environment.wrappers]
+    return f"{environment.env_id}({', '.join(parts)})" if parts else environment.env_id

@@ -40,6 +40,7 @@ class TMaze(gym.Env[np.ndarray, np.ndarray]):
     def __init__(self, length: int = 500, arms: int = 2, distractors: int = 0) -> None:
         check_tmaze(length, arms, distractors)
         self.length, self.arms, self.distractors = length, arms, distractors
+        self.max_episode_steps = length  # it ends by itself
         self._shape = (cue_size(arms) + 3,)
         self.observation_space = Box(-1.0, 1.0, self._shape, np.float32)
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)

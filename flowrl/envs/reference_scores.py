@@ -15,12 +15,23 @@ class ReferenceScores:
         return 100.0 * (episode_return - self.minimum) / (self.maximum - self.minimum)
 
 
-# Source: D4RL (Fu et al., 2020), the reference minimum and maximum of its Gym-MuJoCo tasks.
+# Source: REF_MIN_SCORE and REF_MAX_SCORE of D4RL (Fu et al., 2020). Its tasks by the names that they have in
+# Gymnasium and Gymnasium-Robotics, in lower case and without a version.
 REFERENCE_SCORES = {
     "hopper": ReferenceScores(-20.272305, 3234.3),
     "halfcheetah": ReferenceScores(-280.178953, 12135.0),
     "walker2d": ReferenceScores(1.629008, 4592.3),
     "ant": ReferenceScores(-325.6, 3879.7),
+    "adroithandpen": ReferenceScores(96.262799, 3076.8331017826877),
+    "adroithandhammer": ReferenceScores(-274.856578, 12794.134825156867),
+    "adroithanddoor": ReferenceScores(-56.512833, 2880.5693087298737),
+    "adroithandrelocate": ReferenceScores(-6.425911, 4233.877797728884),
+    "frankakitchen": ReferenceScores(0.0, 4.0),
+    "antmaze_umaze": ReferenceScores(0.0, 1.0),
+    "antmaze_medium": ReferenceScores(0.0, 1.0),
+    "antmaze_large": ReferenceScores(0.0, 1.0),
+    "antmaze_medium_diverse_gr": ReferenceScores(0.0, 1.0),
+    "antmaze_large_diverse_gr": ReferenceScores(0.0, 1.0),
     "flowrl/tmaze": ReferenceScores(0.0, 1.0),  # the share of episodes that succeed, in percent
     # Cued speed, in the data: the best policy for all cues, and for each cue the policy of that speed.
     "flowrl/halfcheetahcued": ReferenceScores(82.6, 207.9),
@@ -32,7 +43,6 @@ REFERENCE_SCORES = {
 def reference_scores(env_id: str) -> ReferenceScores | None:
     """Return D4RL's reference scores for a Gymnasium id such as ``"Hopper-v4"``, or None when it has none.
 
-    The version is ignored: all versions of one environment share its table row.
+    The version is ignored: all versions of one environment have the same.
     """
-    name = env_id.rsplit("-v", 1)[0]
-    return REFERENCE_SCORES.get(name.lower())
+    return REFERENCE_SCORES.get(env_id.rsplit("-v", 1)[0].lower())

@@ -15,31 +15,54 @@ from gymnasium.wrappers import FlattenObservation
 from flowrl.envs.cued_speed import CUED_IDS, CuedSpeedVectorEnv
 from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv
 from flowrl.envs.mujoco_vector import MUJOCO_VECTOR_IDS, MujocoVectorEnv
-from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.specs import EnvironmentSpec, check_registered, import_modules
 from flowrl.errors import UserError, one_line
+
+# Recorded wrappers that are applied again. Others, such as those with running statistics, cannot be.
+APPLICABLE_WRAPPERS = frozenset(
+    (
+        *("ClipAction", "RescaleAction", "StickyAction", "ClipReward", "TimeAwareObservation"),
+        *("FlattenObservation", "FilterObservation", "RescaleObservation", "ReshapeObservation"),
+        *("DtypeObservation", "DelayObservation", "FrameStackObservation"),
+    )
+)
+
+
+class EnvironmentUnavailable(UserError):
+    """The environment cannot be made here."""
 
 
 def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gym.Env:
-    """Make one environment with flat observations.
+    """Make one environment with its wrappers and flat observations.
 
-    Observations other than a vector (Dict, Tuple, matrices) are flattened as Gymnasium does it, Dict
-    entries in the order of their keys.
+    The modules of ``environment.imports`` are imported first. Observations other than a vector (Dict, Tuple,
+    matrices) are flattened as Gymnasium does it, Dict entries in the order of their keys.
 
     Raises:
-        UserError: Gymnasium cannot make the environment (unregistered id, missing dependency, bad kwargs).
+        EnvironmentUnavailable: an unregistered id, a missing dependency, arguments that the environment does
+            not take, or a wrapper that cannot be applied.
     """
     rendering = {} if render_mode is None else {"render_mode": render_mode}
     try:
+        import_modules(environment.imports)
+        check_registered(environment.env_id)
+        for name, arguments in environment.wrappers:
+            if name not in APPLICABLE_WRAPPERS or arguments is None:
+                raise UserError(f"it was recorded with the wrapper {name}, which cannot be applied here")
         with no_deprecations():
-            env = gym.make(
+            env: gym.Env = gym.make(
                 environment.env_id,
                 max_episode_steps=environment.max_episode_steps,
                 disable_env_checker=True,
                 **environment.kwargs,
                 **rendering,
             )
+        for name, arguments in environment.wrappers:
+            env = getattr(gym.wrappers, name)(env, **(arguments or {}))
     except Exception as error:  # an environment's constructor may raise anything
-        raise UserError(f"environment {environment.env_id} cannot be made: {one_line(error)}") from error
+        raise EnvironmentUnavailable(
+            f"environment {environment.env_id} cannot be made: {one_line(error)}"
+        ) from error
     if isinstance(env.observation_space, Box) and len(env.observation_space.shape) == 1:
         return env
     return FlattenObservation(env)
@@ -49,9 +72,12 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
     """Make ``num_envs`` copies of an environment whose slots stay still once their episode is over.
 
     The result follows Gymnasium's vector interface without autoreset. After a slot has terminated or
-    was truncated, ``step`` ignores its action, does not touch its physics and answers with the last
-    observation, the same two flags and a reward of 0. ``reset(seed=[...])`` starts every slot anew;
+    was truncated, ``step`` ignores its action, does not touch its physics and returns the last observation,
+    the same two flags and a reward of 0. ``reset(seed=[...])`` starts every slot anew;
     ``reset(seed=[...], options={"reset_mask": mask})``, ``mask`` (num_envs,) bool, only the chosen ones.
+
+    Info dictionaries are dropped but for success: where the environments report it, ``step`` returns
+    ``{"success": flags}``, (num_envs,) bool, set once an episode has succeeded.
 
     Gymnasium's planar robots and Ant with default arguments, and those with a cue, run on all cores
     (:class:`flowrl.envs.mujoco_vector.MujocoVectorEnv`), T-Mazes as arrays
@@ -64,7 +90,7 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
         return TMazeVectorEnv(make_env(environment), num_envs)
     if environment.env_id in CUED_IDS:
         return CuedSpeedVectorEnv(make_env(environment), num_envs)
-    if environment.env_id in MUJOCO_VECTOR_IDS and not environment.kwargs:
+    if environment.env_id in MUJOCO_VECTOR_IDS and not environment.kwargs and not environment.wrappers:
         return MujocoVectorEnv(make_env(environment), num_envs)
     return StillVectorEnv([lambda: StayFinished(make_env(environment))] * num_envs)
 
@@ -89,25 +115,49 @@ def no_deprecations() -> Iterator[None]:
 
 
 class StayFinished(gym.Wrapper[Any, Any, Any, Any]):
-    """After the last step of an episode, repeat its outcome with reward 0 until the next reset."""
+    """After the last step of an episode, repeat its outcome with reward 0 until the next reset.
+
+    Info dictionaries are emptied, as vector environments merge only some kinds of values.
+    """
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         self._outcome: tuple[Any, float, bool, bool, dict[str, Any]] | None = None
+        self.succeeded: bool | None = None  # in this episode so far; None: the environment never reports it
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        self._outcome = None
-        return self.env.reset(seed=seed, options=options)
+        self._outcome = self.succeeded = None
+        observation, _ = self.env.reset(seed=seed, options=options)
+        return observation, {}
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         if self._outcome is not None:
             return self._outcome
         observation, reward, terminated, truncated, info = self.env.step(action)
+        reported = reported_success(info)
+        if reported is not None:
+            self.succeeded = reported or bool(self.succeeded)
         if terminated or truncated:
             self._outcome = (observation, 0.0, terminated, truncated, {})
-        return observation, reward, terminated, truncated, info
+        return observation, np.asarray(reward, dtype=np.float64).item(), terminated, truncated, {}
+
+
+def reported_success(info: Any) -> bool | None:
+    """Return whether a step's info reports success, None where it reports nothing about it.
+
+    Read are ``success`` and ``is_success`` (Adroit, Fetch, mazes), and FrankaKitchen's
+    ``tasks_to_complete``: success is that none is left.
+    """
+    if not isinstance(info, dict):
+        return None
+    if "tasks_to_complete" in info:
+        return not info["tasks_to_complete"]
+    value = info.get("success", info.get("is_success"))
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        value = value.item()
+    return value > 0 if isinstance(value, bool | int | float) else None
 
 
 class StillVectorEnv(SyncVectorEnv):
@@ -119,4 +169,7 @@ class StillVectorEnv(SyncVectorEnv):
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         # SyncVectorEnv refuses to step past the end of an episode; StayFinished handles it.
         self._autoreset_envs[:] = False
-        return super().step(actions)
+        *outcome, _ = super().step(actions)
+        successes = [env.get_wrapper_attr("succeeded") for env in self.envs]
+        reported = any(success is not None for success in successes)
+        return *outcome, {"success": np.array(successes, dtype=bool)} if reported else {}

@@ -201,13 +201,13 @@ def _cell_config(
     options = {**_data_options(dataset), **checked_options(merged, where)}
     config = parse_train_config(sweep.arguments, options)
     if _is_file(dataset):
-        is_its_own = config.dataset == dataset
+        is_its_own = config.dataset == (dataset,)
     else:
-        is_its_own = config.env == dataset and config.dataset in (None, SOURCE)
+        is_its_own = config.env == dataset and config.dataset in ((), (SOURCE,))
     if not is_its_own:
-        given = f"--env {config.env} --dataset {config.dataset}"
+        given = f"--env {config.env} --dataset {' '.join(config.dataset)}"
         raise UserError(f"{where}: {given} is not the sweep's dataset '{dataset}'; see --datasets")
-    if config.dataset == SOURCE:
+    if config.dataset == (SOURCE,):
         embedded_named(dataset)
     if wanted is None:
         return config, 0

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import Strict
+from pydantic import BeforeValidator, Strict
 
 from flowrl.attention.kinds import SOURCE_CLAMP, AttentionName
+from flowrl.envs.options import EnvironmentOptions
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, AgentName
 from flowrl.model.transformer import TimeEncoding, TokenLayout
@@ -37,16 +38,22 @@ from flowrl.training.presets import preset_options
 FilePath = Annotated[Path, Strict(False)]  # a string will do
 
 
+def _several(value: object) -> object:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(EnvironmentOptions):
     """Train a sequence agent on an offline dataset and evaluate it in its environment."""
 
     env: str | None = None
     """Name of a D4RL dataset, such as hopper-medium, which also picks the preset of that name; or, beside
     --dataset PATH, the Gymnasium environment to evaluate in, such as Hopper-v4."""
-    dataset: str | None = None
+    dataset: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
     """Where the data is, if not D4RL's file for --env: minari:mujoco/hopper/medium-v0, or PATH.hdf5 in
-    D4RL's layout."""
+    D4RL's layout; several are trained on together."""
+    split_at_timeouts: bool = False
+    """Episodes of D4RL files end at timeouts alone: for AntMaze, whose terminal flag stays set at a goal."""
     config: str | None = None
     """Preset to start from: DATASET-RECIPE, such as hopper-medium-long; RECIPE alone, such as long, for the
     dataset of --env; or a YAML file of these options."""
@@ -135,6 +142,9 @@ class TrainConfig:
     keep_checkpoints: PositiveCount = 2
     """Newest checkpoints to keep."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", _several(self.dataset))  # one name will do
+
     @property
     def warmup(self) -> int:
         """Updates of warm-up, the default filled in."""
@@ -220,7 +230,7 @@ def check_values(config: TrainConfig) -> None:
         raise UserError(
             f"--embed-dim {config.embed_dim}: must be a multiple of --num-heads {config.num_heads}"
         )
-    if config.env is None and config.dataset is None:
+    if config.env is None and not config.dataset:
         raise UserError("nothing to train on: give --env (such as hopper-medium) or --dataset")
 
 

@@ -92,7 +92,7 @@ def default_run_dir(config: TrainConfig) -> Path:
 
     A --top-fraction below 1 follows the method: bc-top0.1-seed0-...
     """
-    name = config.env or (config.dataset or "").removeprefix("minari:").removesuffix(".hdf5")
+    name = config.env or "+".join(config.dataset).removeprefix("minari:").removesuffix(".hdf5")
     folder = "-".join(part for part in Path(name).parts if part not in ("/", "..", "."))
     method = config.attention if config.agent == "transformer" else config.agent
     part = "" if config.top_fraction == 1 else f"-top{config.top_fraction:g}"

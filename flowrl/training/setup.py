@@ -1,5 +1,6 @@
 """What a run starts from: its random streams, the data, and an agent with the data's statistics."""
 
+from contextlib import suppress
 from dataclasses import replace
 from enum import IntEnum
 
@@ -9,8 +10,9 @@ import torch
 
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import delayed_rewards, top_episodes
-from flowrl.data.memory import check_corridor
-from flowrl.envs.spaces import action_bounds, check_environment
+from flowrl.data.matching import match_environment
+from flowrl.envs.spaces import environment_facts
+from flowrl.envs.vector import EnvironmentUnavailable
 from flowrl.errors import UserError
 from flowrl.machine import available_memory
 from flowrl.model.agent import Agent, AgentConfig
@@ -59,19 +61,23 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 def load_dataset(config: TrainConfig) -> EpisodeDataset:
     """Load what ``--dataset`` or ``--env`` names and check it against its environment."""
-    if config.dataset is not None:
-        dataset = load_episodes(config.dataset, config.env)
+    if config.dataset:
+        dataset = load_episodes(config.dataset, config.env, config, config.split_at_timeouts)
     elif config.env is not None:
-        dataset = load_episodes(config.env)
+        dataset = load_episodes(config.env, options=config)
     else:
         raise UserError("nothing to train on: give --env (such as hopper-medium) or --dataset")
     if dataset.environment is not None:
-        check_environment(dataset.environment, dataset.observation_dim, dataset.action_dim)
-        check_corridor(dataset)
+        try:
+            dataset = match_environment(dataset)
+        except EnvironmentUnavailable as error:
+            if config.eval_episodes > 0:
+                raise
+            dataset = replace(dataset, notes=(*dataset.notes, str(error)))
     elif config.eval_episodes > 0:
         raise UserError(
-            f"{dataset.dataset_id}: no environment to evaluate in is known; give --env, such as Hopper-v4, "
-            "or --eval-episodes 0"
+            f"{'; '.join((dataset.dataset_id, *dataset.notes))}: no environment to evaluate in; give --env, "
+            "such as Hopper-v4, or --eval-episodes 0"
         )
     dataset = top_episodes(dataset, config.top_fraction)
     return delayed_rewards(dataset) if config.reward_mode == "delayed" else dataset
@@ -187,8 +193,9 @@ def _bounds(dataset: EpisodeDataset) -> tuple[np.ndarray, np.ndarray]:
     """Action bounds of the environment, of the data where the environment has none (or is not known)."""
     low, high = dataset.actions.min(axis=0), dataset.actions.max(axis=0)
     if dataset.environment is not None:
-        env_low, env_high = action_bounds(dataset.environment)
-        low, high = (np.where(np.isfinite(e), e, d) for e, d in ((env_low, low), (env_high, high)))
+        with suppress(EnvironmentUnavailable):
+            env_low, env_high = environment_facts(dataset.environment).action_bounds
+            low, high = (np.where(np.isfinite(e), e, d) for e, d in ((env_low, low), (env_high, high)))
     constant = high <= low  # nothing to scale by: give it a unit range
     return np.where(constant, low - 1, low).astype(np.float32), np.where(constant, low + 1, high).astype(
         np.float32
@@ -198,8 +205,5 @@ def _bounds(dataset: EpisodeDataset) -> tuple[np.ndarray, np.ndarray]:
 def _time_limit(dataset: EpisodeDataset) -> int:
     if dataset.environment is None:
         return 1
-    return (
-        dataset.environment.max_episode_steps
-        or gymnasium.spec(dataset.environment.env_id).max_episode_steps
-        or 1
-    )
+    registered = gymnasium.registry.get(dataset.environment.env_id)
+    return dataset.environment.max_episode_steps or (registered and registered.max_episode_steps) or 1

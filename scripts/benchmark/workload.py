@@ -84,7 +84,7 @@ def paper_config(
 ) -> TrainConfig:  # fmt: skip
     """The paper's model, trained on windows of 20 timesteps or on full episodes."""
     return TrainConfig(
-        dataset="benchmark",
+        dataset=("benchmark",),
         attention=attention,
         token_layout=token_layout,
         context_length="episode" if full_episodes else 20,

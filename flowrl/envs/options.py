@@ -1,0 +1,58 @@
+"""Options about the environment that several commands have."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flowrl.envs.reference_scores import ReferenceScores
+from flowrl.envs.specs import EnvironmentSpec, check_kwargs
+from flowrl.errors import UserError
+from flowrl.options import PositiveCount
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentOptions:
+    """What differs from the environment as it is registered or recorded."""
+
+    env_import: tuple[str, ...] = ()
+    """Modules to import for the environments that they register, such as gymnasium_robotics."""
+    env_kwargs: str | None = None
+    """JSON object of keyword arguments for the environment, such as '{"continuing_task": false}'."""
+    max_episode_steps: PositiveCount | None = None
+    """Time limit of an episode in timesteps; by default the environment's, or, where it has none, twice the
+    longest episode of the data."""
+    reference_scores: tuple[float, float] | None = None
+    """Returns that normalised scores count as 0 and 100; by default the data's own or D4RL's."""
+
+    def apply(self, environment: EnvironmentSpec) -> EnvironmentSpec:
+        """Return the environment with these options over its own.
+
+        Raises:
+            UserError: keyword arguments that are not a JSON object or are gymnasium.make's own.
+        """
+        return replace(
+            environment,
+            kwargs={**environment.kwargs, **self._kwargs()},
+            max_episode_steps=self.max_episode_steps or environment.max_episode_steps,
+            imports=tuple(dict.fromkeys((*environment.imports, *self.env_import))),
+        )
+
+    def reference(self) -> ReferenceScores | None:
+        """Return the reference scores given here; a UserError unless the second is the higher one."""
+        if self.reference_scores is None:
+            return None
+        low, high = self.reference_scores
+        if not low < high:
+            raise UserError(f"--reference-scores {low:g} {high:g}: the second must be the higher return")
+        return ReferenceScores(low, high)
+
+    def _kwargs(self) -> dict[str, Any]:
+        if self.env_kwargs is None:
+            return {}
+        where = f"--env-kwargs {self.env_kwargs}"
+        try:
+            kwargs = json.loads(self.env_kwargs)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON: {error}") from error
+        check_kwargs(where, kwargs)
+        return kwargs

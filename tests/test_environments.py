@@ -1,0 +1,226 @@
+"""Reference scores, environment specifications and the options that change them."""
+
+import json
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.wrappers import RecordEpisodeStatistics, RescaleAction, TimeAwareObservation
+
+from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.reference_scores import ReferenceScores, reference_scores
+from flowrl.envs.spaces import check_environment, environment_facts
+from flowrl.envs.specs import EnvironmentSpec, named_environment
+from flowrl.envs.vector import EnvironmentUnavailable, make_env
+from flowrl.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("env_id", "episode_return", "score"),
+    [
+        # Worked out by hand from D4RL's table.
+        ("Hopper-v4", 3234.3, 100.0),
+        ("Hopper-v5", -20.272305, 0.0),
+        ("Hopper-v4", 1607.0138475, 50.0),
+        ("HalfCheetah-v4", 5927.4105235, 50.0),
+        ("Walker2d-v4", 1.629008 - 45.90670992, -1.0),
+        ("Ant-v4", 3879.7 + 42.053, 101.0),
+        ("AdroitHandPen-v1", 96.262799, 0.0),
+        ("AdroitHandDoor-v1", 2880.5693087298737, 100.0),
+        ("AdroitHandHammer-v1", 12794.134825156867, 100.0),
+        ("AdroitHandRelocate-v1", -6.425911, 0.0),
+        ("AntMaze_UMaze-v4", 0.5, 50.0),
+        ("AntMaze_Large_Diverse_GR-v5", 1.0, 100.0),
+        ("FrankaKitchen-v1", 3.0, 75.0),
+    ],
+)
+def test_normalized_scores(env_id: str, episode_return: float, score: float) -> None:
+    reference = reference_scores(env_id)
+    assert reference is not None
+    assert reference.normalized_score(episode_return) == pytest.approx(score, abs=1e-9)
+
+
+def test_environments_outside_the_table_have_none() -> None:
+    for env_id in ("Humanoid-v5", "Hopper2-v4", "Pendulum-v1", "hop-per", "AdroitHandPenSparse-v1"):
+        assert reference_scores(env_id) is None
+
+
+def test_a_spec_survives_its_json_form() -> None:
+    wrappers = (("RescaleAction", {"min_action": -1, "max_action": 1}), ("Unknown", None))
+    spec = EnvironmentSpec("Hopper-v5", {"forward_reward_weight": 2.0}, 123, ("some.module",), wrappers)
+    assert EnvironmentSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert EnvironmentSpec.from_dict({"env_id": "Hopper-v4"}) == EnvironmentSpec("Hopper-v4")
+
+
+def test_a_spec_is_read_where_its_environment_is_not_registered() -> None:
+    data = EnvironmentSpec("Nowhere-v3", imports=("no_such_module",)).to_dict()
+    assert EnvironmentSpec.from_dict(data).env_id == "Nowhere-v3"
+    assert "no_such_module" not in sys.modules
+
+
+def test_gymnasium_json_gives_id_kwargs_limit_and_wrappers() -> None:
+    env = gymnasium.make("Pendulum-v1", g=1.5, max_episode_steps=77, render_mode="rgb_array")
+    env = RecordEpisodeStatistics(TimeAwareObservation(env))
+    assert env.spec is not None
+    spec = EnvironmentSpec.from_gymnasium_json(env.spec.to_json())
+    arguments = {"flatten": True, "normalize_time": False, "dict_time_key": "time"}
+    assert spec == EnvironmentSpec(
+        "Pendulum-v1", {"g": 1.5}, 77, wrappers=(("TimeAwareObservation", arguments),)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*precision lowered")
+def test_recorded_wrappers_are_applied_innermost_first() -> None:
+    recorded = TimeAwareObservation(RescaleAction(gymnasium.make("Pendulum-v1"), -5.0, 5.0))
+    assert recorded.spec is not None
+    env = make_env(EnvironmentSpec.from_gymnasium_json(recorded.spec.to_json()))
+    assert (env.action_space.low, env.action_space.high) == (-5.0, 5.0)
+    for each in (env, recorded):
+        each.reset(seed=0)
+    for action in (5.0, -2.5, 0.0):
+        ours, theirs = (each.step(np.array([action], np.float32)) for each in (env, recorded))
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        assert ours[1] == theirs[1]
+    assert ours[0].shape == (4,)  # with the time
+
+
+@pytest.mark.parametrize("wrapper", [("NormalizeObservation", {}), ("MyAction", {}), ("RescaleAction", None)])
+def test_wrappers_that_cannot_be_applied_are_refused_by_name(wrapper: tuple[str, dict | None]) -> None:
+    with pytest.raises(EnvironmentUnavailable, match=f"recorded with the wrapper {wrapper[0]}, which cannot"):
+        make_env(EnvironmentSpec("Pendulum-v1", wrappers=(wrapper,)))
+
+
+def test_an_entry_point_in_a_file_is_never_used() -> None:
+    spec = json.loads(gymnasium.spec("Pendulum-v1").to_json())
+    spec["entry_point"] = "subprocess:run"
+    spec["additional_wrappers"] = [{"name": "ClipAction", "entry_point": "os:system", "kwargs": {}}]
+    loaded = EnvironmentSpec.from_gymnasium_json(json.dumps(spec))
+    assert loaded == EnvironmentSpec("Pendulum-v1", {}, 200, wrappers=(("ClipAction", {}),))
+    check_environment(loaded, 3, 1)  # Gymnasium's own Pendulum and ClipAction
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "expected a mapping with 'env_id'"),
+        ({"env_id": 3}, "expected a mapping with 'env_id'"),
+        ([], "expected a mapping with 'env_id'"),
+        ({"env_id": "antigravity:Hopper-v4"}, "antigravity:Hopper-v4: not the id of an environment"),
+        ({"env_id": "Hopper-v4", "kwargs": [1]}, "'kwargs' must be a mapping"),
+        ({"env_id": "Hopper-v4", "kwargs": {"entry_point": "os:system"}}, "'entry_point' is not allowed"),
+        ({"env_id": "Hopper-v4", "max_episode_steps": 0}, "'max_episode_steps' must be a positive integer"),
+        ({"env_id": "Hopper-v4", "max_episode_steps": "9"}, "'max_episode_steps' must be a positive integer"),
+        ({"env_id": "Hopper-v4", "max_episode_steps": True}, "must be a positive integer"),
+        ({"env_id": "Hopper-v4", "imports": "os"}, "'imports' must be a list of module names"),
+        ({"env_id": "Hopper-v4", "wrappers": [["ClipAction"]]}, "'wrappers' must be a list"),
+    ],
+)
+def test_broken_specs_are_refused(data: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EnvironmentSpec.from_dict(data)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"id": 4}', '{"id": "os:x-v0"}', "[" * 100_000])
+def test_broken_gymnasium_json_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="environment"):
+        EnvironmentSpec.from_gymnasium_json(text)
+
+
+def test_gymnasium_json_with_odd_kwargs_is_refused() -> None:
+    with pytest.raises(UserError, match="'kwargs' must be a mapping"):
+        EnvironmentSpec.from_gymnasium_json('{"id": "Hopper-v4", "kwargs": ["a"]}')
+
+
+def test_dimensions_bounds_and_limit_are_the_environments() -> None:
+    hopper = EnvironmentSpec("Hopper-v4")
+    assert check_environment(hopper, 11, 3).max_episode_steps == 1000
+    for observation_dim, action_dim in ((12, 3), (11, 2), (3, 11)):
+        with pytest.raises(UserError, match=r"Hopper-v4 has observations of 11 and actions of 3 numbers"):
+            check_environment(hopper, observation_dim, action_dim)
+    facts = environment_facts(EnvironmentSpec("Pendulum-v1", max_episode_steps=7))
+    low, high = facts.action_bounds
+    assert (low.tolist(), high.tolist(), low.dtype) == ([-2.0], [2.0], np.float32)
+    assert facts.max_episode_steps == 7
+
+
+def test_environments_without_vectors_or_that_cannot_be_made_are_refused() -> None:
+    with pytest.raises(UserError, match="CartPole-v1: actions must be Box"):
+        environment_facts(EnvironmentSpec("CartPole-v1"))
+    with pytest.raises(EnvironmentUnavailable, match="Hopper-v4 cannot be made"):
+        check_environment(EnvironmentSpec("Hopper-v4", {"no_such_option": 1}), 11, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hoppermedium", "did you mean 'hopper-medium'"),
+        ("zzzzqqqq", "is not registered with Gymnasium; known: hopper-medium, and Gymnasium's ids"),
+        ("no_such_module:Hopper-v4", "--env-import no_such_module: cannot be imported: No module named"),
+        ("PointMaze_UMaze-v3", "gymnasium-robotics registers it; install that and give --env-import"),
+        ("dm_control/walker-walk-v0", r"package shimmy\[dm-control\] registers it"),
+        ("", "not registered with Gymnasium"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_may_help(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        named_environment(name, also_known={"hopper-medium": EnvironmentSpec("Hopper-v4")})
+
+
+MODULE = """
+import gymnasium
+from gymnasium.envs.classic_control import PendulumEnv
+
+class Weak(PendulumEnv):
+    def __init__(self, torque=0.5, **kwargs):
+        super().__init__(**kwargs)
+        self.max_torque = torque
+        self.action_space = gymnasium.spaces.Box(-torque, torque, (1,))
+
+gymnasium.register("{name}/Weak-v0", Weak)
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an importable module that registers an environment with keywords and no time limit."""
+    name = f"registers_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODULE.format(name=name))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    return name
+
+
+def test_an_environment_of_a_module_is_imported_when_it_is_named_or_made(module: str) -> None:
+    env_id = f"{module}/Weak-v0"
+    expected = EnvironmentSpec(env_id, imports=(module,))
+    assert named_environment(f"{module}:{env_id}") == expected
+    assert named_environment(env_id, (module,)) == expected
+    del gymnasium.registry[env_id], sys.modules[module]
+    facts = environment_facts(EnvironmentSpec(env_id, {"torque": 3.0}, imports=(module,)))
+    assert (facts.action_bounds[1].tolist(), facts.max_episode_steps) == ([3.0], None)
+    del gymnasium.registry[env_id]
+
+
+def test_options_lie_over_what_was_recorded() -> None:
+    recorded = EnvironmentSpec("Pendulum-v1", {"g": 5.0, "x": 1}, 70, ("a",), (("ClipAction", {}),))
+    assert EnvironmentOptions().apply(recorded) == recorded
+    options = EnvironmentOptions(env_import=("a", "b"), env_kwargs='{"g": 9.0}', max_episode_steps=30)
+    expected = EnvironmentSpec("Pendulum-v1", {"g": 9.0, "x": 1}, 30, ("a", "b"), (("ClipAction", {}),))
+    assert options.apply(recorded) == expected
+    assert EnvironmentOptions(reference_scores=(-5.0, 5.0)).reference() == ReferenceScores(-5.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (EnvironmentOptions(env_kwargs="{"), "--env-kwargs {: not JSON"),
+        (EnvironmentOptions(env_kwargs="[1]"), "must be a mapping"),
+        (EnvironmentOptions(env_kwargs='{"id": "x"}'), "'id' is not allowed"),
+        (EnvironmentOptions(reference_scores=(5.0, 5.0)), "--reference-scores 5 5: the second must be"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: EnvironmentOptions, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        (options.apply(EnvironmentSpec("Pendulum-v1")), options.reference())
