@@ -36,13 +36,7 @@ def folders(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_table_names_nine_datasets_of_shipped_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     levels = ("medium", "medium-replay", "medium-expert")
-    names = {
-        f"{environment}-{level}"
-        for environment in REFERENCE_SCORES
-        for level in levels
-        if "/" not in environment
-    }
-    nine = {name for name in names if not name.startswith("ant")}
+    nine = {f"{robot}-{level}" for robot in EXPERT_AT_LEAST for level in levels}
     assert set(EMBEDDED) == nine | set(CUED_TASKS)
     for name in nine:
         entry = EMBEDDED[name]
