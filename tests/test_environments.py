@@ -2,12 +2,16 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, RescaleAction, TimeAwareObservation
+from tiny_training import arguments, train_here
 
 from flowrl.envs.options import EnvironmentOptions
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
@@ -15,6 +19,11 @@ from flowrl.envs.spaces import check_environment, environment_facts
 from flowrl.envs.specs import EnvironmentSpec, named_environment
 from flowrl.envs.vector import EnvironmentUnavailable, make_env
 from flowrl.errors import UserError
+from flowrl.evaluation.command import EvaluateConfig, evaluate_run
+from flowrl.model.checkpoint import load_checkpoint
+from flowrl.model.loading import load_agent
+from flowrl.training.config import parse_train_config
+from flowrl.training.run import train
 
 
 @pytest.mark.parametrize(
@@ -182,14 +191,20 @@ gymnasium.register("{name}/Weak-v0", Weak)
 """
 
 
+def forget(module: str) -> None:
+    """As in a new process: the module is not imported, its environment not registered."""
+    sys.modules.pop(module, None)
+    gymnasium.registry.pop(f"{module}/Weak-v0", None)
+
+
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of an importable module that registers an environment with keywords and no time limit."""
     name = f"registers_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(MODULE.format(name=name))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    return name
+    yield name
+    forget(name)
 
 
 def test_an_environment_of_a_module_is_imported_when_it_is_named_or_made(module: str) -> None:
@@ -197,10 +212,9 @@ def test_an_environment_of_a_module_is_imported_when_it_is_named_or_made(module:
     expected = EnvironmentSpec(env_id, imports=(module,))
     assert named_environment(f"{module}:{env_id}") == expected
     assert named_environment(env_id, (module,)) == expected
-    del gymnasium.registry[env_id], sys.modules[module]
+    forget(module)
     facts = environment_facts(EnvironmentSpec(env_id, {"torque": 3.0}, imports=(module,)))
     assert (facts.action_bounds[1].tolist(), facts.max_episode_steps) == ([3.0], None)
-    del gymnasium.registry[env_id]
 
 
 def test_options_lie_over_what_was_recorded() -> None:
@@ -224,3 +238,69 @@ def test_options_lie_over_what_was_recorded() -> None:
 def test_options_that_make_no_sense_are_refused(options: EnvironmentOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         (options.apply(EnvironmentSpec("Pendulum-v1")), options.reference())
+
+
+def pendulum_data(path: Path) -> Path:
+    """Two episodes of 8 steps with Pendulum's dimensions, in D4RL's layout."""
+    random = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        file["observations"], file["rewards"] = random.normal(size=(16, 3)), random.normal(size=16)
+        file["actions"] = random.uniform(-0.5, 0.5, (16, 1))
+        file["terminals"], file["timeouts"] = np.zeros(16, bool), np.arange(16) % 8 == 7
+    return path
+
+
+def test_a_run_remembers_how_its_environment_is_made(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env_id, run = f"{module}/Weak-v0", tmp_path / "run"
+    words = arguments(pendulum_data(tmp_path / "data.hdf5"), run, env=f"{module}:{env_id}", steps=5)
+    kwargs = ["--env-kwargs", '{"torque": 0.25}', "--reference-scores", "-100", "0"]
+    train(parse_train_config([*words, *kwargs]))
+    output = capsys.readouterr().out
+    assert f"{env_id} has no time limit: evaluated for at most 16 steps" in output
+    assert "43.8% of the actions are outside the bounds" in output
+    assert "evaluated in" not in output
+    assert "no reference" not in output
+
+    forget(module)
+    agent = load_agent(run)  # imports nothing
+    assert module not in sys.modules
+    assert agent.environment == EnvironmentSpec(env_id, {"torque": 0.25}, 16, (module,))
+    agent.reset(1, 0.0)
+    assert abs(float(agent.act(np.zeros((1, 3)))[0, 0])) <= 0.25
+    evaluate_run(EvaluateConfig(run=run, episodes=2, json=tmp_path / "scores.json", max_episode_steps=5))
+    document = json.loads((tmp_path / "scores.json").read_text())
+    assert document["environment"] == {**agent.environment.to_dict(), "max_episode_steps": 5}
+    assert document["targets"][0]["lengths"] == [5, 5]
+    returns, scores = document["targets"][0]["returns"], document["targets"][0]["normalized_scores"]
+    np.testing.assert_allclose(scores, np.array(returns) + 100)
+    assert f"importing {module} for {env_id}" in capsys.readouterr().out
+
+    forget(module)
+    train(parse_train_config(["--resume", str(run), "--steps", "6"]))
+    forget(module)
+    with pytest.raises(UserError, match="has no time limit: give --max-episode-steps"):
+        evaluate_run(EvaluateConfig(run=run, episodes=2, env=f"{module}:{env_id}"))
+
+
+def test_training_without_evaluation_needs_no_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = pendulum_data(tmp_path / "data.hdf5"), tmp_path / "run"
+    train_here(data, run, env="Pendulum-v1", env_kwargs='{"bogus":1}', eval_episodes=0, steps=5)
+    assert "note: environment Pendulum-v1 cannot be made" in capsys.readouterr().out
+    assert load_agent(run).environment == EnvironmentSpec("Pendulum-v1", {"bogus": 1})
+    evaluate_run(EvaluateConfig(run=run, episodes=1, env="Pendulum-v1"))
+
+
+def test_an_environment_that_fails_costs_no_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: PendulumEnv, action: np.ndarray) -> None:
+        raise FloatingPointError("unstable")
+
+    monkeypatch.setattr(PendulumEnv, "step", step)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"Pendulum-v1 failed at step 0: FloatingPointError: unstable; its"):
+        train_here(pendulum_data(tmp_path / "data.hdf5"), run, env="Pendulum-v1", steps=7, eval_every=0)
+    assert "FloatingPointError: unstable" in (run / "environment-error.txt").read_text()
+    assert load_checkpoint(run).step == 7

@@ -108,6 +108,15 @@ def test_figures_are_those_of_the_textbook():
     assert table.splitlines()[2].split() == ["1800", "1", "5.0", "7.0", "no", "reference"]
 
 
+def test_success_is_in_figures_and_tables():
+    successes = np.array([True, False, True, True])
+    result = TargetResult(1.0, np.ones(4), np.ones(4, dtype=np.int64), None, successes)
+    figures = result.to_dict()
+    assert (figures["success_rate"], figures["successes"]) == (0.75, [True, False, True, True])
+    header, row, *_ = format_table([result]).splitlines()
+    assert (header.split()[-1], row.split()[-1]) == ("success_rate", "0.75")
+
+
 def test_what_does_not_exist_is_left_out():
     """The spread of one episode, and scores without a reference."""
     assert TargetResult(5.0, np.array([2.5]), np.array([7]), None).to_dict() == {

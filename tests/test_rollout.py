@@ -9,7 +9,8 @@ from gymnasium.spaces import Box
 from flowrl.envs.mujoco_vector import MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import StillVectorEnv, make_vector_env
-from flowrl.evaluation.rollout import NonFiniteError, rollout
+from flowrl.errors import UserError
+from flowrl.evaluation.rollout import NonFiniteError, failures_kept, rollout
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.transformer import ModelConfig, SequenceModel
 
@@ -191,3 +192,45 @@ def test_a_non_finite_action_is_refused(faulty):
 
     with pytest.raises(NonFiniteError, match="environment 3, step 2: action "):
         rollout(BrokenAgent(2, 1), EnvironmentSpec(faulty), np.zeros(5), np.array([1, 5, 2, 9, 1]))
+
+
+class WholeNumbersEnv(FaultyEnv):
+    """Takes whole numbers and rewards each with itself; succeeds at its second step where the seed is odd."""
+
+    action_space = Box(-3, 3, (1,), np.int64)
+
+    def step(self, action):
+        assert action.dtype == np.int64
+        observation, _, *ended, _ = super().step(action)
+        success = self.seed % 2 == 1 and self.steps == 2
+        return observation, float(action[0]), *ended, {"success": success}
+
+
+def test_actions_of_whole_numbers_are_rounded_and_successes_counted():
+    class Agent(LinearAgent):
+        def act(self, observations, rewards=None):
+            return np.repeat(np.float32([[-1.6]]), len(observations), axis=0)
+
+    gym.register("flowrl-test/WholeNumbers-v0", WholeNumbersEnv, max_episode_steps=50)
+    seeds = np.array([5, 1, 4, 3])
+    result = rollout(Agent(2, 1), EnvironmentSpec("flowrl-test/WholeNumbers-v0"), np.zeros(4), seeds)
+    np.testing.assert_array_equal(result.returns, -2.0 * seeds)
+    assert result.successes.tolist() == [True, False, False, True]  # the second one ends after one step
+    del gym.registry["flowrl-test/WholeNumbers-v0"]
+
+
+@pytest.mark.parametrize("when", ["reset", "step 3"])
+def test_an_environment_that_raises_is_named_and_its_traceback_kept(tmp_path, faulty, monkeypatch, when):
+    def fail(self, *_, **__):
+        if when == "reset" or self.steps == 3:
+            raise RuntimeError("the simulator\nis unstable")
+        self.steps += 1
+        return np.zeros(2), 1.0, False, False, {}
+
+    monkeypatch.setattr(FaultyEnv, when.split()[0], fail)
+    line = f"^environment {faulty} failed at {when}: RuntimeError: the simulator is unstable; its traceback "
+    with pytest.raises(UserError, match=line), failures_kept(tmp_path):
+        rollout(LinearAgent(2, 1), EnvironmentSpec(faulty), np.zeros(2), np.array([7, 8]))
+    kept = (tmp_path / "environment-error.txt").read_text()
+    assert kept.startswith("Traceback")
+    assert "in fail" in kept

@@ -126,13 +126,14 @@ def _evaluated_in(
     What the data recorded of an environment holds where the user names it by its id alone.
     """
     own = dataset.environment
+    from_data = own != named  # a file is read as of the environment that the user names
     if own is not None and (named is None or (named.env_id == own.env_id and not named.kwargs)):
         named = own
     environment = None if named is None else options.apply(named)
     if environment == own or environment is None:
         return dataset
     notes = dataset.notes
-    if own is not None and replace(environment, imports=own.imports) != own:
+    if own is not None and from_data and replace(environment, imports=own.imports) != own:
         notes = (*notes, f"evaluated in {_described(environment)}, not in the data's own {_described(own)}")
     reference = dataset.reference or reference_scores(environment.env_id)
     return replace(dataset, environment=environment, reference=reference, notes=notes)

@@ -11,9 +11,12 @@ import tyro
 
 from flowrl.atomic import write_text
 from flowrl.data.sources import environment_named
+from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.spaces import check_environment
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate, format_table
+from flowrl.evaluation.rollout import failures_kept
 from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting
 from flowrl.model.loading import load_agent
@@ -23,7 +26,7 @@ from flowrl.signals import StopSignals
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(EnvironmentOptions):
     """Evaluate a trained run in its environment: returns and normalised scores for each target return."""
 
     run: tyro.conf.Positional[Path]
@@ -83,17 +86,27 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         device=config.device,
         source_clamp=config.source_clamp,
     )
-    environment = agent.environment if config.env is None else environment_named(config.env)
+    environment = agent.environment
+    if config.env is not None:
+        environment = environment_named(config.env, config.env_import)
     targets = config.targets or agent.config.targets
     if environment is None:
-        raise UserError(f"{config.run}: its dataset names no environment, so it cannot be evaluated")
-    check_environment(environment, agent.config.model.observation_dim, agent.config.model.action_dim)
+        raise UserError(f"{config.run}: its dataset names no environment; give one with --env")
+    environment = config.apply(environment)
+    if environment.imports:
+        print(f"importing {', '.join(environment.imports)} for {environment.env_id}")
+    model = agent.config.model
+    facts = check_environment(environment, model.observation_dim, model.action_dim)
+    if facts.max_episode_steps is None:
+        raise UserError(f"environment {environment.env_id} has no time limit: give --max-episode-steps")
+    reference = config.reference() or agent.config.reference or reference_scores(environment.env_id)
     print(
         f"environment {environment.env_id}, dataset {agent.config.dataset_id} "
         f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, "
         f"checkpoint {agent.checkpoint_step}, seed {config.seed}"
     )
-    results = evaluate(agent, environment, targets, config.episodes, config.seed, agent.config.reference)
+    with failures_kept(config.run):
+        results = evaluate(agent, environment, targets, config.episodes, config.seed, reference)
     print(format_table(results))
     if config.json is not None:
         document = {

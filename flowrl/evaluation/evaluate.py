@@ -21,20 +21,22 @@ class TargetResult:
     """The episodes of one target return; arrays are (episodes,).
 
     Spreads are sample standard deviations (ddof 1), standard errors those over sqrt(episodes). Scores are
-    None where the environment has no reference scores.
+    None where the environment has no reference scores, successes where it reports none.
     """
 
     target_return: float
     returns: np.ndarray
     lengths: np.ndarray
     normalized_scores: np.ndarray | None
+    successes: np.ndarray | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, as in ``metrics.jsonl`` and in the JSON file of an evaluation.
 
         ``target_return``, ``episodes``, ``return_mean``, ``return_std``, ``return_standard_error``,
-        ``length_mean``, the same three of ``normalized_score``, and every episode in ``returns``, ``lengths``
-        and ``normalized_scores``. Scores without a reference and the spread of one episode are left out.
+        ``length_mean``, the same three of ``normalized_score``, ``success_rate`` from 0 to 1, and every
+        episode in ``returns``, ``lengths``, ``normalized_scores`` and ``successes``. Scores without a
+        reference, success that is not reported and the spread of one episode are left out.
         """
         figures: dict[str, Any] = {"target_return": self.target_return, "episodes": len(self.returns)}
         figures |= _figures("return", self.returns)
@@ -43,6 +45,9 @@ class TargetResult:
         if self.normalized_scores is not None:
             figures |= _figures("normalized_score", self.normalized_scores)
             episodes["normalized_scores"] = self.normalized_scores.tolist()
+        if self.successes is not None:
+            figures["success_rate"] = _mean(self.successes)
+            episodes["successes"] = self.successes.tolist()
         return figures | episodes
 
 
@@ -74,17 +79,22 @@ def evaluate(
     prepare_process()
     target_returns = np.repeat(targets, episodes)  # (slots,)
     seeds = np.tile(episode_seeds(seed, episodes), len(targets))  # (slots,)
-    outcomes = np.zeros((2, len(seeds)))  # returns and lengths; each rank fills in its own, 0 elsewhere
+    # Returns, lengths, successes, and whether those are reported; each rank fills in its own, 0 elsewhere.
+    outcomes = np.zeros((4, len(seeds)))
     if len(seeds[ranks.mine]):
         rollouts = rollout(agent, environment, target_returns[ranks.mine], seeds[ranks.mine])
-        outcomes[:, ranks.mine] = rollouts.returns, rollouts.lengths
+        outcomes[:2, ranks.mine] = rollouts.returns, rollouts.lengths
+        if rollouts.successes is not None:
+            outcomes[2:, ranks.mine] = rollouts.successes, 1
     outcomes = ranks.sum(torch.from_numpy(outcomes)).numpy()
     results = []
-    for target, (returns, lengths) in zip(targets, np.split(outcomes, len(targets), axis=1), strict=True):
+    for target, its_outcomes in zip(targets, np.split(outcomes, len(targets), axis=1), strict=True):
+        returns, lengths, successes, reported = its_outcomes
         scores = None
         if reference is not None:
             scores = np.array([reference.normalized_score(float(value)) for value in returns])
-        results.append(TargetResult(target, returns, lengths.astype(np.int64), scores))
+        succeeded = successes > 0 if reported.any() else None
+        results.append(TargetResult(target, returns, lengths.astype(np.int64), scores, succeeded))
     return results
 
 
@@ -98,18 +108,19 @@ def episode_seeds(seed: int, episodes: int) -> np.ndarray:
 
 def format_table(results: Sequence[TargetResult]) -> str:
     """Return a plain-text table, one line per target: mean, standard deviation, (standard error)."""
-    rows = [("target_return", "episodes", "return", "length", "normalized_score")]
+    rows = [["target_return", "episodes", "return", "length", "normalized_score"]]
+    if results[0].successes is not None:
+        rows[0].append("success_rate")
     for result in results:
         scores = result.normalized_scores
-        rows.append(
-            (
-                f"{result.target_return:g}",
-                f"{len(result.returns)}",
-                _spread(result.returns),
-                f"{_mean(result.lengths):.1f}",
-                "no reference" if scores is None else _spread(scores),
-            )
-        )
+        row = [
+            f"{result.target_return:g}",
+            f"{len(result.returns)}",
+            _spread(result.returns),
+            f"{_mean(result.lengths):.1f}",
+            "no reference" if scores is None else _spread(scores),
+        ]
+        rows.append(row if result.successes is None else [*row, f"{_mean(result.successes):.2f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([*lines, "mean +/- standard deviation (standard error of the mean) over episodes"])

@@ -1,16 +1,21 @@
 """One episode per slot, all slots in one batch: the loop behind every reported return."""
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from gymnasium.spaces import Box
 from tqdm import tqdm
 
+from flowrl.atomic import write_text
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_vector_env
-from flowrl.errors import UserError
+from flowrl.errors import UserError, one_line
 
 
 class BatchedAgent(Protocol):
@@ -31,13 +36,19 @@ class Rollouts:
     """The outcome of one episode per slot; every array is (slots,).
 
     ``returns`` are undiscounted sums in float64 of the rewards that the environment gave, ``lengths``
-    count its steps, ``terminated`` is False where a time limit cut the episode.
+    count its steps, ``terminated`` is False where a time limit cut the episode. ``successes`` is whether an
+    episode succeeded at any of its steps; None where the environment does not report it.
     """
 
     target_returns: np.ndarray
     returns: np.ndarray
     lengths: np.ndarray
     terminated: np.ndarray
+    successes: np.ndarray | None
+
+
+class EnvironmentFailure(UserError):
+    """An environment raised an exception, which is the cause of this one."""
 
 
 class NonFiniteError(UserError):
@@ -62,18 +73,21 @@ def rollout(
 
     Raises:
         NonFiniteError: NaN or infinity in an observation, a reward or an action.
+        EnvironmentFailure: the environment raised an exception.
     """
     slots = len(target_returns)
     returns = np.zeros(slots)
     lengths = np.zeros(slots, dtype=np.int64)
     terminated = np.zeros(slots, dtype=bool)
+    infos: dict[str, np.ndarray] = {}
     envs = make_vector_env(environment, slots)
     try:
         action_space = envs.action_space
         if not isinstance(action_space, Box):
             raise UserError(f"environment {environment.env_id}: actions must be a Box, not {action_space}")
         # Gymnasium's vector classes take a list; the base class' annotation says int.
-        observations, _ = envs.reset(seed=[int(seed) for seed in seeds])  # type: ignore[arg-type]
+        with _named_failure(environment, "reset"):
+            observations, _ = envs.reset(seed=[int(seed) for seed in seeds])  # type: ignore[arg-type]
         agent.reset(slots, np.asarray(target_returns))
         running = np.arange(slots)  # (running,) slots still in their episode, in the agent's order
         rewards: np.ndarray | None = None  # (running,)
@@ -82,9 +96,11 @@ def rollout(
             for step in count():
                 _check_finite("observation", observations[running], running, step)
                 acted = agent.act(observations[running], rewards)
-                actions[running] = acted.reshape(-1, *action_space.shape[1:])
-                _check_finite("action", actions[running], running, step)
-                observations, step_rewards, terminations, truncations, _ = envs.step(actions)
+                _check_finite("action", acted, running, step)
+                acted = acted.reshape(-1, *action_space.shape[1:])
+                actions[running] = taken_actions(acted, action_space.dtype)
+                with _named_failure(environment, f"step {step}"):
+                    observations, step_rewards, terminations, truncations, infos = envs.step(actions)
                 rewards = step_rewards[running]
                 _check_finite("reward", rewards, running, step)
                 returns[running] += rewards
@@ -101,7 +117,35 @@ def rollout(
                 running, rewards = running[kept], rewards[kept]
     finally:
         envs.close()
-    return Rollouts(np.asarray(target_returns, dtype=np.float64), returns, lengths, terminated)
+    successes = infos.get("success")  # of every slot's episode, also of those that ended long before
+    return Rollouts(np.asarray(target_returns, dtype=np.float64), returns, lengths, terminated, successes)
+
+
+def taken_actions(actions: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return actions in an environment's own type, rounded where that is of whole numbers."""
+    return (np.rint(actions) if np.issubdtype(dtype, np.integer) else actions).astype(dtype)
+
+
+@contextmanager
+def failures_kept(folder: Path) -> Iterator[None]:
+    """Write the traceback of an :class:`EnvironmentFailure` to ``environment-error.txt`` in ``folder``."""
+    try:
+        yield
+    except EnvironmentFailure as failure:
+        path = folder / "environment-error.txt"
+        write_text(path, "".join(traceback.format_exception(failure.__cause__)))
+        raise UserError(f"{failure}; its traceback is in {path}") from failure
+
+
+@contextmanager
+def _named_failure(environment: EnvironmentSpec, when: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # an environment may raise anything
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise EnvironmentFailure(f"environment {environment.env_id} failed at {when}: {reason}") from error
 
 
 def _check_finite(what: str, values: np.ndarray, running: np.ndarray, step: int) -> None:

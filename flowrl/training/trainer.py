@@ -20,6 +20,7 @@ from flowrl.data import EpisodeDataset
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
+from flowrl.evaluation.rollout import failures_kept
 from flowrl.model.action_model import ActionModel
 from flowrl.model.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from flowrl.native.accelerate import accelerate_training
@@ -188,7 +189,7 @@ class Trainer:
         # Several processes finish an evaluation together, and stop after it.
         interruptible = self.signals.interruptible() if self.ranks.size == 1 else nullcontext()
         try:
-            with interruptible:
+            with interruptible, failures_kept(self.run_dir):
                 results = evaluate(
                     agent,
                     agent.environment,
