@@ -42,6 +42,16 @@ def collect() -> int:
     return 0
 
 
+def info() -> int:
+    """Show what a dataset holds, and what training would refuse or change."""
+    import tyro
+
+    from flowrl.data.info import InfoConfig, describe_dataset
+
+    print(describe_dataset(tyro.cli(InfoConfig)))
+    return 0
+
+
 def sweep() -> int:
     """Train many runs: datasets x methods x seeds."""
     from flowrl.sweeps.command import run_sweep
@@ -60,7 +70,7 @@ def report() -> int:
 
 
 COMMANDS: dict[str, Callable[[], int]] = {
-    command.__name__: command for command in (train, evaluate, collect, sweep, report)
+    command.__name__: command for command in (train, evaluate, collect, info, sweep, report)
 }
 
 

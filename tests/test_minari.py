@@ -266,6 +266,8 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(
 @pytest.mark.parametrize(
     ("observation_space", "message"),
     [
+        (spaces.Box(0, 255, (8, 8, 3), np.uint8), r"'observations' are images of shape \(8, 8, 3\)"),
+        (spaces.Dict(a=spaces.Dict(eye=spaces.Box(0, 255, (8, 8, 3), np.uint8))), "'eye' are images"),
         (spaces.Discrete(4), "observations must be a Box or Dict of Box spaces"),
         (spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Discrete(2)), "must be a Box or Dict of Box"),
         (spaces.Tuple([spaces.Box(-1, 1, (2,))]), "must be a Box or Dict of Box"),

@@ -17,6 +17,7 @@ from flowrl.data.dataset import EpisodeDataset, build_episodes, check_fits_memor
 from flowrl.data.download import require_answer
 from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
+from flowrl.envs.spaces import refuse_images
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError, did_you_mean, one_line
 from flowrl.machine import home_folder
@@ -47,6 +48,7 @@ def read_minari(dataset_id: str) -> EpisodeDataset:
         space = dataset.action_space
         if not isinstance(space, spaces.Box):
             raise UserError(f"{name}: actions must be a Box space, not {space}")
+        refuse_images(name, dataset.observation_space)
         leaves = _leaves(name, dataset.observation_space, json.loads(metadata["observation_space"]))
         total_steps = int(dataset.total_steps)
         dimensions = (sum(math.prod(leaf.shape) for _, leaf in leaves), math.prod(space.shape))

@@ -48,6 +48,8 @@ def load_episodes(
     """
     named, reference = None, options.reference()
     sources = (source,) if isinstance(source, str) else tuple(source)
+    if not sources:
+        raise UserError("give at least one dataset")
     if env is not None and SOURCE not in sources:
         named = environment_named(env, options.env_import)
     else:
@@ -134,14 +136,6 @@ def _evaluated_in(
         return dataset
     notes = dataset.notes
     if own is not None and from_data and replace(environment, imports=own.imports) != own:
-        notes = (*notes, f"evaluated in {_described(environment)}, not in the data's own {_described(own)}")
+        notes = (*notes, f"evaluated in {environment}, not in the data's own {own}")
     reference = dataset.reference or reference_scores(environment.env_id)
     return replace(dataset, environment=environment, reference=reference, notes=notes)
-
-
-def _described(environment: EnvironmentSpec) -> str:
-    parts = [f"{key}={value!r}" for key, value in environment.kwargs.items()]
-    if environment.max_episode_steps is not None:
-        parts.append(f"max_episode_steps={environment.max_episode_steps}")
-    parts += [name for name, _ in environment.wrappers]
-    return f"{environment.env_id}({', '.join(parts)})" if parts else environment.env_id

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict, Space
+from gymnasium.wrappers import FlattenObservation
 
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
@@ -34,16 +35,31 @@ class EnvironmentFacts:
         return np.where(low < -_LARGEST_BOUND, -np.inf, low), np.where(high > _LARGEST_BOUND, np.inf, high)
 
 
+def refuse_images(where: str, space: Space) -> None:
+    """Raise UserError if the space, or a part of it, is of images."""
+    parts = space.spaces.items() if isinstance(space, Dict) else [("observations", space)]
+    for name, part in parts:
+        if isinstance(part, Dict):
+            refuse_images(where, part)
+        elif isinstance(part, Box) and part.dtype == np.uint8 and len(part.shape) == 3:
+            raise UserError(
+                f"{where}: '{name}' are images of shape {part.shape}: there is no encoder for images here, "
+                "give data and an environment of vectors"
+            )
+
+
 def environment_facts(environment: EnvironmentSpec) -> EnvironmentFacts:
     """Make the environment once, as evaluation does, to read its spaces and its limit.
 
     Raises:
         EnvironmentUnavailable: it cannot be made.
-        UserError: its spaces are not Box (or Dict of Box for observations).
+        UserError: its spaces are not Box (or Dict of Box for observations), or observations are images.
     """
     env = make_env(environment)
     try:
         observation_space, action_space = env.observation_space, env.action_space
+        if isinstance(env, FlattenObservation):
+            refuse_images(f"environment {environment.env_id}", env.env.observation_space)
         limit = None if env.spec is None else env.spec.max_episode_steps
         if limit is None:  # some environments have a limit of their own
             limit = getattr(env.unwrapped, "max_episode_steps", getattr(env.unwrapped, "max_steps", None))

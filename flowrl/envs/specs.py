@@ -48,6 +48,14 @@ class EnvironmentSpec:
     wrappers: tuple[tuple[str, dict[str, Any] | None], ...] = ()
     """Names and arguments of the wrappers to apply, innermost first; see :mod:`flowrl.envs.vector`."""
 
+    def __str__(self) -> str:
+        """The id, and in parentheses what differs from the environment as it is registered."""
+        parts = [f"{key}={value!r}" for key, value in self.kwargs.items()]
+        if self.max_episode_steps is not None:
+            parts.append(f"max_episode_steps={self.max_episode_steps}")
+        parts += [name for name, _ in self.wrappers]
+        return f"{self.env_id}({', '.join(parts)})" if parts else self.env_id
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, the inverse of :meth:`from_dict`."""
         return {

@@ -1,0 +1,57 @@
+"""What ``flowrl info`` prints about a dataset."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import EPISODE_LENGTHS
+
+from flowrl.__main__ import main
+from flowrl.data.d4rl import read_d4rl_file
+from flowrl.data.info import histogram
+from flowrl.errors import EXIT_BAD_INPUT
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    assert main(["info", *words]) == 0
+    output = capsys.readouterr().out
+    assert output.isascii()
+    return dict(line.split(maxsplit=1) for line in output.splitlines())
+
+
+def test_a_dataset_is_described(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    returns = read_d4rl_file(tiny_dataset).episode_returns
+    lines = lines_of(capsys, str(tiny_dataset), "--env", "Hopper-v4")
+    assert (lines["dataset"], lines["transitions"]) == ("file:tiny.hdf5", "60")
+    assert lines["episodes"] == "5, 3 of them terminated"
+    assert lines["lengths"] == f"from 1 to 30, median 9, mean {np.mean(EPISODE_LENGTHS):g}"
+    middle = f"median {np.median(returns):.6g}, mean {returns.mean():.6g}"
+    assert lines["returns"] == f"from {returns.min():.6g} to {returns.max():.6g}, {middle}"
+    assert lines["observations"].endswith("1 of them constant")
+    assert lines["environment"] == "Hopper-v4"
+    assert lines["normalised"].endswith("returns of -20.2723 and 3234.3 are 0 and 100")
+    assert "refused" not in lines
+
+
+def test_what_would_be_noted_and_refused_is_shown(
+    tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = lines_of(capsys, str(tiny_dataset), "--env", "Pendulum-v1")
+    assert lines["refused"].startswith("environment Pendulum-v1 has observations of 3 and actions of 1")
+    lines = lines_of(capsys, str(tiny_dataset), "--env", "Hopper-v4", "--env-kwargs", '{"bogus": 1}')
+    assert lines["refused"].startswith("environment Hopper-v4 cannot be made")
+    assert lines_of(capsys, str(tiny_dataset))["refused"].startswith("no environment to evaluate in")
+    for words in ([], ["absent.hdf5"], [str(tiny_dataset), "--env", "Hoper-v4"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["info", *words])
+        assert ended.value.code == EXIT_BAD_INPUT
+
+
+def test_histograms_count_every_value() -> None:
+    values = np.random.default_rng(0).normal(size=1000)
+    rows = [line.split() for line in histogram(values)]
+    assert sum(int(row[1]) for row in rows) == 1000
+    counts = np.array([int(row[1]) for row in rows])
+    bars = np.array([len(row[2]) if len(row) > 2 else 0 for row in rows])
+    np.testing.assert_array_equal(bars, np.ceil(50 * counts / counts.max()))
+    assert len(histogram(np.ones(3))) == 12  # equal values
