@@ -23,6 +23,7 @@ from flowrl.data.d4rl import read_d4rl_file
 from flowrl.data.minari import read_minari
 from flowrl.data.writers import collect_d4rl, collect_minari, ensure_minari, read_provenance
 from flowrl.envs import mujoco_vector
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,34 @@ def test_minari_d4rl_and_memory_hold_the_same_data(tmp_path: Path, storage: Path
     assert provenance["flowrl_version"]
 
 
+def test_uniform_actions_are_collected_in_any_environment(tmp_path: Path) -> None:
+    options = {"env_kwargs": '{"g": 5.0}', "max_episode_steps": 30, "steps": 2000, "seed": 3}
+    command = CollectCommand("Pendulum-v1", ("uniform",), id="mine/pendulum-v0", **options)
+    run_collect(command)
+    dataset = read_minari("mine/pendulum-v0")
+    assert dataset.environment == EnvironmentSpec("Pendulum-v1", {"g": 5.0}, 30)
+    assert set(dataset.episode_lengths.tolist()) == {30}
+    env = gymnasium.make("Pendulum-v1", g=5.0, max_episode_steps=30)
+    generator = np.random.default_rng([3, 0, 1])  # the second episode
+    observation, _ = env.reset(seed=int(generator.integers(2**31)))
+    for step in range(30, 60):
+        np.testing.assert_array_equal(dataset.observations[step], observation)
+        observation, reward, *_ = env.step(dataset.actions[step])
+        assert dataset.rewards[step] == np.float32(reward)
+    shares = np.histogram(dataset.actions, bins=8, range=(-2, 2))[0] / len(dataset.actions)
+    assert (np.abs(shares - 1 / 8) < 0.03).all()
+    file = replace(command, format="d4rl", id=None, out=tmp_path / "same.hdf5")
+    run_collect(file)
+    assert read_d4rl_file(tmp_path / "same.hdf5").sha256 == dataset.sha256
+
+
+def test_the_environment_of_shipped_policies_can_be_changed() -> None:
+    run_collect(CollectCommand("hopper", ("25k",), id="mine/x-v0", steps=300, seed=4, max_episode_steps=20))
+    dataset = read_minari("mine/x-v0")
+    assert dataset.environment == EnvironmentSpec("Hopper-v5", max_episode_steps=20)
+    assert dataset.max_episode_length == 20
+
+
 def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path: Path, storage: Path) -> None:
     collect_minari(SMALL, "mine/x-v0")
     before, files = read_minari("mine/x-v0").sha256, visible(storage)
@@ -157,6 +186,8 @@ def test_a_tampered_policy_is_refused_and_nothing_is_left(
     [
         (CollectCommand("hoper-medium"), "did you mean 'hopper-medium'"),
         (CollectCommand("hopper-mediun-expert"), "did you mean 'hopper-medium-expert'"),
+        (CollectCommand("Pendulum-v1", ("medium",)), "give --policies, of uniform"),
+        (CollectCommand("hopper", ("25k",), id="a-v0", env_kwargs="{"), "--env-kwargs {: not JSON"),
         (CollectCommand("hopper"), "give --policies, of random, "),
         (CollectCommand("hopper", ("mediun",), id="a-v0"), "did you mean 'medium'"),
         (CollectCommand("hopper", ("medium=much",), id="a-v0"), "--policies medium=much"),

@@ -13,7 +13,7 @@ from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, RescaleAction, TimeAwareObservation
 from tiny_training import arguments, train_here
 
-from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.spaces import check_environment, environment_facts
 from flowrl.envs.specs import EnvironmentSpec, named_environment
@@ -219,23 +219,23 @@ def test_an_environment_of_a_module_is_imported_when_it_is_named_or_made(module:
 
 def test_options_lie_over_what_was_recorded() -> None:
     recorded = EnvironmentSpec("Pendulum-v1", {"g": 5.0, "x": 1}, 70, ("a",), (("ClipAction", {}),))
-    assert EnvironmentOptions().apply(recorded) == recorded
-    options = EnvironmentOptions(env_import=("a", "b"), env_kwargs='{"g": 9.0}', max_episode_steps=30)
+    assert EvaluationOptions().apply(recorded) == recorded
+    options = EvaluationOptions(env_import=("a", "b"), env_kwargs='{"g": 9.0}', max_episode_steps=30)
     expected = EnvironmentSpec("Pendulum-v1", {"g": 9.0, "x": 1}, 30, ("a", "b"), (("ClipAction", {}),))
     assert options.apply(recorded) == expected
-    assert EnvironmentOptions(reference_scores=(-5.0, 5.0)).reference() == ReferenceScores(-5.0, 5.0)
+    assert EvaluationOptions(reference_scores=(-5.0, 5.0)).reference() == ReferenceScores(-5.0, 5.0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (EnvironmentOptions(env_kwargs="{"), "--env-kwargs {: not JSON"),
-        (EnvironmentOptions(env_kwargs="[1]"), "must be a mapping"),
-        (EnvironmentOptions(env_kwargs='{"id": "x"}'), "'id' is not allowed"),
-        (EnvironmentOptions(reference_scores=(5.0, 5.0)), "--reference-scores 5 5: the second must be"),
+        (EvaluationOptions(env_kwargs="{"), "--env-kwargs {: not JSON"),
+        (EvaluationOptions(env_kwargs="[1]"), "must be a mapping"),
+        (EvaluationOptions(env_kwargs='{"id": "x"}'), "'id' is not allowed"),
+        (EvaluationOptions(reference_scores=(5.0, 5.0)), "--reference-scores 5 5: the second must be"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: EnvironmentOptions, message: str) -> None:
+def test_options_that_make_no_sense_are_refused(options: EvaluationOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         (options.apply(EnvironmentSpec("Pendulum-v1")), options.reference())
 

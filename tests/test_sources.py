@@ -20,7 +20,7 @@ from minari.data_collector import EpisodeBuffer
 from flowrl.data import EpisodeDataset, d4rl, load_episodes, sources
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, PublishedFile
 from flowrl.data.sources import environment_named
-from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import REFERENCE_SCORES, ReferenceScores
 from flowrl.envs.spaces import check_environment
 from flowrl.envs.specs import EnvironmentSpec
@@ -251,7 +251,7 @@ def test_the_keywords_that_the_data_recorded_stay_with_its_own_environment() -> 
     dataset = load_episodes("minari:test/noisy-v0", "Hopper-v5")
     assert dataset.environment == own
     assert not any("evaluated in" in note for note in dataset.notes)
-    options = EnvironmentOptions(
+    options = EvaluationOptions(
         env_kwargs='{"frame_skip": 2}', max_episode_steps=50, reference_scores=(0.0, 9.0)
     )
     for env in (None, "Hopper-v5"):
@@ -302,7 +302,7 @@ def test_an_environment_that_another_package_registers_is_imported_first(
     path = str(write(tmp_path / "data.hdf5"))
     expected = EnvironmentSpec("Own/Hopper-v0", imports=("own_hoppers",))
     assert load_episodes(path, "own_hoppers:Own/Hopper-v0").environment == expected
-    options = EnvironmentOptions(env_import=("own_hoppers",))
+    options = EvaluationOptions(env_import=("own_hoppers",))
     assert load_episodes(path, "Own/Hopper-v0", options).environment == expected
 
 

@@ -1,11 +1,13 @@
 """Collect episodes of behaviour policies: the same arrays for the same seed on any number of cores."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import gymnasium
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from flowrl.behavior.policy import BehaviorPolicy
@@ -13,12 +15,14 @@ from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, load_behavior
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.envs.cued_speed import ROBOTS, RUN_UP
 from flowrl.envs.reference_scores import reference_scores
+from flowrl.envs.spaces import EnvironmentFacts, environment_facts
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_vector_env
 from flowrl.errors import UserError
 
 # A constant of the data: which other slots share a batch must not depend on the machine.
 SLOTS = 32
+UNIFORM = "uniform"  # a policy of every environment with bounded actions
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Part:
     """A share of a dataset that one policy collects."""
 
     policy: str
-    """A shipped policy's name, such as "medium"."""
+    """A shipped policy's name, such as "medium", or "uniform"."""
     share: float = 1.0
     """Of the dataset's steps, relative to the other parts'."""
     noise: float = 0.0
@@ -50,19 +54,30 @@ class Recipe:
     """All that determines a dataset's content."""
 
     environment: str
-    """Whose shipped policies act, such as "hopper"."""
+    """Whose shipped policies act, such as "hopper"; the id of one without any, where "uniform" acts."""
     parts: tuple[Part, ...]
     steps: int = 200_000
     """Transitions in all, at least: every episode is whole."""
     seed: int = 0
     opening: str = ""
     """Policy of every episode's run-up in the environment's cued task; without one the task is the plain."""
+    spec: EnvironmentSpec | None = None
+    """What the policies act in, if not the environment that they were trained in."""
+
+    @property
+    def acts_in(self) -> EnvironmentSpec:
+        """The environment that is stepped; a UserError without shipped policies and ``spec``."""
+        if self.spec is not None:
+            return self.spec
+        if self.opening:
+            return EnvironmentSpec(ROBOTS[self.environment].cued_id)
+        return EnvironmentSpec(next(iter(behavior_assets(self.environment, ASSETS_DIR).values())).env_id)
 
     @property
     def policies(self) -> list[str]:
-        """The names of all policies that act."""
+        """The names of all shipped policies that act."""
         names = [part.policy for part in self.parts] + [self.opening] * bool(self.opening)
-        return list(dict.fromkeys(names))
+        return [name for name in dict.fromkeys(names) if name != UNIFORM]
 
     def provenance(self) -> dict[str, Any]:
         """Return what the content follows from, in JSON types: the recipe and its policies' hashes.
@@ -70,12 +85,39 @@ class Recipe:
         Raises:
             UserError: an unknown environment or policy.
         """
-        assets = behavior_assets(self.environment, ASSETS_DIR)
+        assets = behavior_assets(self.environment, ASSETS_DIR) if self.policies else {}
         hashes = {name: assets[name].sha256 for name in self.policies}
         recipe = json.loads(json.dumps(asdict(self)))
-        if not self.opening:
-            del recipe["opening"]  # as in data that was collected before there were cued tasks
+        for name in ("opening", "spec"):  # absent in older data
+            if not recipe[name]:
+                del recipe[name]
         return {"recipe": recipe, "policy_sha256": hashes}
+
+
+@dataclass(frozen=True)
+class UniformPolicy:
+    """Actions drawn uniformly between an environment's bounds."""
+
+    facts: EnvironmentFacts
+
+    @property
+    def observation_dim(self) -> int:
+        return self.facts.observation_dim
+
+    @property
+    def action_dim(self) -> int:
+        return self.facts.action_dim
+
+    def act_with(
+        self, observations: np.ndarray, normals: np.ndarray, noise: np.ndarray | float = 0.0
+    ) -> np.ndarray:
+        """Return float32 actions (batch, action_dim) from standard normals of that shape."""
+        low, high = self.facts.action_bounds
+        uniform = torch.special.ndtr(torch.from_numpy(normals)).numpy()
+        return np.clip(low + (high - low) * uniform + noise, low, high).astype(np.float32)
+
+
+Policy = BehaviorPolicy | UniformPolicy
 
 
 @dataclass(frozen=True)
@@ -100,23 +142,25 @@ class Collection:
 
 
 def collect(recipe: Recipe) -> Collection:
-    """Run the policies of ``recipe`` in the environment that they were trained in, or in its cued task.
+    """Run the policies of ``recipe`` in the environment that it names, which they were trained in by default.
 
     Part p takes the episodes p/0, p/1, ... until they hold its share of the steps; episode i draws its
     environment's seed and its actions' randomness from the seed sequence (recipe.seed, p, i) alone. So
     neither the number of cores nor the order in which episodes end changes anything.
 
     Raises:
-        UserError: unknown environment or policy, or a policy file that is not the shipped one.
+        UserError: unknown environment or policy, a policy file that is not the shipped one, or an environment
+            without a time limit or with unbounded actions.
     """
-    policies = {name: load_behavior(recipe.environment, name, ASSETS_DIR) for name in recipe.policies}
-    environments = {policy.env_id for policy in policies.values()}
-    if len(environments) != 1:
-        raise UserError(f"policies of {recipe.environment} are for different environments: {environments}")
-    environment, opening = EnvironmentSpec(environments.pop()), None
-    if recipe.opening:
-        environment = EnvironmentSpec(ROBOTS[recipe.environment].cued_id)
-        opening = policies[recipe.opening]
+    shipped = {name: load_behavior(recipe.environment, name, ASSETS_DIR) for name in recipe.policies}
+    environment = recipe.acts_in
+    facts = environment_facts(environment)
+    if facts.max_episode_steps is None:
+        raise UserError(f"environment {environment.env_id} has no time limit: give --max-episode-steps")
+    policies: dict[str, Policy] = {**shipped, UNIFORM: UniformPolicy(facts)}
+    if not np.isfinite(facts.action_bounds).all() and len(shipped) < len(recipe.parts):
+        raise UserError(f"environment {environment.env_id}: its actions have no bounds to be uniform between")
+    opening = policies[recipe.opening] if recipe.opening else None
     shares = np.array([part.share for part in recipe.parts])
     targets = np.ceil(recipe.steps * shares / shares.sum()).astype(int).tolist()
     episodes: list[Episode] = []
@@ -125,7 +169,8 @@ def collect(recipe: Recipe) -> Collection:
         with tqdm(total=sum(targets), desc=f"collect {environment.env_id}", unit="step", disable=None) as bar:
             for index, (part, target) in enumerate(zip(recipe.parts, targets, strict=True)):
                 policy = policies[part.policy]
-                episodes += _collect_part(recipe.seed, index, part, policy, opening, target, envs, bar)
+                start = partial(_Running, recipe.seed, index, facts.max_episode_steps, facts.action_dim)
+                episodes += _collect_part(start, part, policy, opening, target, envs, bar)
     finally:
         envs.close()
     return Collection(recipe, environment, tuple(episodes))
@@ -150,8 +195,8 @@ def to_dataset(collection: Collection, dataset_id: str) -> EpisodeDataset:
 class _Running:
     """The unfinished episode of a slot."""
 
-    def __init__(self, seed: int, part_index: int, number: int, limit: int, action_dim: int) -> None:
-        self.number = number
+    def __init__(self, seed: int, part_index: int, limit: int, action_dim: int, number: int) -> None:
+        self.number, self.limit = number, limit
         generator = np.random.default_rng([seed, part_index, number])
         self.seed = int(generator.integers(2**31))
         self.normals = generator.standard_normal((limit, action_dim))  # of the policy
@@ -162,11 +207,10 @@ class _Running:
 
 
 def _collect_part(
-    seed: int,
-    index: int,
+    start: Callable[[int], _Running],
     part: Part,
-    policy: BehaviorPolicy,
-    opening: BehaviorPolicy | None,
+    policy: Policy,
+    opening: Policy | None,
     target: int,
     envs: Any,
     progress: tqdm,
@@ -178,13 +222,12 @@ def _collect_part(
 
     A slot whose episode is over starts the next one, until the steps already taken suffice.
     """
-    limit = gymnasium.spec(policy.env_id).max_episode_steps or 1
     finished: list[Episode | None] = []  # by number; None: still running
     whole, whole_steps, all_steps = 0, 0, 0  # finished without a gap; their steps; all steps taken
 
     def begin() -> _Running:
         finished.append(None)
-        return _Running(seed, index, len(finished) - 1, limit, policy.action_dim)
+        return start(len(finished) - 1)
 
     slots = [begin() for _ in range(SLOTS)]
     observations, _ = envs.reset(seed=[slot.seed for slot in slots])  # (SLOTS, observation_dim)
@@ -192,7 +235,7 @@ def _collect_part(
         slot.observations.append(observation)
     active = np.ones(SLOTS, dtype=bool)
     while whole_steps < target:
-        steps = [min(len(slot.rewards), limit - 1) for slot in slots]
+        steps = [min(len(slot.rewards), slot.limit - 1) for slot in slots]
         normals = np.stack([slot.normals[step] for slot, step in zip(slots, steps, strict=True)])
         noise = np.stack([slot.noise[step] for slot, step in zip(slots, steps, strict=True)])
         seen = observations[:, : policy.observation_dim]

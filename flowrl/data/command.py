@@ -7,21 +7,24 @@ from typing import Literal
 import tyro
 
 from flowrl.behavior.shipped import behavior_assets, behavior_names
-from flowrl.data.collect import Part, Recipe
+from flowrl.data.collect import UNIFORM, Part, Recipe
 from flowrl.data.embedded import EMBEDDED, embedded_id
 from flowrl.data.writers import collect_d4rl, collect_minari, read_provenance
-from flowrl.errors import UserError, did_you_mean
+from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.specs import EnvironmentSpec, named_environment
+from flowrl.errors import UserError
 from flowrl.options import Count, NotNegative, PositiveCount, checked, flag
 from flowrl.process import prepare_process
 from flowrl.signals import StopSignals
 
 
 @dataclass(frozen=True)
-class CollectCommand:
+class CollectCommand(EnvironmentOptions):
     """What to collect and where to put it."""
 
     name: tyro.conf.Positional[str]
-    """An embedded dataset (hopper-medium), or an environment (hopper) with --policies."""
+    """An embedded dataset (hopper-medium), or an environment with --policies: hopper, or any Gymnasium id or
+    module:Name-v0, where the policy 'uniform' acts."""
     policies: tuple[str, ...] = ()
     """NAME or NAME=SHARE of the steps, such as medium=3 expert=1."""
     noise: NotNegative = 0.0
@@ -65,14 +68,20 @@ def _recipe(command: CollectCommand) -> Recipe:
         if command.policies or command.noise:
             raise UserError(f"{command.name} has its own policies: --policies and --noise go with hopper")
         recipe = EMBEDDED[command.name].recipe
-    elif command.name in behavior_names():
-        if not command.policies:
-            known = ", ".join(behavior_assets(command.name))
-            raise UserError(f"{command.name}: give --policies, of {known}")
-        recipe = Recipe(command.name, tuple(Part.parse(policy, command.noise) for policy in command.policies))
     else:
-        hint = did_you_mean(command.name, (*EMBEDDED, *behavior_names()))
-        raise UserError(f"no dataset or environment '{command.name}'{hint}")
+        known, named = [], None
+        if command.name in behavior_names():
+            known = list(behavior_assets(command.name))
+        else:
+            own = {name: EnvironmentSpec(name) for name in (*EMBEDDED, *behavior_names())}
+            named = named_environment(command.name, command.env_import, own)
+        parts = tuple(Part.parse(policy, command.noise) for policy in command.policies)
+        if not parts or (named is not None and any(part.policy != UNIFORM for part in parts)):
+            raise UserError(f"{command.name}: give --policies, of {', '.join([*known, UNIFORM])}")
+        recipe = Recipe(command.name if named is None else named.env_id, parts, spec=named)
+    environment = command.apply(recipe.acts_in)
+    if environment != recipe.acts_in:
+        recipe = replace(recipe, spec=environment)
     steps = recipe.steps if command.steps is None else command.steps
     return replace(recipe, steps=steps, seed=recipe.seed if command.seed is None else command.seed)
 

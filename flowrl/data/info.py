@@ -8,14 +8,14 @@ import tyro
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.matching import match_environment
 from flowrl.data.sources import load_episodes
-from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.options import EvaluationOptions
 from flowrl.errors import UserError
 
 _BINS, _BAR = 12, 50  # of the histogram: rows, and characters of the longest bar
 
 
 @dataclass(frozen=True)
-class InfoConfig(EnvironmentOptions):
+class InfoConfig(EvaluationOptions):
     """Show what a dataset holds: episodes, lengths, returns, numbers, environment, and what is unusual."""
 
     dataset: tyro.conf.Positional[tuple[str, ...]]
@@ -75,7 +75,7 @@ def _scores(dataset: EpisodeDataset) -> list[str]:
     if dataset.reference is None:
         return []
     low, high = dataset.reference.minimum, dataset.reference.maximum
-    scores = dataset.reference.normalized_score(dataset.episode_returns)
+    scores = np.array([dataset.reference.normalized_score(each) for each in dataset.episode_returns.tolist()])
     return [f"normalised   {_quantiles(scores)}; returns of {low:g} and {high:g} are 0 and 100"]
 
 

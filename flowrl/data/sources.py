@@ -10,20 +10,20 @@ from flowrl.data.dataset import EpisodeDataset, concatenate
 from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
 from flowrl.data.memory import memory_dataset, memory_environment
 from flowrl.data.minari import read_minari
-from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment
 from flowrl.errors import UserError, did_you_mean
 
 MINARI_PREFIX = "minari:"
 FILE_SUFFIXES = (".hdf5", ".h5")
-_DEFAULTS = EnvironmentOptions()
+_DEFAULTS = EvaluationOptions()
 
 
 def load_episodes(
     source: str | Sequence[str],
     env: str | None = None,
-    options: EnvironmentOptions = _DEFAULTS,
+    options: EvaluationOptions = _DEFAULTS,
     split_at_timeouts: bool = False,
 ) -> EpisodeDataset:
     """Load offline data.
@@ -78,7 +78,7 @@ def _load(
     source: str,
     env: str | None,
     named: EnvironmentSpec | None,
-    options: EnvironmentOptions,
+    options: EvaluationOptions,
     split_at_timeouts: bool,
 ) -> EpisodeDataset:
     path = Path(os.path.expanduser(source))  # unlike pathlib's, keeps the tilde of an unknown user
@@ -121,7 +121,7 @@ def _d4rl_or_embedded(name: str) -> EpisodeDataset:
 
 
 def _evaluated_in(
-    dataset: EpisodeDataset, named: EnvironmentSpec | None, options: EnvironmentOptions
+    dataset: EpisodeDataset, named: EnvironmentSpec | None, options: EvaluationOptions
 ) -> EpisodeDataset:
     """Replace the data's own environment by what the user gave, with a note of what differs.
 

@@ -21,8 +21,6 @@ class EnvironmentOptions:
     max_episode_steps: PositiveCount | None = None
     """Time limit of an episode in timesteps; by default the environment's, or, where it has none, twice the
     longest episode of the data."""
-    reference_scores: tuple[float, float] | None = None
-    """Returns that normalised scores count as 0 and 100; by default the data's own or D4RL's."""
 
     def apply(self, environment: EnvironmentSpec) -> EnvironmentSpec:
         """Return the environment with these options over its own.
@@ -37,15 +35,6 @@ class EnvironmentOptions:
             imports=tuple(dict.fromkeys((*environment.imports, *self.env_import))),
         )
 
-    def reference(self) -> ReferenceScores | None:
-        """Return the reference scores given here; a UserError unless the second is the higher one."""
-        if self.reference_scores is None:
-            return None
-        low, high = self.reference_scores
-        if not low < high:
-            raise UserError(f"--reference-scores {low:g} {high:g}: the second must be the higher return")
-        return ReferenceScores(low, high)
-
     def _kwargs(self) -> dict[str, Any]:
         if self.env_kwargs is None:
             return {}
@@ -56,3 +45,20 @@ class EnvironmentOptions:
             raise UserError(f"{where}: not JSON: {error}") from error
         check_kwargs(where, kwargs)
         return kwargs
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(EnvironmentOptions):
+    """The same, and how returns are normalised."""
+
+    reference_scores: tuple[float, float] | None = None
+    """Returns that normalised scores count as 0 and 100; by default the data's own or D4RL's."""
+
+    def reference(self) -> ReferenceScores | None:
+        """Return the reference scores given here; a UserError unless the second is the higher one."""
+        if self.reference_scores is None:
+            return None
+        low, high = self.reference_scores
+        if not low < high:
+            raise UserError(f"--reference-scores {low:g} {high:g}: the second must be the higher return")
+        return ReferenceScores(low, high)

@@ -11,7 +11,7 @@ import tyro
 
 from flowrl.atomic import write_text
 from flowrl.data.sources import environment_named
-from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.spaces import check_environment
 from flowrl.errors import UserError
@@ -26,7 +26,7 @@ from flowrl.signals import StopSignals
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(EnvironmentOptions):
+class EvaluateConfig(EvaluationOptions):
     """Evaluate a trained run in its environment: returns and normalised scores for each target return."""
 
     run: tyro.conf.Positional[Path]

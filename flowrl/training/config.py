@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Strict
 
 from flowrl.attention.kinds import SOURCE_CLAMP, AttentionName
-from flowrl.envs.options import EnvironmentOptions
+from flowrl.envs.options import EvaluationOptions
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, AgentName
 from flowrl.model.transformer import TimeEncoding, TokenLayout
@@ -43,7 +43,7 @@ def _several(value: object) -> object:
 
 
 @dataclass(frozen=True)
-class TrainConfig(EnvironmentOptions):
+class TrainConfig(EvaluationOptions):
     """Train a sequence agent on an offline dataset and evaluate it in its environment."""
 
     env: str | None = None
