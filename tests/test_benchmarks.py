@@ -132,7 +132,6 @@ def test_remembered_bytes_grow_with_a_cache_and_not_with_flow():
 
 def test_needed_products_of_linear_layers_are_those_of_a_hooked_model(monkeypatch):
     """2 x rows x inputs x outputs of every nn.Linear, three times, or twice where the inputs are data."""
-    monkeypatch.setattr("flowrl.native.pointwise.native_supports", lambda x: False)  # C++ calls no modules
     model = SequenceModel(ModelConfig(11, 3, 1000, num_layers=2, embed_dim=32))
     embeddings = (model.embed_return, model.embed_observation, model.embed_action)
     counted = 0

@@ -1,0 +1,326 @@
+"""Flow-Attention under torch's own tools, and kernels that are wrong or raise, against the naive form."""
+
+import warnings
+
+import pytest
+import torch
+from attention_forms import assert_all_close, tokens, with_gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from flowrl.attention import flow_attention, naive_flow_attention
+from flowrl.attention.flow import cpu, flow_attention_decode
+from flowrl.attention.kinds import ATTENTION_KINDS
+from flowrl.native import kernels
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+WIDTHS = (16, 12)  # C++ does the first, torch the second
+LENGTHS = (40, 70, 200)  # one block of C++, one of torch, several
+
+
+def inputs_of(length, width=16, **options):
+    return tokens(length, batch=2, head_dim=width, value_dim=width, **options)
+
+
+def largest_error(actual, expected):
+    pairs = zip(actual, expected, strict=True)
+    return max(float((a - b).detach().abs().max() / max(1, float(b.detach().abs().max()))) for a, b in pairs)
+
+
+# Derivatives ------------------------------------------------------------------------------------------------
+
+
+def derivatives(attention, inputs, times):
+    """Gradients of the sum of squares of gradients of ... of the outputs."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    results = [attention(*inputs)]
+    for _ in range(times):
+        total = sum(x.square().sum() for x in results)
+        results = torch.autograd.grad(total, inputs, create_graph=True)
+    return results
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_second_and_third_derivatives(width, length):
+    inputs = inputs_of(length, width)[:3]
+    for times in (2, 3):
+        expected = derivatives(naive_flow_attention, inputs, times)
+        assert largest_error(derivatives(flow_attention, inputs, times), expected) < 1e-10
+
+
+def test_second_derivatives_where_the_first_is_linear_in_nothing():
+    """The outputs' gradient is a constant here, which must not end the graph."""
+    inputs = inputs_of(40)[:3]
+    results = []
+    for attention in (flow_attention, naive_flow_attention):
+        queries, keys, values = (x.clone().requires_grad_() for x in inputs)
+        (first,) = torch.autograd.grad(attention(queries, keys, values).sum(), queries, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), (queries, keys, values)))
+    assert largest_error(*results) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["linear", "performer", "cosformer"])
+def test_second_derivatives_of_the_linear_kinds(name):
+    inputs = [x.requires_grad_() for x in tokens(5, heads=1, head_dim=2, value_dim=1)[:3]]
+    assert torch.autograd.gradgradcheck(ATTENTION_KINDS[name].parallel, inputs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_function_transforms(length, causal):
+    queries, keys, values, direction = inputs_of(length)
+    many = torch.stack((queries, direction, -queries))
+    results = []
+    for attention in (flow_attention, naive_flow_attention):
+
+        def by_queries(x, attention=attention):
+            return attention(x, keys, values, causal=causal)
+
+        def loss(x, by_queries=by_queries):
+            return by_queries(x).square().sum()
+
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(by_queries(forward_ad.make_dual(queries, direction))).tangent
+        transformed = (vmap(by_queries)(many), grad(loss)(queries), vmap(grad(loss))(many), tangent)
+        results.append((*transformed, *jvp(by_queries, (queries,), (direction,))))
+    assert largest_error(*results) < 1e-10
+
+
+def test_hessian():
+    queries, keys, values, _ = tokens(3, heads=1, head_dim=16, value_dim=16)
+    found, expected = (
+        hessian(lambda x, attention=attention: attention(x, keys, values).square().sum())(queries)
+        for attention in (flow_attention, naive_flow_attention)
+    )
+    assert largest_error([found], [expected]) < 1e-10
+
+
+def test_checkpointing_recomputes_the_same():
+    inputs = inputs_of(70)
+    recomputed = with_gradients(lambda *x: checkpoint(flow_attention, *x, use_reentrant=False), *inputs)
+    assert all(map(torch.equal, recomputed, with_gradients(flow_attention, *inputs)))
+
+
+# Tracing ----------------------------------------------------------------------------------------------------
+
+
+def test_operators_pass_torchs_own_checks():
+    inputs = [x.requires_grad_() for x in inputs_of(70)[:3]]
+    forward = torch.ops.flowrl.flow_forward.default
+    torch.library.opcheck(forward, (*inputs, 10.0, 1e-6, True))
+    results = [x.detach() for x in forward(*inputs, 10.0, 1e-6, True)]
+    gradient = torch.randn_like(results[0])
+    backward = torch.ops.flowrl.flow_backward.default
+    plain = [x.detach() for x in inputs]
+    torch.library.opcheck(backward, (*plain, gradient, *results, 10.0, 1e-6))
+    few = [x[:, :, :3] for x in plain]
+    _, state = flow_attention_decode(*few)
+    torch.library.opcheck(torch.ops.flowrl.flow_decode.default, (*few, *state, 10.0, 1e-6))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(width):
+    inputs = inputs_of(70, width)[:3]
+    output = flow_attention(*inputs)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x).requires_grad_() for x in inputs]
+        found = flow_attention(*fake)
+        found.sum().backward()
+        decoded, _ = flow_attention_decode(*(x[:, :, :3].detach() for x in fake))
+    assert (found.shape, found.stride(), found.dtype) == (output.shape, output.stride(), output.dtype)
+    assert all(x.grad.shape == x.shape for x in fake)
+    assert decoded.shape == (2, 2, 3, width)
+    assert flow_attention(*(x.to("meta") for x in inputs)).shape == output.shape
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_graph_of_make_fx_computes_the_same_of_new_numbers(width, mode):
+    graph = make_fx(lambda *x: flow_attention(*x), tracing_mode=mode)(*inputs_of(70, width)[:3])
+    other = inputs_of(70, width, seed=1)[:3]
+    assert largest_error([graph(*other)], [naive_flow_attention(*other)]) < 1e-10
+
+
+class Layer(torch.nn.Module):
+    """What people call flow_attention from."""
+
+    def __init__(self, width, causal=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.width, self.causal = width, causal
+        self.project = torch.nn.Linear(2 * width, 6 * width)
+
+    def forward(self, x):
+        queries, keys, values = self.project(x).unflatten(-1, (3, 2, self.width)).permute(2, 0, 3, 1, 4)
+        return flow_attention(queries, keys, values, causal=self.causal).transpose(1, 2).flatten(2)
+
+
+def with_input_gradient(module, x):
+    x = x.clone().requires_grad_()
+    outputs = module(x)
+    outputs.square().sum().backward()
+    return outputs.detach(), x.grad
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_compiled_whole_with_dynamic_length(width, causal):
+    torch._dynamo.reset()
+    layer = Layer(width, causal)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (40, 70, 200):
+        x = torch.randn(2, length, 2 * width)
+        assert largest_error(with_input_gradient(compiled, x), with_input_gradient(layer, x)) < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_exported_with_dynamic_length_into_torchs_own_operations(width, causal):
+    layer = Layer(width, causal)
+    shapes = ({1: torch.export.Dim("length", min=2, max=4096)},)
+    exported = torch.export.export(layer, (torch.randn(2, 40, 2 * width),), dynamic_shapes=shapes)
+    assert "flowrl" not in str(exported.graph)
+    for length in (7, 200):
+        x = torch.randn(2, length, 2 * width)
+        assert largest_error([exported.module()(x)], [layer(x)]) < 1e-5
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_jit_traces_hold_at_other_lengths(width):
+    layer = Layer(width)
+    traced = torch.jit.trace(layer, torch.randn(2, 40, 2 * width))
+    for length in (40, 7, 200):
+        x = torch.randn(2, length, 2 * width)
+        assert largest_error([traced(x)], [layer(x)]) < 1e-5
+
+
+# Kernels that fail ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As in a new process: no kernel has been checked."""
+    monkeypatch.setattr(kernels, "_trusted", {})
+
+
+def attend(inputs):
+    """Outputs, gradients, and the messages of the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = with_gradients(flow_attention, *inputs)
+        with_gradients(flow_attention, *inputs)  # the second time warns of nothing
+    return results, [str(warning.message) for warning in caught]
+
+
+def assert_torch_took_over(reason, length=200, dtype=torch.float32):
+    inputs = inputs_of(length)
+    results, messages = attend([x.to(dtype) for x in inputs])
+    assert_all_close(results, with_gradients(naive_flow_attention, *inputs), 1e-5)
+    assert len(messages) == 1
+    assert messages[0].startswith("Flow-Attention in C++ ")
+    assert reason in messages[0]
+    assert messages[0].endswith("; torch is used instead")
+
+
+def spoil(monkeypatch, name, change):
+    """Let a call of the C++ library be followed by ``change`` of its tensors."""
+    call = cpu._call
+
+    def spoilt(function, layout, *tensors):
+        call(function, layout, *tensors)
+        if function == name:
+            change(*tensors)
+
+    monkeypatch.setattr(cpu, "_call", spoilt)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x.mul_(1.01), lambda x: x[..., -1].fill_(torch.nan)])
+@pytest.mark.parametrize(
+    ("name", "place"), [("flow_forward", 3), ("flow_backward", 8), ("flow_backward", -1)]
+)
+def test_a_wrong_kernel_is_found_out_before_its_first_use(unchecked, monkeypatch, name, place, wrong):
+    spoil(monkeypatch, name, lambda *tensors: wrong(tensors[place]))
+    assert_torch_took_over("differs from torch by")
+
+
+def test_a_kernel_wrong_in_later_blocks_alone_is_found_out(unchecked, monkeypatch):
+    spoil(monkeypatch, "flow_forward", lambda q, k, v, out, *kept: out[:, :, cpu.BLOCK :].mul_(1.01))
+    assert_torch_took_over("differs from torch by", length=10)
+
+
+@pytest.mark.parametrize("name", ["flow_forward", "flow_backward"])
+def test_a_raising_kernel_is_found_out_before_its_first_use(unchecked, monkeypatch, name):
+    spoil(monkeypatch, name, lambda *tensors: 1 / 0)
+    assert_torch_took_over("failed: division by zero")
+
+
+@pytest.mark.parametrize("name", ["flow_forward", "flow_backward"])
+def test_a_kernel_that_raises_later_gives_way(unchecked, monkeypatch, name):
+    flow_attention(*(x.float() for x in inputs_of(3)[:3]))  # the check passes
+    spoil(monkeypatch, name, lambda *tensors: 1 / 0)
+    assert_torch_took_over("failed: division by zero")
+
+
+def test_memory_that_runs_out_is_no_fault_of_a_kernel(unchecked, monkeypatch):
+    inputs = [x.float() for x in inputs_of(3)[:3]]
+    flow_attention(*inputs)
+
+    def run_out(*tensors):
+        raise torch.OutOfMemoryError("out of memory")
+
+    spoil(monkeypatch, "flow_forward", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        flow_attention(*inputs)
+
+
+def test_a_compiled_graph_survives_a_kernel_that_fails(unchecked, monkeypatch):
+    torch._dynamo.reset()
+    layer, x = Layer(16), torch.randn(2, 70, 32)
+    expected = with_input_gradient(layer, x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with_input_gradient(compiled, x)
+    spoil(monkeypatch, "flow_backward", lambda *tensors: 1 / 0)
+    with pytest.warns(UserWarning, match="torch is used instead"):
+        found = with_input_gradient(compiled, x)
+    assert largest_error(found, expected) < 1e-5
+
+
+def test_decoding_gives_way_to_torch_too(unchecked, monkeypatch):
+    spoil(monkeypatch, "flow_steps", lambda *tensors: tensors[-1].mul_(1.01))
+    inputs = [x.float() for x in inputs_of(6)[:3]]
+    with pytest.warns(UserWarning, match="a few tokens at a time, differs from torch"):
+        first, state = flow_attention_decode(*(x[:, :, :3] for x in inputs))
+    second, _ = flow_attention_decode(*(x[:, :, 3:] for x in inputs), state)
+    expected = naive_flow_attention(*(x.double() for x in inputs))
+    assert (torch.cat((first, second), dim=2) - expected).abs().max() < 1e-5
+
+
+def test_the_switch_turns_every_kernel_off(unchecked, monkeypatch):
+    called, call = [], cpu._call
+    monkeypatch.setattr(cpu, "_call", lambda name, *rest: (called.append(name), call(name, *rest)))
+    inputs = inputs_of(40)
+    monkeypatch.setenv("FLOWRL_KERNELS", "off")
+    results, messages = attend(inputs)
+    flow_attention_decode(*(x[:, :, :3] for x in inputs[:3]))
+    assert (called, messages) == ([], [])
+    assert_all_close(results, with_gradients(naive_flow_attention, *inputs), 1e-10)
+    monkeypatch.setenv("FLOWRL_KERNELS", "on")
+    attend(inputs)
+    assert "flow_backward" in called
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, FakeTensorMode])
+def test_the_first_use_may_be_in_any_mode(unchecked, context):
+    """The check needs gradients and real numbers; the mode that the caller has set is not its concern."""
+    with context(), torch.autocast("cpu", torch.bfloat16):
+        flow_attention(*(torch.zeros(1, 2, 3, 16) for _ in range(3)))
+    _, messages = attend(inputs_of(40, dtype=torch.float32))
+    assert messages == []
+    assert all(kernels._trusted.values())
+    assert kernels._trusted
