@@ -223,7 +223,7 @@ def test_the_gpu_section_runs_on_whatever_device(monkeypatch):
 def test_unusable_options_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="--output"):
         run_benchmarks(BenchmarkConfig(output=tmp_path))
-    script = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
+    script = Path(__file__).resolve().parents[1] / "scripts" / "benchmark" / "speed.py"
     monkeypatch.setattr("sys.argv", [str(script), "--only", "gpu", "--repetitions", "0"])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(script), run_name="__main__")

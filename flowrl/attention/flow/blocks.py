@@ -48,9 +48,11 @@ def causal_flow_blocks(
     Returns the outputs (batch, heads, length, value_dim) and the state after them, None unless wanted.
     """
     batch, heads, length, head_dim = queries.shape
-    block = length if one_block or length <= ONE_BLOCK else max(head_dim, SHORTEST_BLOCK)
-    blocks = 1 if one_block else -(-length // block)
-    padding = blocks * block - length
+    block, blocks, padding = length, 1, 0
+    if not one_block and length > ONE_BLOCK:
+        block = max(head_dim, SHORTEST_BLOCK)
+        padding = -length % block
+        blocks = (length + padding) // block
 
     def cut(x: Tensor, fill: float) -> Tensor:
         """(batch, heads, length, width) -> (batch, heads, blocks, C, width), with ``fill`` where invalid."""
@@ -69,7 +71,7 @@ def causal_flow_blocks(
         valid = counts > 0 if mask is None else mask
         invalid = ~F.pad(valid, (0, padding)).view(-1, 1, blocks, block)
         n = n.clamp(min=1)  # 0 before the first valid token
-    pairs = q @ k.mT
+    pairs = q @ k.transpose(-1, -2)
     lower, upper = pairs.tril(), pairs.triu()  # source <= sink, sink <= source; (batch, heads, blocks, C, C)
     key_mass, query_mass = k.sum(-1), q.sum(-1)
 
@@ -96,11 +98,13 @@ def causal_flow_blocks(
     outgoing = upper.sum(-2) + eps * query_mass.cumsum(-1) + flow(k, key_mass, past)
 
     source_weight, sink_weight = n / outgoing, n / incoming
-    past, weighted_keys = prefix(lambda: _matvec(k.mT, source_weight), before[2])
+    past, weighted_keys = prefix(lambda: _matvec(k.transpose(-1, -2), source_weight), before[2])
     conserved_sink = _matvec(lower, source_weight) + eps * (key_mass * source_weight).cumsum(-1)
     conserved_sink = (conserved_sink + flow(q, query_mass, past)) / n
-    past, weighted_queries = prefix(lambda: _matvec(q.mT, sink_weight), before[3])
-    conserved_source = _matvec(upper.mT, sink_weight) + eps * (query_mass * sink_weight).cumsum(-1)
+    past, weighted_queries = prefix(lambda: _matvec(q.transpose(-1, -2), sink_weight), before[3])
+    conserved_source = _matvec(upper.transpose(-1, -2), sink_weight) + eps * (
+        query_mass * sink_weight
+    ).cumsum(-1)
     conserved_source = (conserved_source + flow(k, key_mass, past)) / n
 
     exponential = conserved_source.clamp(-clamp, clamp).exp()
@@ -113,7 +117,7 @@ def causal_flow_blocks(
     if invalid is not None:
         normaliser = normaliser.masked_fill(invalid, 1.0)  # otherwise 0 before the first valid token
     competed = (n * exponential / normaliser)[..., None] * v  # C_j v_j
-    past, memory = prefix(lambda: k.mT @ competed, before[5])
+    past, memory = prefix(lambda: k.transpose(-1, -2) @ competed, before[5])
     aggregated = lower @ competed
     if past is not None:
         aggregated = aggregated + q @ past
@@ -151,7 +155,7 @@ def bidirectional_flow(
     if mask is not None:
         conserved_source = conserved_source.masked_fill(~valid, torch.finfo(q.dtype).min)
     competition = num_sources * conserved_source.softmax(dim=-2)  # Eq. 8
-    memory = k.mT @ (competition * values)  # (batch, heads, head_dim, value_dim)
+    memory = k.transpose(-1, -2) @ (competition * values)  # (batch, heads, head_dim, value_dim)
     return (conserved_sink * (num_sinks / num_sources)).sigmoid() / incoming * (q @ memory)  # Eq. 9
 
 

@@ -20,8 +20,8 @@ BLOCK = 64  # tokens; two blocks would not fit into the registers together with 
 SMALLEST = 16  # side of a matrix product that the tensor cores take
 WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGE_SHARED_MEMORY = (9, 10)  # major compute capabilities
 MOST_WARPS = 8  # for kernels that would otherwise spill registers
-LARGE_SHARED_MEMORY = (9, 10)  # compute capabilities; 128 columns take 192 KiB of it, 64 take 96
 SUMS = "tf32x3"  # three products of TensorFloat-32 parts: as exact as float32
 
 
@@ -51,9 +51,11 @@ def _runs_on(device: torch.device, width: int) -> bool:
 
 
 def fits(capability: tuple[int, int], width: int) -> bool:
-    """Whether a device of this capability has TensorFloat-32 and, for wide heads, the shared memory."""
-    if width not in WIDTHS:
-        return False
+    """Whether a device of this compute capability has TensorFloat-32 and the shared memory.
+
+    Heads of up to 64 columns take 96 KiB of it, which all have; 128 columns take 192, which only the large
+    devices of some generations have.
+    """
     return capability[0] >= 8 if width <= 64 else capability[0] in LARGE_SHARED_MEMORY
 
 
