@@ -117,6 +117,35 @@ def test_success_is_in_figures_and_tables():
     assert (header.split()[-1], row.split()[-1]) == ("success_rate", "0.75")
 
 
+class SucceedingEnv(gym.Env):
+    """Succeeds at its second step where its action is above 0.4."""
+
+    observation_space = action_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return (
+            np.zeros(3, np.float32),
+            0.0,
+            False,
+            False,
+            {"is_success": float(self.steps == 2 and action[0] > 0.4)},
+        )
+
+
+def test_successes_belong_to_their_targets():
+    gym.register("flowrl-test/Succeeding-v0", SucceedingEnv, max_episode_steps=4)
+    environment = EnvironmentSpec("flowrl-test/Succeeding-v0")
+    results = evaluate(ConstantAgent(), environment, [600.0, 0.0], 2, 0, None)
+    assert [result.successes.tolist() for result in results] == [[True, True], [False, False]]
+    assert evaluate(ConstantAgent(), HOPPER, [0.0], 1, 0, None)[0].successes is None
+    del gym.registry["flowrl-test/Succeeding-v0"]
+
+
 def test_what_does_not_exist_is_left_out():
     """The spread of one episode, and scores without a reference."""
     assert TargetResult(5.0, np.array([2.5]), np.array([7]), None).to_dict() == {

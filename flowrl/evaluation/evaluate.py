@@ -85,7 +85,7 @@ def evaluate(
         rollouts = rollout(agent, environment, target_returns[ranks.mine], seeds[ranks.mine])
         outcomes[:2, ranks.mine] = rollouts.returns, rollouts.lengths
         if rollouts.successes is not None:
-            outcomes[2:, ranks.mine] = rollouts.successes, 1
+            outcomes[2, ranks.mine], outcomes[3, ranks.mine] = rollouts.successes, 1
     outcomes = ranks.sum(torch.from_numpy(outcomes)).numpy()
     results = []
     for target, its_outcomes in zip(targets, np.split(outcomes, len(targets), axis=1), strict=True):
