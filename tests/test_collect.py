@@ -187,7 +187,7 @@ def test_a_tampered_policy_is_refused_and_nothing_is_left(
         (CollectCommand("hoper-medium"), "did you mean 'hopper-medium'"),
         (CollectCommand("hopper-mediun-expert"), "did you mean 'hopper-medium-expert'"),
         (CollectCommand("Pendulum-v1", ("medium",)), "give --policies, of uniform"),
-        (CollectCommand("hopper", ("25k",), id="a-v0", env_kwargs="{"), "--env-kwargs {: not JSON"),
+        (CollectCommand("hopper", ("25k",), id="a-v0", env_kwargs="{"), "--env-kwargs {: Invalid JSON"),
         (CollectCommand("hopper"), "give --policies, of random, "),
         (CollectCommand("hopper", ("mediun",), id="a-v0"), "did you mean 'medium'"),
         (CollectCommand("hopper", ("medium=much",), id="a-v0"), "--policies medium=much"),

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import gymnasium
@@ -56,19 +57,6 @@ def test_environments_outside_the_table_have_none() -> None:
         assert reference_scores(env_id) is None
 
 
-def test_a_spec_survives_its_json_form() -> None:
-    wrappers = (("RescaleAction", {"min_action": -1, "max_action": 1}), ("Unknown", None))
-    spec = EnvironmentSpec("Hopper-v5", {"forward_reward_weight": 2.0}, 123, ("some.module",), wrappers)
-    assert EnvironmentSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    assert EnvironmentSpec.from_dict({"env_id": "Hopper-v4"}) == EnvironmentSpec("Hopper-v4")
-
-
-def test_a_spec_is_read_where_its_environment_is_not_registered() -> None:
-    data = EnvironmentSpec("Nowhere-v3", imports=("no_such_module",)).to_dict()
-    assert EnvironmentSpec.from_dict(data).env_id == "Nowhere-v3"
-    assert "no_such_module" not in sys.modules
-
-
 def test_gymnasium_json_gives_id_kwargs_limit_and_wrappers() -> None:
     env = gymnasium.make("Pendulum-v1", g=1.5, max_episode_steps=77, render_mode="rgb_array")
     env = RecordEpisodeStatistics(TimeAwareObservation(env))
@@ -110,27 +98,6 @@ def test_an_entry_point_in_a_file_is_never_used() -> None:
     check_environment(loaded, 3, 1)  # Gymnasium's own Pendulum and ClipAction
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({}, "expected a mapping with 'env_id'"),
-        ({"env_id": 3}, "expected a mapping with 'env_id'"),
-        ([], "expected a mapping with 'env_id'"),
-        ({"env_id": "antigravity:Hopper-v4"}, "antigravity:Hopper-v4: not the id of an environment"),
-        ({"env_id": "Hopper-v4", "kwargs": [1]}, "'kwargs' must be a mapping"),
-        ({"env_id": "Hopper-v4", "kwargs": {"entry_point": "os:system"}}, "'entry_point' is not allowed"),
-        ({"env_id": "Hopper-v4", "max_episode_steps": 0}, "'max_episode_steps' must be a positive integer"),
-        ({"env_id": "Hopper-v4", "max_episode_steps": "9"}, "'max_episode_steps' must be a positive integer"),
-        ({"env_id": "Hopper-v4", "max_episode_steps": True}, "must be a positive integer"),
-        ({"env_id": "Hopper-v4", "imports": "os"}, "'imports' must be a list of module names"),
-        ({"env_id": "Hopper-v4", "wrappers": [["ClipAction"]]}, "'wrappers' must be a list"),
-    ],
-)
-def test_broken_specs_are_refused(data: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        EnvironmentSpec.from_dict(data)
-
-
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"id": 4}', '{"id": "os:x-v0"}', "[" * 100_000])
 def test_broken_gymnasium_json_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="environment"):
@@ -138,7 +105,7 @@ def test_broken_gymnasium_json_is_refused(text: str) -> None:
 
 
 def test_gymnasium_json_with_odd_kwargs_is_refused() -> None:
-    with pytest.raises(UserError, match="'kwargs' must be a mapping"):
+    with pytest.raises(UserError, match="environment 'Hopper-v4': 'kwargs': Input should be an object"):
         EnvironmentSpec.from_gymnasium_json('{"id": "Hopper-v4", "kwargs": ["a"]}')
 
 
@@ -229,9 +196,9 @@ def test_options_lie_over_what_was_recorded() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (EvaluationOptions(env_kwargs="{"), "--env-kwargs {: not JSON"),
-        (EvaluationOptions(env_kwargs="[1]"), "must be a mapping"),
-        (EvaluationOptions(env_kwargs='{"id": "x"}'), "'id' is not allowed"),
+        (EvaluationOptions(env_kwargs="{"), "--env-kwargs {: Invalid JSON"),
+        (EvaluationOptions(env_kwargs="[1]"), "--env-kwargs .*: Input should be an object"),
+        (EvaluationOptions(env_kwargs='{"id": "x"}'), "'id' is not an argument of an environment"),
         (EvaluationOptions(reference_scores=(5.0, 5.0)), "--reference-scores 5 5: the second must be"),
     ],
 )
@@ -271,7 +238,10 @@ def test_a_run_remembers_how_its_environment_is_made(
     assert abs(float(agent.act(np.zeros((1, 3)))[0, 0])) <= 0.25
     evaluate_run(EvaluateConfig(run=run, episodes=2, json=tmp_path / "scores.json", max_episode_steps=5))
     document = json.loads((tmp_path / "scores.json").read_text())
-    assert document["environment"] == {**agent.environment.to_dict(), "max_episode_steps": 5}
+    assert document["environment"] == {
+        **json.loads(json.dumps(asdict(agent.environment))),
+        "max_episode_steps": 5,
+    }
     assert document["targets"][0]["lengths"] == [5, 5]
     returns, scores = document["targets"][0]["returns"], document["targets"][0]["normalized_scores"]
     np.testing.assert_allclose(scores, np.array(returns) + 100)

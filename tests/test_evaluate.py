@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,7 +188,7 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, checkpoint 50" in printed
     document = json.loads(results.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert document["environment"] == HOPPER.to_dict()
+    assert document["environment"] == json.loads(json.dumps(asdict(HOPPER)))
     assert document["versions"]["gymnasium"] == gym.__version__
     given = {
         "config": {"seed": 3, "targets": [1.5]},

@@ -22,6 +22,15 @@ from flowrl.model.loading import agent_config_from_dict, agent_config_to_dict, b
 LAYOUTS = ("interleaved", "fused")
 
 
+ENVIRONMENT = EnvironmentSpec(
+    "Nowhere-v4",
+    {"frame_skip": 4},
+    30,
+    ("no_such_module",),
+    (("RescaleAction", {"min_action": -1, "max_action": 1}), ("Unknown", None)),
+)
+
+
 def make_agent(layout="interleaved", attention="flow", full_episodes=True):
     torch.manual_seed(0)
     model = SequenceModel(
@@ -38,7 +47,7 @@ def make_agent(layout="interleaved", attention="flow", full_episodes=True):
         reward_mode="delayed",
         dataset_id="file:x.hdf5",
         dataset_sha256="ab",
-        environment=EnvironmentSpec("Hopper-v4", {"frame_skip": 4}, 30),
+        environment=ENVIRONMENT,
         reference=ReferenceScores(-2.0, 50.0),
     )
     return Agent(model, config)
@@ -77,7 +86,7 @@ def test_a_loaded_agent_acts_as_the_saved_one(tmp_path, layout, attention):
         assert np.array_equal(play(loaded), play(agent))
         assert loaded.config == agent.config
         assert loaded.checkpoint_step == 40
-        assert loaded.environment == EnvironmentSpec("Hopper-v4", {"frame_skip": 4}, 30)
+        assert loaded.environment == ENVIRONMENT  # which is not registered here, and whose module is absent
         assert flowrl.load_agent(tmp_path, acting="window").acting == "window"
 
 
@@ -185,6 +194,7 @@ def test_missing_and_unknown_entries_are_named():
             agent_config_from_dict(data, "RUN")
         holder[name] = value
     del data["model"]["context_tokens"], data["model"]["time_encoding"]
+    del data["environment"]["imports"], data["environment"]["wrappers"]
     model = agent_config_from_dict(data, "RUN").model
     assert (model.context_tokens, model.time_encoding) == (4096, "learned")
     for holder in (data, data["model"]):

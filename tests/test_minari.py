@@ -162,7 +162,7 @@ def test_a_dataset_without_a_usable_environment_says_so(cache: Path) -> None:
     change_metadata(cache, env_spec=gymnasium.spec("Hopper-v5").to_json().replace("Hopper-v5", "os:mkdir"))
     dataset = read_minari(ID)
     assert dataset.environment is None
-    assert "the dataset's environment os:mkdir: not the id of an environment" in dataset.notes[0]
+    assert "the dataset's environment 'os:mkdir': 'env_id': String should match" in dataset.notes[0]
 
 
 def test_an_environment_that_is_not_registered_here_is_kept(cache: Path) -> None:

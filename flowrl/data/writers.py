@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def _write_d4rl(dataset: EpisodeDataset, provenance: dict[str, Any], path: Path)
 def _provenance(collection: Collection, sha256: str) -> dict[str, Any]:
     return {
         **collection.recipe.provenance(),
-        "environment": collection.environment.to_dict(),
+        "environment": asdict(collection.environment),
         "sha256": sha256,
         "flowrl_version": flowrl.__version__,
         "mujoco_version": mujoco.__version__,

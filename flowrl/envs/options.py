@@ -1,11 +1,9 @@
 """Options about the environment that several commands have."""
 
-import json
 from dataclasses import dataclass, replace
-from typing import Any
 
 from flowrl.envs.reference_scores import ReferenceScores
-from flowrl.envs.specs import EnvironmentSpec, check_kwargs
+from flowrl.envs.specs import EnvironmentSpec, parse_kwargs
 from flowrl.errors import UserError
 from flowrl.options import PositiveCount
 
@@ -30,21 +28,10 @@ class EnvironmentOptions:
         """
         return replace(
             environment,
-            kwargs={**environment.kwargs, **self._kwargs()},
+            kwargs={**environment.kwargs, **parse_kwargs(self.env_kwargs or "{}")},
             max_episode_steps=self.max_episode_steps or environment.max_episode_steps,
             imports=tuple(dict.fromkeys((*environment.imports, *self.env_import))),
         )
-
-    def _kwargs(self) -> dict[str, Any]:
-        if self.env_kwargs is None:
-            return {}
-        where = f"--env-kwargs {self.env_kwargs}"
-        try:
-            kwargs = json.loads(self.env_kwargs)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON: {error}") from error
-        check_kwargs(where, kwargs)
-        return kwargs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,17 @@
 
 import importlib
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import field, replace
+from reprlib import repr as short_repr
+from typing import Annotated, Any
 
 import gymnasium
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from flowrl.errors import UserError, did_you_mean, one_line
+from flowrl.options import STRICT, PositiveCount
 
 # Names that gymnasium.make takes for itself. As a stored keyword argument they would change what is
 # made instead of how the environment behaves.
@@ -35,13 +38,24 @@ _PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class EnvironmentSpec:
-    """A registered Gymnasium environment, and how it is made."""
+def _own_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    reserved = sorted(_RESERVED_KWARGS.intersection(kwargs))
+    if reserved:
+        raise ValueError(f"'{reserved[0]}' is not an argument of an environment")
+    return kwargs
 
-    env_id: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    max_episode_steps: int | None = None
+
+Kwargs = Annotated[dict[str, Any], AfterValidator(_own_kwargs)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class EnvironmentSpec:
+    """A Gymnasium environment, which need not be registered here, and how it is made."""
+
+    env_id: Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]+/)*[A-Za-z0-9_.-]+$")]
+    """Without a module before it, which would be imported."""
+    kwargs: Kwargs = field(default_factory=dict)
+    max_episode_steps: PositiveCount | None = None
     """None keeps the limit that the environment is registered with."""
     imports: tuple[str, ...] = ()
     """Modules that register environments; imported when one is made, not when this is read."""
@@ -55,40 +69,6 @@ class EnvironmentSpec:
             parts.append(f"max_episode_steps={self.max_episode_steps}")
         parts += [name for name, _ in self.wrappers]
         return f"{self.env_id}({', '.join(parts)})" if parts else self.env_id
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, the inverse of :meth:`from_dict`."""
-        return {
-            "env_id": self.env_id,
-            "kwargs": dict(self.kwargs),
-            "max_episode_steps": self.max_episode_steps,
-            "imports": list(self.imports),
-            "wrappers": [list(wrapper) for wrapper in self.wrappers],
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "EnvironmentSpec":
-        """Build from :meth:`to_dict`'s form; the environment need not be registered here.
-
-        Raises:
-            UserError: a key is missing or has the wrong type.
-        """
-        if not isinstance(data, dict) or not isinstance(data.get("env_id"), str):
-            raise UserError("environment: expected a mapping with 'env_id', 'kwargs' and 'max_episode_steps'")
-        env_id, kwargs, limit = data["env_id"], data.get("kwargs") or {}, data.get("max_episode_steps")
-        imports, wrappers = data.get("imports") or [], data.get("wrappers") or []
-        where = f"environment {env_id}"
-        if not re.fullmatch(r"([\w.-]+/)*[\w.-]+", env_id, re.ASCII):  # no module:Name, which imports
-            raise UserError(f"{where}: not the id of an environment")
-        check_kwargs(where, kwargs)
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0):
-            raise UserError(f"{where}: 'max_episode_steps' must be a positive integer or null")
-        if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
-            raise UserError(f"{where}: 'imports' must be a list of module names")
-        if not isinstance(wrappers, list) or not all(map(_is_wrapper, wrappers)):
-            raise UserError(f"{where}: 'wrappers' must be a list of names with arguments")
-        pairs = tuple((name, arguments) for name, arguments in wrappers)
-        return cls(env_id, dict(kwargs), limit, tuple(imports), pairs)
 
     @classmethod
     def from_gymnasium_json(cls, json_string: str) -> "EnvironmentSpec":
@@ -117,9 +97,13 @@ class EnvironmentSpec:
             if isinstance(wrapper, dict) and wrapper.get("name") not in _WATCHING_WRAPPERS
         ]
         limit = data.get("max_episode_steps")
-        return cls.from_dict(
-            {"env_id": data["id"], "kwargs": kwargs, "max_episode_steps": limit, "wrappers": wrappers}
-        )
+        fields = {"env_id": data["id"], "kwargs": kwargs, "max_episode_steps": limit, "wrappers": wrappers}
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(fields))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise UserError(f"environment {short_repr(data['id'])}: '{name}': {first['msg']}") from error
 
 
 def named_environment(
@@ -174,19 +158,9 @@ def check_registered(env_id: str, also_known: tuple[str, ...] = ()) -> None:
     )
 
 
-def check_kwargs(where: str, kwargs: object) -> None:
-    """Raise UserError unless these can be an environment's keyword arguments."""
-    if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
-        raise UserError(f"{where}: 'kwargs' must be a mapping from names to values")
-    reserved = sorted(_RESERVED_KWARGS.intersection(kwargs))
-    if reserved:
-        raise UserError(f"{where}: '{reserved[0]}' is not allowed in 'kwargs'")
-
-
-def _is_wrapper(entry: object) -> bool:
-    return (
-        isinstance(entry, list)
-        and len(entry) == 2
-        and isinstance(entry[0], str)
-        and isinstance(entry[1], dict | None)
-    )
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """Read the JSON object that ``--env-kwargs`` gives; a UserError when it cannot be keyword arguments."""
+    try:
+        return TypeAdapter(Kwargs, config=STRICT).validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"--env-kwargs {text}: {error.errors()[0]['msg']}") from error

@@ -111,7 +111,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     if config.json is not None:
         document = {
             "config": _options_of(config.run),
-            "environment": environment.to_dict(),
+            "environment": asdict(environment),
             "dataset_id": agent.config.dataset_id,
             "dataset_sha256": agent.config.dataset_sha256,
             "acting": agent.acting,

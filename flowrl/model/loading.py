@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flowrl.attention.kinds import SOURCE_CLAMP
 from flowrl.attention.linear import MAX_TOKENS
-from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
@@ -99,12 +98,7 @@ def build_model(
 def agent_config_to_dict(config: AgentConfig) -> dict[str, Any]:
     """Return plain JSON types, the inverse of :func:`agent_config_from_dict`."""
     agent: AgentName = "bc" if isinstance(config.model, BehaviorCloningConfig) else "transformer"
-    return {
-        "agent": agent,
-        **asdict(config),
-        "targets": list(config.targets),
-        "environment": config.environment and config.environment.to_dict(),
-    }
+    return {"agent": agent, **asdict(config)}
 
 
 def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
@@ -115,18 +109,13 @@ def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
         raise UserError(f"{where}: 'agent' is {agent!r}, expected one of {', '.join(get_args(AgentName))}")
     if isinstance(data.get("model"), dict):
         data["model"] = {**BEFORE[agent], **data["model"]}
-    if "model" not in data or "environment" not in data:
-        raise UserError(f"{where}: missing entry '{'environment' if 'model' in data else 'model'}'")
+    if "model" not in data:
+        raise UserError(f"{where}: missing entry 'model'")
     model = _validated(MODELS[agent], data["model"], f"{where}: model")
-    environment = data["environment"]
-    try:
-        environment = None if environment is None else EnvironmentSpec.from_dict(environment)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    config = _validated(AgentConfig, {**data, "model": asdict(model), "environment": None}, where)
+    config = _validated(AgentConfig, {**data, "model": asdict(model)}, where)
     if config.context_length > model.max_timesteps:  # no window is longer than the longest episode
         raise UserError(f"{where}: 'context_length' {config.context_length} is beyond 'max_timesteps'")
-    return replace(config, model=model, environment=environment)
+    return replace(config, model=model)
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ class Trainer:
         metrics = MetricsLog(run_dir, purge_step=self.step + 1 if config.resume else None)
         if not started:
             identity = {"dataset_id": dataset.dataset_id, "dataset_sha256": dataset.sha256}
-            environment = {"environment": dataset.environment and dataset.environment.to_dict()}
+            environment = {"environment": dataset.environment and asdict(dataset.environment)}
             metrics.write("run", 0, {**identity, **environment})
             metrics.write_text("config", f"```\n{to_yaml(config)}```")
             metrics.write_text("dataset", f"{dataset.dataset_id} sha256 {dataset.sha256}")
