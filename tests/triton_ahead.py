@@ -11,7 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from flowrl.attention.flow import triton, triton_backward, triton_forward
+from flowrl.attention.flow import triton, triton_kernels
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 NUMBERS = {int: "i32", float: "fp32"}
@@ -32,11 +32,10 @@ class Recorder:
 def recorded_launches(width, dtype):
     """(kernel, arguments, options) of all launches of a forward and a backward pass of each length."""
     launches = []
-    for module in (triton_forward, triton_backward):
-        for name, kernel in list(vars(module).items()):
-            if name.endswith("_kernel"):
-                original = kernel.kernel if isinstance(kernel, Recorder) else kernel
-                setattr(module, name, Recorder(original, launches))
+    for name, kernel in list(vars(triton_kernels).items()):
+        if name.endswith("_kernel"):
+            original = kernel.kernel if isinstance(kernel, Recorder) else kernel
+            setattr(triton_kernels, name, Recorder(original, launches))
     for length in LENGTHS:
         *inputs, g_outputs = torch.zeros(4, 1, 2, length, width, dtype=dtype)
         results = triton.forward(*inputs, 10.0, 1e-6, True)

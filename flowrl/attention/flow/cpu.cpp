@@ -1,7 +1,7 @@
 // Causal Flow-Attention on CPUs, compiled on first use for one type of numbers
-// and one width of heads, REAL and WIDTH, and called by flow_native.py.
+// and one width of heads, REAL and WIDTH, and called by cpu.py.
 //
-// Notation as in flow.py. A sequence (one head of one batch row) is one thread's work, from its first block of
+// Notation as in blocks.py. A sequence (one head of one batch row) is one thread's work, from its first block of
 // tokens to its last, so that everything stays in that core's cache and no result depends on the number of
 // threads. Flows are dot products with running vector sums, token after token, as in the recurrent form; only
 // the pairs of tokens of a block and the memory matrix take matrix products. Sums run over a block first and

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 // Where tensors (batch, heads, length, width) lie, in elements; the last dimension is dense. Mirrors
-// flow_native.py.
+// cpu.py.
 struct Layout {
     int64_t batch, heads, length;
     int64_t in_batch, in_head, in_token;     // of queries, keys and values

@@ -85,7 +85,7 @@ def forward(
     Returns outputs (batch, heads, length, head_dim) in the dtype of ``values``, tokens before heads in
     memory, and what :func:`empty_results` describes. Slices of one projection are read where they lie.
     """
-    from flowrl.attention.flow import triton_forward as kernels
+    from flowrl.attention.flow import triton_kernels as kernels
 
     results = outputs, flows, sums, memory = empty_results(queries, values, keep)
     inputs = same_strides(queries, keys, values)
@@ -136,7 +136,7 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by queries, keys and values, from that by the outputs and the results of forward."""
-    from flowrl.attention.flow import triton_backward as kernels
+    from flowrl.attention.flow import triton_kernels as kernels
 
     inputs = same_strides(queries, keys, values)
     queries, keys, values = inputs
