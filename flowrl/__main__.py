@@ -69,8 +69,18 @@ def report() -> int:
     return 0
 
 
+def check() -> int:
+    """Show what runs on this machine, and why."""
+    import tyro
+
+    from flowrl.check import describe_device
+
+    print(tyro.cli(describe_device))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[], int]] = {
-    command.__name__: command for command in (train, evaluate, collect, info, sweep, report)
+    command.__name__: command for command in (train, evaluate, collect, info, sweep, report, check)
 }
 
 

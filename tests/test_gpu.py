@@ -9,6 +9,7 @@ from workload import Sizes, open_trainer, paper_config, training_data
 
 from flowrl.attention import flow_attention, naive_flow_attention
 from flowrl.attention.flow.triton import supports
+from flowrl.check import describe_device
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
@@ -35,6 +36,14 @@ def test_kernels_are_chosen_and_agree_with_the_naive_form(length, head_dim):
     rounded = [x.float() for x in inputs]
     assert supports(*rounded[:3]) or torch.cuda.get_device_capability() < (8, 0)
     assert_all_close(with_gradients(flow_attention, *rounded), exact, 1e-5)
+
+
+def test_kernels_pass_torchs_own_checks_and_are_shown_as_used():
+    inputs = [x.cuda().float() for x in tokens(70, head_dim=64, value_dim=64)[:3]]
+    forward = torch.ops.flowrl.flow_forward.default
+    torch.library.opcheck(forward, (*(x.requires_grad_() for x in inputs), 10.0, 1e-6, True))
+    (triton,) = (line for line in describe_device().splitlines() if line.startswith("  Triton"))
+    assert "largest difference from torch" in triton
 
 
 @pytest.mark.parametrize("length", [59, 3072])

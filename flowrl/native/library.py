@@ -38,7 +38,7 @@ def native_library(
     flags; where that folder cannot be written, in a temporary folder of this process. Warns where a compiler
     is there but fails.
     """
-    compiler, flags = _compiler(), _flags(defined)
+    compiler, flags = installed_compiler(), _flags(defined)
     if compiler is None or flags is None:
         return None
     command = [*compiler, *flags]
@@ -60,7 +60,7 @@ def native_library(
     return library
 
 
-def _compiler() -> list[str] | None:
+def installed_compiler() -> list[str] | None:
     """The compiler with its own arguments, such as "ccache g++"; None where it is not installed."""
     words = shlex.split(os.environ.get("CXX") or COMPILER)
     return words if words and shutil.which(words[0]) else None

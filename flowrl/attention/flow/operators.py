@@ -110,7 +110,7 @@ def _gradient(ctx: Any, g_outputs: Tensor | None, *_: None) -> tuple[Tensor | No
 def _run(form: ModuleType, queries: Tensor, fast: Any, plain: Any) -> tuple[Tensor, ...]:
     """What ``fast`` gives where this form is trusted, otherwise what ``plain`` gives."""
     case = (queries.device, queries.dtype, queries.shape[-1])
-    check = partial(_error, form, *case)
+    check = partial(check_error, form, *case)
     return run_trusted(form.NAME, case, check, TOLERANCE[queries.dtype], fast, plain)
 
 
@@ -134,7 +134,7 @@ def _results_by_torch(
     return outputs, *torch.autograd.grad(outputs, (queries, keys, values), g_outputs)
 
 
-def _error(form: ModuleType, device: torch.device, dtype: torch.dtype, width: int) -> float:
+def check_error(form: ModuleType, device: torch.device, dtype: torch.dtype, width: int) -> float:
     """The largest difference of a form's outputs and gradients from torch's, over tiny cases."""
     generator, errors = torch.Generator().manual_seed(0), []
     for length in CHECK_LENGTHS:

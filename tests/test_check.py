@@ -1,0 +1,61 @@
+"""``flowrl check``: what it says is used is used, and why not otherwise."""
+
+import re
+
+import pytest
+import torch
+
+from flowrl import check
+from flowrl.attention.flow import cpu
+from flowrl.check import describe_device
+from flowrl.native import kernels
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(check, "SHAPES", ((1, 2, 5, 64), (1, 2, 70, 64)))
+    monkeypatch.setattr(kernels, "_trusted", {})
+
+
+def shown():
+    """What is said of each thing."""
+    lines = describe_device().splitlines()
+    return {line[:20].strip(): line[20:] for line in lines}
+
+
+def test_everything_is_used_here():
+    found = shown()
+    assert f"torch {torch.__version__}" in found["software"]
+    assert re.search("bfloat16: (native|emulated)", found["processor"])
+    assert found["FLOWRL_KERNELS"] == "not set: kernels are on"
+    assert re.fullmatch(r"[\d.e+]+ ms and [\d.e+]+ ms", found["torch"])
+    error = re.search("ms, largest difference from torch (.*)", found["C++"])
+    assert 0 < float(error[1]) < 1e-4
+    assert found["Acting in C++"] == "used"
+
+
+def test_the_switch_is_the_reason(monkeypatch):
+    monkeypatch.setenv("FLOWRL_KERNELS", "off")
+    found = shown()
+    assert found["FLOWRL_KERNELS"] == "off: kernels are off"
+    for name in ("C++", "Acting in C++", "Linear by oneDNN"):
+        assert found[name] == "not used: FLOWRL_KERNELS is off"
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = shown()
+    assert found["compiler"] == "none; g++ or the one that CXX names"
+    assert found["C++"] == "not used: there is no compiler"
+
+
+def test_a_wrong_kernel_is_shown_with_its_error(monkeypatch):
+    call = cpu._call
+
+    def wrong(name, layout, *tensors):
+        call(name, layout, *tensors)
+        if name == "flow_forward":
+            tensors[3].mul_(2)
+
+    monkeypatch.setattr(cpu, "_call", wrong)
+    assert "not used: Flow-Attention in C++ differs from torch by" in shown()["C++"]
