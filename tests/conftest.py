@@ -6,12 +6,15 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # tiny tensors; threads of parallel test processes only get in each other's way
 )
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from failing_server import Server
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -36,6 +39,22 @@ def write_tiny_dataset(path: Path, *, seed: int = 0, reward_scale: float = 1.0) 
         file["observations"], file["actions"] = observations, actions
         file["rewards"] = (reward_scale * random.uniform(0, 3, size=steps)).astype(np.float32)
         file["terminals"], file["timeouts"] = terminals, timeouts
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An HTTP server on this machine, reached without a proxy."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.stopping.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 @pytest.fixture

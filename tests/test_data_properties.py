@@ -1,6 +1,5 @@
 """Random episode sets as D4RL file, Minari dataset and arrays in memory: one form; windows stay inside it."""
 
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,26 +169,6 @@ def test_file_minari_and_memory_agree(
         assert other.sha256 == memory.sha256
     unfinished = episodes.endings[-1] == "unfinished"
     assert any("without terminal or timeout" in note for note in from_file.notes) == unfinished
-
-
-@PROPERTY
-@given(episodes=episode_sets())
-def test_episodes_are_those_of_a_plain_loop(episodes: EpisodeSet) -> None:
-    dataset, arrays, row = in_memory(episodes), episodes.arrays(), 0
-    assert dataset.num_transitions == sum(episodes.lengths)
-    assert dataset.max_episode_length == max(episodes.lengths)
-    for index, (length, terminated) in enumerate(zip(episodes.lengths, episodes.terminated, strict=True)):
-        assert dataset.episode_starts[index] == row
-        assert dataset.episode_lengths[index] == length
-        assert dataset.terminated[index] == terminated
-        rewards = [float(np.float32(reward)) for reward in arrays["rewards"][row : row + length]]
-        # Exact sums; the float64 suffix sums lose at most length roundings of the largest term.
-        slack = 2e-7 * abs(math.fsum(rewards)) + length**2 * 2**-52 * max(map(abs, rewards)) + 1e-45
-        assert abs(math.fsum(rewards) - float(dataset.returns_to_go[row])) <= slack
-        assert abs(math.fsum(rewards) - dataset.episode_returns[index]) <= slack
-        assert dataset.returns_to_go[row + length - 1] == np.float32(rewards[-1])
-        assert dataset.timesteps[row : row + length].tolist() == list(range(length))
-        row += length
 
 
 @PROPERTY

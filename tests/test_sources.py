@@ -2,10 +2,6 @@
 
 import hashlib
 import shutil
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from failing_server import Server, sends, status
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
@@ -123,50 +120,39 @@ def test_only_the_published_file_is_called_d4rls(tmp_path: Path, monkeypatch: py
     assert "is not D4RL's published" in dataset.notes[0]
 
 
-@pytest.fixture
-def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that a server on this machine serves as D4RL's."""
-    folder = tmp_path / "remote"
-    folder.mkdir()
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    base = f"http://127.0.0.1:{server.server_port}"
+def serve(server: Server, monkeypatch: pytest.MonkeyPatch, path: str, content: bytes) -> None:
+    """Let the server on this machine be D4RL's, with a mirror, and have this file alone."""
+    base = server.url("/", status(404)).removesuffix("/")
+    for name in (f"/{FILE}", f"/mirror/{FILE}"):
+        server.url(name, sends(content) if name == path else status(404))
     monkeypatch.setattr(d4rl, "D4RL_URLS", (f"{base}/{{file}}", f"{base}/mirror/{{file}}"))
-    yield folder
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
-@pytest.mark.parametrize("place", [".", "mirror"])
+@pytest.mark.parametrize("place", ["", "/mirror"])
 def test_a_missing_file_is_downloaded_once_into_the_variables_folder(
-    tmp_path: Path, remote: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    source = write(remote / place / FILE)
+    source = write(tmp_path / "source.hdf5")
     publish(monkeypatch, source)
-    assert load_episodes("hopper-medium").dataset_id == "d4rl/hopper-medium-v2"
+    serve(server, monkeypatch, f"{place}/{FILE}", source.read_bytes())
+    for _ in range(2):
+        assert load_episodes("hopper-medium").dataset_id == "d4rl/hopper-medium-v2"
     assert (tmp_path / "d4rl" / FILE).read_bytes() == source.read_bytes()
-    source.unlink()
-    assert load_episodes("hopper-medium").num_episodes == 2
+    assert server.requests.count(f"{place}/{FILE}") == 1
 
 
 def test_a_downloaded_file_is_used_only_if_its_content_is_right(
-    tmp_path: Path, remote: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(remote / FILE)  # a valid file, but not the one that D4RL published
+    content = write(tmp_path / "source.hdf5").read_bytes()  # valid, but not the file that D4RL published
+    serve(server, monkeypatch, f"/{FILE}", content)
     with pytest.raises(UserError, match="does not match the known hash"):
         d4rl.read_d4rl("hopper-medium")
-    (remote / "hopper_expert-v2.hdf5").write_bytes(b"<html>moved</html>")
-    (remote / "hopper_random-v2.hdf5").write_bytes((remote / FILE).read_bytes()[:-100])
-    for name in ("hopper-expert", "hopper-random"):
+    monkeypatch.delitem(d4rl.PUBLISHED_FILES, "hopper-medium")
+    for damaged in (b"<html>moved</html>", content[:-100]):
+        serve(server, monkeypatch, f"/{FILE}", damaged)
         with pytest.raises(UserError, match=r"-v2.hdf5: Unable to synchronously open file"):
-            load_episodes(name)
+            d4rl.read_d4rl("hopper-medium")
     assert list((tmp_path / "d4rl").glob("*hdf5")) == []
 
 
