@@ -154,6 +154,8 @@ def test_without_timeouts_episodes_end_after_the_given_steps(tmp_path: Path) -> 
     assert dataset.episode_lengths.tolist() == [3, 3, 2, 3, 1]
     assert dataset.terminated.tolist() == [True, False, True, False, False]
     assert read_d4rl_file(path, max_episode_steps=5).episode_lengths.tolist() == [3, 5, 4]
+    cut = read_d4rl_file(path, max_episode_steps=5, split_at_timeouts=True)
+    assert cut.episode_lengths.tolist() == [5, 5, 2]
 
 
 def test_dones_alone_mark_every_end(tmp_path: Path) -> None:

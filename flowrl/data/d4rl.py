@@ -168,7 +168,8 @@ def read_d4rl_file(
         if "timeouts" in columns:
             timeouts = _read_flags(path, columns["timeouts"])
         elif max_episode_steps is not None:
-            timeouts = _timeouts(terminals, max_episode_steps)
+            ends = np.zeros_like(terminals) if split_at_timeouts else terminals
+            timeouts = _timeouts(ends, max_episode_steps)
         elif _name(columns["terminals"]) == "dones":  # which mark every end
             timeouts = np.zeros_like(terminals)
         else:
@@ -255,13 +256,13 @@ def _episode_ends(
 
 
 def _timeouts(terminals: np.ndarray, max_episode_steps: int) -> np.ndarray:
-    """Return flags, (N,), where an episode that no terminal ends reaches ``max_episode_steps``."""
+    """Return flags, (N,), where an episode reaches ``max_episode_steps``."""
     timeouts = np.zeros_like(terminals)
     start = 0
     for stop in [*(np.flatnonzero(terminals) + 1).tolist(), len(terminals)]:
         timeouts[start + max_episode_steps - 1 : stop : max_episode_steps] = True
         start = stop
-    return timeouts & ~terminals
+    return timeouts
 
 
 def _column(path: Path, file: h5py.File, key: str) -> h5py.Dataset | None:
