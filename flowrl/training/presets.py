@@ -1,6 +1,7 @@
 """Presets: what differs between datasets in one table, what differs between recipes in a file each."""
 
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 from flowrl.errors import UserError, did_you_mean
@@ -32,7 +33,9 @@ def preset_options(name: str | None, env: str | None) -> dict[str, Any]:
         name = env
     dataset, recipe = presets.get(name, (env or "", name))
     if recipe not in recipes:
-        raise UserError(f"--config {name}: no such file or preset{did_you_mean(name, [*presets, *recipes])}")
+        raise UserError(
+            f"--config {short_repr(name)}: no such file or preset{did_you_mean(name, [*presets, *recipes])}"
+        )
     options = read_yaml_mapping(PRESET_FOLDER / "recipes" / f"{recipe}.yaml")
     return {**datasets.get(dataset, {}), **options, "env": dataset or None}
 
