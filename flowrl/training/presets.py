@@ -33,8 +33,9 @@ def preset_options(name: str | None, env: str | None) -> dict[str, Any]:
         name = env
     dataset, recipe = presets.get(name, (env or "", name))
     if recipe not in recipes:
+        shortened = short_repr(name)[1:-1]
         raise UserError(
-            f"--config {short_repr(name)}: no such file or preset{did_you_mean(name, [*presets, *recipes])}"
+            f"--config {shortened}: no such file or preset{did_you_mean(name, [*presets, *recipes])}"
         )
     options = read_yaml_mapping(PRESET_FOLDER / "recipes" / f"{recipe}.yaml")
     return {**datasets.get(dataset, {}), **options, "env": dataset or None}
