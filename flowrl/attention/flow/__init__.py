@@ -23,6 +23,8 @@ from flowrl.attention.flow.recurrent import (
 )
 from flowrl.attention.precision import accumulation_dtype, without_autocast
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # torch 2.7 has it
+
 __all__ = [
     "FlowState",
     "empty_flow_state",
@@ -139,9 +141,6 @@ def flow_attention_decode(
         else:
             outputs = decode_flow_attention(q, k, v, state, clamp, eps)
     return outputs.to(values.dtype), state
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # torch 2.7 has it
 
 
 def _check(

@@ -98,8 +98,7 @@ def _gradient(ctx: Any, g_outputs: Tensor | None, *_: None) -> tuple[Tensor | No
     if g_outputs is None:
         return (None,) * 6
     if torch.is_grad_enabled():  # gradients that are differentiated again
-        with torch.enable_grad():
-            outputs = _by_torch(queries, keys, values, *ctx.options)
+        outputs = _by_torch(queries, keys, values, *ctx.options)
         inputs = [x for x in (queries, keys, values) if x.requires_grad]
         found = iter(torch.autograd.grad(outputs, inputs, g_outputs, create_graph=True))
         return *(next(found) if x.requires_grad else None for x in (queries, keys, values)), None, None, None
