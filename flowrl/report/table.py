@@ -244,7 +244,12 @@ def format_mean(values: np.ndarray, bold: bool = False) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table, the first column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+    return "\n".join(map(markdown_row, (header, rule, *rows)))
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """Return one line of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def _last_scores(results: Results, dataset: str, method: str) -> np.ndarray:

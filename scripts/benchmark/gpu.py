@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from attention import Inputs, forward_backward, make_inputs
 from tables import Goal, Measurement, Row, Section
-from timing import Spread, interleaved, nothing
+from timing import Spread, interleaved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from workload import Sizes, open_trainer, paper_config, training_data
 
@@ -28,29 +28,29 @@ WARM_UPS = 8  # updates before the clock runs: the trainer records its graph dur
 RUN_UPDATES, RUN_MINUTES = 100_000, 6.0  # a whole training, its five evaluations included
 
 
-def measure_gpu(sizes: Sizes, repetitions: int, device: str = "cuda") -> Section:
-    """Skipped, and said so, without a CUDA device."""
+def measure_gpu(sizes: Sizes, repetitions: int) -> Section:
+    """Skipped, with the reason in its row, without a CUDA device."""
     section = Section("gpu")
-    if device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         reason = "no CUDA device"
         section.rows.append(Row("training updates and attention on a GPU", "", "x", None, None, reason))
         return section
-    _measure_updates(section, sizes, repetitions, device)
-    _measure_attention(section, sizes, repetitions, device)
+    _measure_updates(section, sizes, repetitions)
+    _measure_attention(section, sizes, repetitions)
     return section
 
 
-def _measure_updates(section: Section, sizes: Sizes, repetitions: int, device: str) -> None:
+def _measure_updates(section: Section, sizes: Sizes, repetitions: int) -> None:
     for full_episodes, goal in ((False, Goal(1.5, at_least=False)), (True, None)):
         with ExitStack() as stack:
             contenders: dict[str, Callable[[], None]] = {}
             for attention in ATTENTIONS:
                 config = paper_config(sizes, attention, full_episodes=full_episodes)
-                trainer = stack.enter_context(open_trainer(config, training_data(sizes, config), device))
+                trainer = stack.enter_context(open_trainer(config, training_data(sizes, config), "cuda"))
                 for _ in range(WARM_UPS):
                     trainer.update()
                 contenders[attention] = trainer.update
-            timings = interleaved(contenders, repetitions, wait=_waiting(device))
+            timings = interleaved(contenders, repetitions, wait=torch.cuda.synchronize)
         windows, timesteps = config.batch_size, sizes.episode_length if full_episodes else 20
         case = f"GPU update, {windows} x {timesteps:,} timesteps"
         for form, timing in timings.items():
@@ -66,15 +66,15 @@ def _measure_updates(section: Section, sizes: Sizes, repetitions: int, device: s
             )
 
 
-def _measure_attention(section: Section, sizes: Sizes, repetitions: int, device: str) -> None:
-    bandwidth = _copy_bandwidth(repetitions, device)
+def _measure_attention(section: Section, sizes: Sizes, repetitions: int) -> None:
+    bandwidth = _copy_bandwidth(repetitions)
     for length, goal in LENGTH_GOALS.items():
         if length not in sizes.lengths:
             continue
         shape = (BATCH, HEADS, length, HEAD_DIM)
-        inputs = make_inputs(shape, device, torch.bfloat16)
+        inputs = make_inputs(shape, "cuda", torch.bfloat16)
         contenders = {"flow": partial(forward_backward, "flow", inputs), "softmax": partial(_flash, inputs)}
-        timings = interleaved(contenders, repetitions, wait=_waiting(device))
+        timings = interleaved(contenders, repetitions, wait=torch.cuda.synchronize)
         kernels = "" if triton.supports(*inputs) else ", without Triton"
         case = f"GPU attention forward + backward{kernels}, bf16, {BATCH} x {HEADS} x {length:,} x {HEAD_DIM}"
         for form, timing in timings.items():
@@ -89,19 +89,16 @@ def _measure_attention(section: Section, sizes: Sizes, repetitions: int, device:
 
 
 def _flash(inputs: Inputs) -> None:
-    """Softmax by flash attention and nothing else; the device must have it (a CPU does, too)."""
+    """Softmax by flash attention and nothing else."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         forward_backward("softmax", inputs)
 
 
-def _copy_bandwidth(repetitions: int, device: str) -> float:
+def _copy_bandwidth(repetitions: int) -> float:
     """Bytes per second, read and written, of a large copy."""
-    size = COPIED_BYTES if device == "cuda" else 1 << 20
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    timing = interleaved({"copy": partial(target.copy_, source)}, repetitions, wait=_waiting(device))["copy"]
-    return 2 * size / timing.spread.median
-
-
-def _waiting(device: str) -> Callable[[], None]:
-    return torch.cuda.synchronize if device == "cuda" else nothing
+    timing = interleaved({"copy": partial(target.copy_, source)}, repetitions, wait=torch.cuda.synchronize)[
+        "copy"
+    ]
+    return 2 * COPIED_BYTES / timing.spread.median

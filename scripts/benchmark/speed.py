@@ -18,12 +18,13 @@ from plots import draw_report
 from profiling import measure_profile
 from rollouts import measure_rollouts
 from sampling import measure_sampling
-from tables import Section, describe_machine, format_row, write_report
+from tables import Section, describe_machine, row_cells, write_report
 from update import measure_update
 from workload import Sizes
 
 from flowrl.errors import UserError, exit_on_user_error
 from flowrl.process import prepare_process
+from flowrl.report.table import markdown_row
 
 SectionName = Literal["attention", "update", "sampling", "rollouts", "profile", "gpu"]
 
@@ -78,7 +79,7 @@ def run_benchmarks(config: BenchmarkConfig) -> list[Section]:
         sections.append(section)
         print(f"{name}: {section.seconds:.0f} s", flush=True)
         for row in section.rows:
-            print(format_row(row), flush=True)
+            print(markdown_row(row_cells(row)), flush=True)
         write_report(output, sections, machine, config.repetitions)
     drawn = draw_report(output, sections)
     print(f"results in {output}.json, {output}.md" + (f", {output}.png" if drawn else ""))

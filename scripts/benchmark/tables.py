@@ -12,6 +12,7 @@ import torch
 from timing import Spread, Timing
 
 from flowrl.atomic import write_text
+from flowrl.report.table import markdown_table
 
 Unit = Literal["x", "%", "ms"]
 
@@ -100,17 +101,17 @@ def to_markdown(sections: list[Section], machine: dict[str, Any], repetitions: i
         f"Python {machine['python']}, {versions}; {machine['date']}. "
         f"Medians over {repetitions} interleaved rounds, quartiles in parentheses.",
         "",
-        "| what | against | goal | measured | |",
-        "|---|---|---|---|---|",
+        markdown_table(
+            ["what", "against", "goal", "measured", ""],
+            [row_cells(row) for section in sections for row in section.rows],
+        ),
     ]
-    for section in sections:
-        lines += [format_row(row) for row in section.rows]
     for section in sections:
         if section.measurements or section.profiles:
             lines += ["", f"## {section.name}"]
         if section.measurements:
-            lines += ["", "| case | contender | time | per second | peak memory |", "|---|---|---|---|---|"]
-            lines += [_format_measurement(measurement) for measurement in section.measurements]
+            header = ["case", "contender", "time", "per second", "peak memory"]
+            lines += ["", markdown_table(header, [_measurement_cells(m) for m in section.measurements])]
         if section.notes:
             lines += ["", *(f"- {note}" for note in section.notes)]
         for title, profile in section.profiles.items():
@@ -118,8 +119,8 @@ def to_markdown(sections: list[Section], machine: dict[str, Any], repetitions: i
     return "\n".join(lines).rstrip() + "\n"
 
 
-def format_row(row: Row) -> str:
-    """Return the row's line of the Markdown table."""
+def row_cells(row: Row) -> list[str]:
+    """Return the row's cells of the Markdown table."""
     goal, verdict = "", ""
     if row.goal is not None:
         goal = f"{'≥' if row.goal.at_least else '≤'} {row.goal.value:g}{_suffix(row.unit)}"
@@ -131,7 +132,7 @@ def format_row(row: Row) -> str:
         measured += f" ({_number(value.low)} to {_number(value.high)})"
         if row.goal is not None:
             verdict = "met" if row.goal.is_met(value.median) else "missed"
-    return f"| {row.what} | {row.against} | {goal} | {measured} | {verdict} |"
+    return [row.what, row.against, goal, measured, verdict]
 
 
 def write_report(path: Path, sections: list[Section], machine: dict[str, Any], repetitions: int) -> None:
@@ -168,7 +169,7 @@ def _section_to_dict(section: Section) -> dict[str, Any]:
     }
 
 
-def _format_measurement(measurement: Measurement) -> str:
+def _measurement_cells(measurement: Measurement) -> list[str]:
     seconds, rate, memory = "", "", ""
     if measurement.timing is not None:
         value = measurement.timing.spread
@@ -181,7 +182,7 @@ def _format_measurement(measurement: Measurement) -> str:
         rate = _rate(measurement.size / value.median)
     if measurement.peak_memory is not None:
         memory = f"{measurement.peak_memory / 2**20:,.1f} MiB"
-    return f"| {measurement.case} | {measurement.contender} | {seconds} | {rate} | {memory} |"
+    return [measurement.case, measurement.contender, seconds, rate, memory]
 
 
 def _number(value: float) -> str:

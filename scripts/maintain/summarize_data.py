@@ -10,6 +10,7 @@ from flowrl.atomic import atomic_path, write_text
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.embedded import EMBEDDED, load_embedded
 from flowrl.errors import UserError, exit_on_user_error
+from flowrl.report.table import markdown_table
 
 BINS = 40
 
@@ -30,16 +31,14 @@ def summarize_data(summary: DataSummary) -> str:
     Raises:
         UserError: an unknown name, and see :func:`flowrl.data.embedded.load_embedded`.
     """
-    lines = [
-        "| dataset | episodes | steps | mean return | mean | std | best | SHA-256 |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
-    ]
+    rows = []
     scores = {}
     for name in summary.names:
         dataset = load_embedded(name)
         scores[dataset.dataset_id] = normalized_scores(dataset)
-        lines.append(table_row(dataset, scores[dataset.dataset_id]))
-    table = "\n".join(lines)
+        rows.append(table_row(dataset, scores[dataset.dataset_id]))
+    header = ["dataset", "episodes", "steps", "mean return", "mean", "std", "best", "SHA-256"]
+    table = markdown_table(header, rows)
     text = (
         "# The embedded datasets, as collected\n\nMean, std and best are normalised scores of whole "
         f"episodes (100 is D4RL's expert).\n\n{table}\n"
@@ -78,13 +77,16 @@ def normalized_scores(dataset: EpisodeDataset) -> np.ndarray:
     return np.array([reference.normalized_score(value) for value in dataset.episode_returns.tolist()])
 
 
-def table_row(dataset: EpisodeDataset, scores: np.ndarray) -> str:
-    """Return a dataset's line of the table; ``scores`` are its episodes' normalised scores."""
-    return (
-        f"| `{dataset.dataset_id}` | {dataset.num_episodes} | {dataset.num_transitions} "
-        f"| {dataset.episode_returns.mean():.0f} | {scores.mean():.1f} | {scores.std():.1f} "
-        f"| {scores.max():.1f} | `{dataset.sha256[:16]}` |"
-    )
+def table_row(dataset: EpisodeDataset, scores: np.ndarray) -> list[str]:
+    """Return a dataset's cells of the table; ``scores`` are its episodes' normalised scores."""
+    figures = (dataset.episode_returns.mean(), "0f"), (scores.mean(), "1f"), (scores.std(), "1f")
+    return [
+        f"`{dataset.dataset_id}`",
+        f"{dataset.num_episodes}",
+        f"{dataset.num_transitions}",
+        *(f"{figure:.{digits}}" for figure, digits in (*figures, (scores.max(), "1f"))),
+        f"`{dataset.sha256[:16]}`",
+    ]
 
 
 def main() -> None:
