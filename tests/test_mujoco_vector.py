@@ -120,12 +120,15 @@ def test_robot_models_are_loaded_without_lines_on_stderr(capfd, tmp_path, monkey
 
 TIMED = """
 import itertools, mujoco, numpy as np
+from flowrl.envs.mujoco_vector import stop_timers
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_vector_env
 
 ticks = itertools.count()
 if {user}:
     mujoco.set_mjcb_time(lambda: float(next(ticks)))
+if {stops}:
+    stop_timers()
 envs = make_vector_env(EnvironmentSpec("Hopper-v5"), 4)
 envs.reset(seed=[0, 1, 2, 3])
 envs.step(np.zeros((4, 3), dtype=np.float32))
@@ -134,9 +137,12 @@ envs.close()
 """
 
 
-@pytest.mark.parametrize(("user", "expected"), [(False, "False False"), (True, "True True")])
-def test_mujoco_asks_no_clock_but_the_users(user, expected):
-    """In a process of its own: it is the whole process' affair."""
-    words = [sys.executable, "-c", TIMED.format(user=user)]
+@pytest.mark.parametrize(
+    ("stops", "user", "expected"),
+    [(False, False, "True False"), (True, False, "False False"), (True, True, "True True")],
+)
+def test_only_stop_timers_disables_timers_and_never_the_users(stops, user, expected):
+    """Each in a process of its own, since timers belong to the whole process."""
+    words = [sys.executable, "-c", TIMED.format(stops=stops, user=user)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == expected
