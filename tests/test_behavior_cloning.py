@@ -232,7 +232,7 @@ def test_a_file_from_before_the_choice_holds_a_transformer(tiny_dataset):
     [
         ({"agent": "bc"}, "bc-seed0-"),
         ({"agent": "bc", "top_fraction": 0.1, "attention": "linear"}, "bc-top0.1-seed0-"),
-        ({"top_fraction": 0.25, "seed": 3}, "flow-top0.25-seed3-"),
+        ({"top_fraction": 0.25, "seed": 3}, "flow-interleaved-20-top0.25-seed3-"),
     ],
 )
 def test_default_run_folder_is_named_after_the_method(options, folder):

@@ -38,6 +38,7 @@ def test_a_result_is_read_by_the_report(
     monkeypatch.setattr(peers, "load_embedded", lambda _: load_episodes(str(tiny_dataset), "Hopper-v5"))
     monkeypatch.setattr(peers, "make_algorithm", lambda *_: StubAlgorithm())
     monkeypatch.setattr(peers, "train", lambda *_: 7)
+    monkeypatch.setattr(peers, "version", lambda package: "1.0")
     document = train_and_evaluate(PeersConfig(steps=5000, episodes=3), "hopper-medium", "td3bc", seed=2)
     (tmp_path / "result.json").write_text(json.dumps(document))
     [run], unfinished = load_runs([tmp_path / "result.json"])

@@ -13,6 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import standard_error
 from flowrl.report.command import ReportConfig, write_report
 from flowrl.report.runs import load_runs
 from flowrl.report.statistics import (
@@ -26,7 +27,6 @@ from flowrl.report.statistics import (
     interquartile_mean_interval,
     mean_interval,
     probability_of_improvement,
-    standard_error,
 )
 from flowrl.report.table import D4RL_DATASETS
 from flowrl.training.config import TrainConfig, to_yaml

@@ -73,9 +73,8 @@ def test_plan_goes_seed_by_seed_and_options_win_in_order(tmp_path: Path) -> None
         methods={"a": {"embed_dim": 16}, "b": {"context_length": "episode"}},
         seeds=(3, 1),
         common={"embed_dim": 32, "dataset": "flowrl", "dropout": 0.3, "learning_rate": 0.5},
-        arguments=("--dropout", "0.4"),
     )
-    runs = plan_runs(sweep, tmp_path)
+    runs = plan_runs(sweep, tmp_path, ["--dropout", "0.4"])
     assert [run.name for run in runs] == [
         f"{dataset}/{method}/seed{seed}"
         for seed in (3, 1)
@@ -142,7 +141,7 @@ def test_shipped_sweeps_are_of_known_options(name: str, tmp_path: Path) -> None:
         ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--seed", "1"], "--seeds"),
         ("datasets: [hopper-medium]\nmethods: {a: {seed: 1}}", [], "--seeds"),
         ("datasets: [hopper-medium]\nmethods: {a/b: {}}", [], "folder"),
-        ("datasets: [hopper-medium]\nmethods: {a: 1}", [], "must be a mapping"),
+        ("datasets: [hopper-medium]\nmethods: {a: 1}", [], "should be a valid dictionary"),
         ("dataset: [hopper-medium]\nmethods: {a: {}}", [], "did you mean 'datasets'"),
         ("datasets: [hopper-medium]\nmethods: {}", [], "no methods"),
         ("datasets: [hopper-medium, hopper-medium]\nmethods: {a: {}}", [], "given twice"),
@@ -207,7 +206,7 @@ def test_a_failed_run_stops_no_other_and_is_tried_again(tiny_dataset: Path, tmp_
     assert "1 of 2 runs finished" in output
     assert f"failed: {plan[0].name}: exit code 2: error: --run-dir {broken}: already there" in errors
     assert steps_on_disk(good)[-1] == "step-00000010"
-    assert [entry["run"] for entry in read_plan(runs)] == [run.name for run in plan]
+    assert read_plan(runs) == {run.name: run.method for run in plan}
     in_the_way.unlink()
     before = {path: path.stat().st_mtime_ns for path in good.rglob("*")}
     code, output, _ = finish(start_sweep(file, runs))

@@ -451,8 +451,8 @@ def test_training_works_outside_the_main_thread(tiny_dataset, tmp_path):
 def test_the_default_folder_names_the_run(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for config, folder in (
-        (TrainConfig(env="hopper-medium", seed=3), "hopper-medium/flow-seed3-"),
-        (TrainConfig(dataset="minari:mujoco/hopper/medium-v0"), "mujoco-hopper-medium-v0/flow-seed0-"),
-        (TrainConfig(dataset="/data/../my.hdf5", attention="softmax"), "data-my/softmax-seed0-"),
+        (TrainConfig(env="hopper-medium", seed=3), "hopper-medium/flow-interleaved-20-seed3-"),
+        (TrainConfig(dataset="minari:a/hopper/medium-v0"), "a-hopper-medium-v0/flow-interleaved-20-seed0-"),
+        (TrainConfig(dataset="/data/../my.hdf5", attention="softmax"), "data-my/softmax-interleaved-20-"),
     ):
         assert str(run.default_run_dir(config)).startswith(os.path.join("runs", folder))

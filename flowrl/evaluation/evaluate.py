@@ -126,11 +126,16 @@ def format_table(results: Sequence[TargetResult]) -> str:
     return "\n".join([*lines, "mean +/- standard deviation (standard error of the mean) over episodes"])
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Sample standard deviation over the square root of the count; NaN for a single value."""
+    return _std(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
 def _figures(name: str, values: np.ndarray) -> dict[str, float]:
     figures = {f"{name}_mean": _mean(values)}
     if len(values) > 1:
         figures[f"{name}_std"] = _std(values)
-        figures[f"{name}_standard_error"] = _std(values) / len(values) ** 0.5
+        figures[f"{name}_standard_error"] = standard_error(values)
     return figures
 
 
@@ -145,4 +150,4 @@ def _std(values: np.ndarray) -> float:
 def _spread(values: np.ndarray) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
-    return f"{_mean(values):.1f} +/- {_std(values):.1f} ({_std(values) / len(values) ** 0.5:.1f})"
+    return f"{_mean(values):.1f} +/- {_std(values):.1f} ({standard_error(values):.1f})"

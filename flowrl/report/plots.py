@@ -10,12 +10,12 @@ import tyro
 
 from flowrl.atomic import atomic_path
 from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import standard_error
 from flowrl.report.statistics import (
     PULLS,
     interquartile_mean,
     interquartile_mean_interval,
     mean_interval,
-    standard_error,
 )
 from flowrl.report.table import Results
 from flowrl.training.metrics import read_metrics

@@ -11,7 +11,7 @@ import numpy as np
 from flowrl.errors import UserError
 from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.sweeps.plan import PLAN_FILE, read_plan
-from flowrl.training.config import TrainConfig
+from flowrl.training.config import TrainConfig, method_name
 from flowrl.training.metrics import METRICS_FILE, read_metrics
 
 EVALUATION_FILE = "evaluation.json"
@@ -145,20 +145,10 @@ def check_comparable(runs: list[RunResult], mixed: bool) -> list[RunResult]:
     return labelled
 
 
-def method_name(config: dict[str, Any]) -> str:
-    """Return a method's name from its options, for runs that are of no sweep."""
-    if config.get("agent", "transformer") != "transformer":
-        name = config["agent"]
-    else:
-        name = f"{config['attention']}-{config['token_layout']}-{config['context_length']}"
-    fraction = config.get("top_fraction", 1)
-    return name if fraction == 1 else f"{name}-top{fraction:g}"
-
-
 def _find_runs(path: Path) -> dict[Path, str | None]:
     """Folders of runs with the names that a sweep gave to their methods."""
     if (path / PLAN_FILE).is_file():
-        return {path / entry["run"]: entry["method"] for entry in read_plan(path)}
+        return {path / run: method for run, method in read_plan(path).items()}
     if (path / METRICS_FILE).is_file():
         return {path: None}
     inside = sorted(file.parent for file in path.rglob(METRICS_FILE))

@@ -24,11 +24,6 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
     return np.sort(scores, axis=-1)[..., cut : count - cut].mean(axis=-1)
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Sample standard deviation over the square root of the count; NaN for a single value."""
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-
-
 def improvement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Share of pairs (..., m) x (..., n) in which ``first`` is higher, ties for a half; shape (...)."""
     a, b = first[..., :, None], second[..., None, :]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowrl.data.embedded import EMBEDDED
+from flowrl.evaluation.evaluate import standard_error
 from flowrl.report.runs import NORMALIZED, RETURN, UNITS, RunResult, Unit
 from flowrl.report.statistics import (
     CONFIDENCE,
@@ -17,7 +18,6 @@ from flowrl.report.statistics import (
     interquartile_mean_interval,
     mean_interval,
     probability_of_improvement,
-    standard_error,
 )
 
 # Averages over the nine D4RL v2 Gym-MuJoCo datasets as published, each by its source's own protocol.

@@ -1,7 +1,7 @@
 """The command line of a sweep."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,7 @@ class SweepConfig:
     datasets: tuple[str, ...] = ()
     """Names such as hopper-medium, minari:ID or PATH.hdf5; instead of the file's."""
     methods: tuple[str, ...] = ()
-    """Only these methods of the sweep file."""
+    """Only these methods of the sweep."""
     seeds: tuple[int, ...] = ()
     """Seeds, instead of the file's; by default 0."""
     attention: tuple[AttentionName, ...] = ()
@@ -76,7 +76,7 @@ def run_sweep(arguments: list[str] | None = None) -> int:
         with signals.interruptible():
             if config.on == "ray":
                 check_ray(config.address)
-            runs = plan_runs(_sweep_of(config, tuple(train_arguments)), runs_dir.absolute())
+            runs = plan_runs(_sweep_of(config), runs_dir.absolute(), train_arguments)
             unfinished = [run for run in runs if not is_finished(run)]
             for run in runs:
                 check_startable(run)
@@ -94,11 +94,14 @@ def run_sweep(arguments: list[str] | None = None) -> int:
                     ended = run_local(unfinished, slots, signals)
                 failures, finished = [], len(runs) - len(unfinished)
                 for run, failure in ended:
-                    if failure is not None:
+                    if failure is None:
+                        finished += 1
+                    else:
                         failures.append(failure)
-                    finished += failure is None
                     outcome = f"finished {run.name}" if failure is None else f"failed {failure}"
                     print(f"{outcome}; {finished} of {len(runs)} finished", flush=True)
+        except BrokenPipeError:  # of the output, not of a file
+            raise
         except OSError as error:
             raise UserError(f"--runs-dir {runs_dir}: cannot be written: {error}") from error
     print(f"{finished} of {len(runs)} runs finished in {runs_dir}")
@@ -107,43 +110,31 @@ def run_sweep(arguments: list[str] | None = None) -> int:
     return EXIT_FAILED_RUNS if failures else 0
 
 
-def _sweep_of(config: SweepConfig, train_arguments: tuple[str, ...]) -> Sweep:
-    axes = {
-        "--attention": config.attention,
-        "--token-layout": config.token_layout,
-        "--context-length": config.context_length,
-    }
+def _sweep_of(config: SweepConfig) -> Sweep:
     if config.address is not None and config.on != "ray":
         raise UserError(f"--address {config.address}: only --on ray has one")
     if config.jobs is not None and config.jobs < 1:
         raise UserError(f"--jobs {config.jobs}: must be at least 1")
+    attention, layouts, contexts = config.attention, config.token_layout, config.context_length
     if config.sweep is None:
-        if config.methods:
-            raise UserError(f"--methods {' '.join(config.methods)}: methods are those of a --sweep file")
-        methods = product_methods(
-            config.attention or ("flow",),
-            config.token_layout or ("interleaved",),
-            config.context_length or (20,),
-        )
-        sweep = Sweep(config.datasets, methods, config.seeds or (0,), {})
+        layouts, contexts = layouts or ("interleaved",), contexts or (20,)
+        sweep = Sweep(methods=product_methods(attention or ("flow",), layouts, contexts))
+    elif attention or layouts or contexts:
+        raise UserError(f"--sweep {config.sweep} has its own methods: choose of them by --methods")
     else:
-        for flag, values in axes.items():
-            if values:
-                raise UserError(f"{flag}: the sweep file {config.sweep} has its own methods; see --methods")
         sweep = read_sweep(config.sweep)
-        for method in config.methods:
-            if method not in sweep.methods:
-                raise UserError(f"--methods {method}: no such method{did_you_mean(method, sweep.methods)}")
+    methods = sweep.methods
+    for method in config.methods:
+        if method not in methods:
+            raise UserError(f"--methods {method}: no such method{did_you_mean(method, methods)}")
     common = dict(sweep.common)
     if config.timesteps_per_update is not None:
         common[TIMESTEPS_PER_UPDATE] = config.timesteps_per_update
-    return replace(
-        sweep,
+    return Sweep(
         datasets=config.datasets or sweep.datasets,
-        methods={name: sweep.methods[name] for name in config.methods} if config.methods else sweep.methods,
+        methods={name: methods[name] for name in config.methods or methods},
         seeds=config.seeds or sweep.seeds,
         common=common,
-        arguments=train_arguments,
     )
 
 

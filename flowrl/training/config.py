@@ -61,7 +61,7 @@ class TrainConfig(EvaluationOptions):
     """Run folder to continue from its last checkpoint, exactly; other flags may only change how long, where
     and how often to evaluate, log and save."""
     run_dir: FilePath | None = None
-    """Folder of this run; by default runs/<env>/<attention or bc>-seed<k>-<time>."""
+    """Folder of this run; by default runs/<dataset>/<method>-seed<k>-<time>."""
 
     agent: AgentName = "transformer"
     """transformer: the sequence agent; bc: behaviour cloning, a perceptron of --num-layers hidden layers from
@@ -257,6 +257,21 @@ def to_yaml(config: TrainConfig) -> str:
         if name != "resume"
     }
     return yaml.safe_dump(data, sort_keys=False)
+
+
+def method_name(options: Mapping[str, Any]) -> str:
+    """A method's name by its options: ``flow-interleaved-20``; ``bc-top0.1``, of the best episodes alone."""
+    if options["agent"] == "transformer":
+        name = "{attention}-{token_layout}-{context_length}".format(**options)
+    else:
+        name = options["agent"]
+    return name if options["top_fraction"] == 1 else f"{name}-top{options['top_fraction']:g}"
+
+
+def dataset_folder(source: str) -> str:
+    """A folder's name for a dataset: the parts of its id or path, joined."""
+    path = Path(source.removeprefix("minari:").removesuffix(".hdf5").removesuffix(".h5"))
+    return "-".join(part for part in path.parts if part not in ("/", "..", "."))
 
 
 def _check_resumable(saved: TrainConfig, asked: TrainConfig, run: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flowrl.model.loading import pick_device
 from flowrl.process import prepare_process
 from flowrl.ranks import Ranks, joined_ranks
 from flowrl.signals import StopSignals
-from flowrl.training.config import TrainConfig, check_values
+from flowrl.training.config import TrainConfig, check_values, dataset_folder, method_name
 from flowrl.training.setup import load_dataset
 from flowrl.training.trainer import Trainer
 
@@ -88,15 +89,10 @@ def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    """runs/<env>/<attention or bc>-seed<k>-<time>; a dataset's own name where no --env is given.
-
-    A --top-fraction below 1 follows the method: bc-top0.1-seed0-...
-    """
-    name = config.env or "+".join(config.dataset).removeprefix("minari:").removesuffix(".hdf5")
-    folder = "-".join(part for part in Path(name).parts if part not in ("/", "..", "."))
-    method = config.attention if config.agent == "transformer" else config.agent
-    part = "" if config.top_fraction == 1 else f"-top{config.top_fraction:g}"
-    return Path("runs") / folder / f"{method}{part}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    """runs/<dataset>/<method>-seed<k>-<time>, such as runs/hopper-medium/flow-interleaved-20-seed0-..."""
+    folder = dataset_folder(config.env or "+".join(config.dataset))
+    name = f"{method_name(asdict(config))}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path("runs") / folder / name
 
 
 def describe(dataset: EpisodeDataset) -> None:
