@@ -121,15 +121,15 @@ def test_every_contender_steps_through_the_recorded_episodes():
 def test_remembered_bytes_grow_with_a_cache_and_not_with_flow():
     observations, rewards = np.zeros((3, 11)), np.zeros(3)
     sizes = {}
-    for attention in ("flow", "softmax"):
-        agent = make_agent(TINY, paper_config(TINY, attention))
+    for kind in ("flow", "softmax"):
+        agent = make_agent(TINY, paper_config(TINY, kind))
         agent.acting = "recurrent"
         agent.reset(3, 1.0)
-        sizes[attention] = []
+        sizes[kind] = []
         for _ in range(2):
             for _ in range(30):
                 agent.act(observations, rewards)
-            sizes[attention].append(state_bytes(agent))
+            sizes[kind].append(state_bytes(agent))
     assert sizes["flow"][0] == sizes["flow"][1] > 3 * 16 * 4
     assert sizes["softmax"][1] > sizes["softmax"][0]
 
