@@ -37,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what :func:`atomic_path` of a killed process left; nobody else may be writing there."""
+    """Delete what :func:`atomic_path` of a killed process left; no other process may write there."""
     for temporary in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         temporary.unlink()
 

@@ -30,7 +30,7 @@ def exit_on_user_error() -> Iterator[None]:
     """Turn a :class:`UserError` into one line on stderr and exit code 2; other exceptions pass.
 
     So does an error of the operating system that names a file: a name too long, a folder without permission,
-    a disk that fails. It says all there is to know.
+    a disk that fails. Its message is complete without a traceback.
     """
     try:
         yield

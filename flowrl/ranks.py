@@ -1,4 +1,4 @@
-"""One training in several processes, as ``torchrun`` starts them: what they tell one another.
+"""One training in several processes, as ``torchrun`` starts them: what they exchange.
 
 Ranks draw the same batches and keep the windows with their own remainder, so that any number of them computes
 the update that one process computes. Rank 0 alone writes files and prints.
@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def mine(self) -> slice:
-        """Which items of a sequence that all ranks know are this rank's."""
+        """Which items of a sequence, the same on all ranks, are this rank's."""
         return slice(self.rank, None, self.size)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -98,6 +98,6 @@ def joined_ranks() -> Iterator[Ranks]:
         raise UserError(f"the processes of this training cannot find one another: {reason}") from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # nobody hangs up while another still speaks
+        dist.barrier()  # barrier, so that no rank tears the group down early
     finally:
         dist.destroy_process_group()

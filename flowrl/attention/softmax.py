@@ -53,5 +53,5 @@ def _empty_cache(key: Tensor, value: Tensor, capacity: int) -> KeyValueCache:
 
 
 def _grown(state: KeyValueCache) -> KeyValueCache:
-    room = (0, 0, 0, state.keys.shape[2])  # as many empty places again at the end of the length dimension
-    return KeyValueCache(F.pad(state.keys, room), F.pad(state.values, room), state.num_tokens)
+    padding = (0, 0, 0, state.keys.shape[2])  # doubles the length dimension
+    return KeyValueCache(F.pad(state.keys, padding), F.pad(state.values, padding), state.num_tokens)

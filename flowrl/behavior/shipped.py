@@ -69,5 +69,5 @@ def load_behavior(environment: str, name: str, assets_dir: Path = ASSETS_DIR) ->
         raise UserError(f"{path}: this behaviour policy is missing; reinstall flowrl")
     digest = file_sha256(path)
     if digest != asset.sha256:
-        raise UserError(f"{path}: SHA-256 is {digest}, the index says {asset.sha256}; reinstall flowrl")
+        raise UserError(f"{path}: SHA-256 is {digest}, expected {asset.sha256}; reinstall flowrl")
     return load_policy(path)

@@ -96,7 +96,7 @@ extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weight
                 for (int s = 0; s < STATES; s++) state[s] = states[layer * STATES + s] + begin * at.heads * sizes[s];
                 flow_steps(&where, qkv, qkv + width, qkv + 2 * width, gathered, state[0], state[1], state[2], state[3],
                            state[4], state[5], state[6]);
-                if (layer + 1 == at.layers) {  // only the last token goes on
+                if (layer + 1 == at.layers) {  // only the last token is needed from here on
                     hidden += (rows - slots) * width;
                     gathered += (rows - slots) * width;
                     rows = slots;

@@ -122,7 +122,7 @@ inline void transpose_tile(const T* from, int from_stride, T* to, int to_stride)
     for (int i = 0; i < L; i++) store(to + i * to_stride, rows[i]);
 }
 
-// (rows, columns) -> (columns, rows); both are rounded up to whole tiles, which the buffers have room for.
+// (rows, columns) -> (columns, rows); both are rounded up to whole tiles, for which the buffers are large enough.
 void transpose(const T* from, int from_stride, int rows, int columns, T* to, int to_stride) {
     for (int i = 0; i < rows; i += LANES)
         for (int j = 0; j < columns; j += LANES)

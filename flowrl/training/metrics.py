@@ -87,14 +87,14 @@ def read_metrics(run: Path, kind: str, figures: tuple[str, ...] = ()) -> list[di
 
 
 def has_figures(run_dir: Path) -> bool:
-    """Whether any update or evaluation was logged: anything after the first line, which says what runs."""
+    """Whether any update or evaluation was logged: anything after the first line, which describes the run."""
     return len(_lines(run_dir)) > 1
 
 
 def rewind(run_dir: Path, step: int, evaluated_step: int) -> None:
     """Drop the lines that were written after a checkpoint: they will be written again.
 
-    ``evaluated_step`` is the last step whose evaluation the checkpoint knows of. A last line cut off by a
+    ``evaluated_step`` is the last step whose evaluation the checkpoint contains. A last line cut off by a
     crash is dropped too.
 
     Raises:

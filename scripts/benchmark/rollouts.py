@@ -120,7 +120,7 @@ def evaluate_one_by_one(agent: Agent, episodes: RecordedEpisodes, num_episodes: 
 
 
 class RawPhysics:
-    """The same episodes as nothing but ``mj_step`` calls, on all cores; these ask no clock, either."""
+    """The same episodes as nothing but ``mj_step`` calls, on all cores; MuJoCo's timers are off here, too."""
 
     def __init__(self, episodes: RecordedEpisodes) -> None:
         env = make_env(HOPPER)

@@ -30,7 +30,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: ``measured`` says how ``what`` compares with ``against``."""
+    """One line of the table: ``measured`` is how ``what`` compares with ``against``."""
 
     what: str
     against: str
@@ -64,7 +64,7 @@ class Section:
     rows: list[Row] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What a reader must know to read the figures."""
+    """Notes for reading the figures."""
     profiles: dict[str, str] = field(default_factory=dict)
     """Plain-text tables that say where the time goes, by title."""
     seconds: float = 0.0

@@ -75,7 +75,7 @@ def interleaved(
     calls = {}
     for name, contender in contenders.items():  # warms up caches, threads and allocators, too
         seconds = _seconds(contender, 1, wait)
-        if seconds < LONG_CALL:  # the first call says little about how long a short one takes
+        if seconds < LONG_CALL:  # a short first call is no estimate
             seconds = _seconds(contender, 1, wait)
         calls[name] = max(round(SHORTEST_SAMPLE / seconds), 1)
     samples: dict[str, list[float]] = {name: [] for name in contenders}

@@ -28,7 +28,7 @@ OBSERVATION_DIM, ACTION_DIM, EPISODE_LIMIT = 11, 3, 1000
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured. The defaults are the ones that the goals speak of."""
+    """How much is measured. The defaults are those of the published figures."""
 
     windows: tuple[int, int, int, int] = (64, 4, 60, 64)
     """Attention over training windows: batch, heads, tokens, head_dim."""

@@ -1,6 +1,6 @@
 """Train d3rlpy's methods on the embedded datasets and write results that ``flowrl report`` reads beside runs.
 
-d3rlpy wants an older Gymnasium than flowrl and works with a newer one all the same:
+d3rlpy requires an older Gymnasium than flowrl does, but works with the newer one:
 
     pip install -c constraints.txt -e ".[peers]" && pip install --no-deps d3rlpy==2.8.1
 

@@ -3,8 +3,8 @@
 The run folder holds ``training.json`` (what was asked), ``snapshots/`` (the actor every so many steps),
 ``returns.jsonl`` (what each earned), ``replay/`` (every transition, in files that are written once) and
 ``checkpoint.msgpack`` (networks, optimisers, random keys). Nothing in it is a pickle. A run that was stopped
-in any way goes on from its last checkpoint when it is started again; the episode it was in stays unfinished,
-so a resumed run is as good as a straight one but not the same bit for bit.
+in any way continues from its last checkpoint when it is started again; the episode it was in stays
+unfinished, so a resumed run is as good as a straight one but not the same bit for bit.
 """
 
 import json
@@ -37,7 +37,7 @@ class BehaviorTraining:
     run_dir: Path
     """Folder of the run; an existing run of the same environment and seed is continued."""
     steps: int = 1_000_000
-    """Environment steps in all; a finished run goes on when this is raised."""
+    """Environment steps in all; raising it continues a finished run."""
     seed: int = 0
     snapshot_every: int = 25_000
     """Environment steps between snapshots, each measured and followed by a checkpoint."""
@@ -140,7 +140,7 @@ def _train(training: BehaviorTraining, model: Any, signals: StopSignals) -> None
             target = min(training.steps, (step // training.snapshot_every + 1) * training.snapshot_every)
             started = time.perf_counter()
             model.learn(target - step, StopOnSignal(), log_interval=None, reset_num_timesteps=False)
-            # The step in which a signal arrived was not stored; the buffer says how many were.
+            # The step in which a signal arrived was not stored; the buffer holds the count.
             first, step = step, model.replay_buffer.pos
             speed = (step - first) / (time.perf_counter() - started)
             _save_replay(run_dir, model.replay_buffer, first, step)

@@ -52,7 +52,7 @@ inline T dot(const Row& x, const Row& y) {
     for (int w = 1; w < W; w++) sum += x.v[w] * y.v[w];
     return total(sum);
 }
-// Ask for a row before it is needed: those of one head lie too far apart for the processor to guess.
+// Prefetch a row: those of one head are too far apart for the hardware prefetcher.
 inline void fetch(const T* from) {
     for (int w = 0; w < W; w++) __builtin_prefetch(from + w * L, 0, 2);
 }

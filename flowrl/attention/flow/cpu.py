@@ -155,7 +155,7 @@ def _layout(
 
 
 def results_like(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape with tokens before heads in memory, as a projection wants to read it."""
+    """An empty tensor of x's shape with tokens before heads in memory, as the next projection reads it."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
