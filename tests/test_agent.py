@@ -15,7 +15,7 @@ from flowrl.window import Window
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 LAYOUTS = ("interleaved", "fused")
-KINDS = tuple(ATTENTION_KINDS)
+KINDS = (*ATTENTION_KINDS, "gru")
 
 
 def make_agent(layout="interleaved", attention="flow", acting="recurrent", context_length=5, **options):

@@ -75,7 +75,7 @@ def play(agent, steps=9):
     return np.stack([agent.act(random.normal(size=(2, 4)), random.normal(size=2)) for _ in range(steps)])
 
 
-@pytest.mark.parametrize("attention", ATTENTION_KINDS)
+@pytest.mark.parametrize("attention", [*ATTENTION_KINDS, "gru"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_loaded_agent_acts_as_the_saved_one(tmp_path, layout, attention):
     for full_episodes, acting in ((True, "recurrent"), (False, "window")):

@@ -16,7 +16,7 @@ from flowrl.model.transformer import INIT_STD, ModelConfig, SequenceModel
 from flowrl.window import Window
 
 LAYOUTS = ("interleaved", "fused")
-KINDS = tuple(ATTENTION_KINDS)
+KINDS = (*ATTENTION_KINDS, "gru")
 
 
 def make_model(layout="interleaved", attention="flow", seed=0, dtype=torch.float64, **options):
@@ -72,6 +72,27 @@ PLAIN = {
 }
 
 
+def plain_gru(x, gru):
+    """Cho et al. (2014), with torch's second bias inside the reset gate's product."""
+    hidden, outputs = torch.zeros_like(x[0]), []
+    for token in x:
+        read = (gru.weight_ih_l0 @ token + gru.bias_ih_l0).chunk(3)
+        remembered = (gru.weight_hh_l0 @ hidden + gru.bias_hh_l0).chunk(3)
+        reset, update = (torch.sigmoid(a + b) for a, b in zip(read[:2], remembered[:2], strict=True))
+        hidden = (1 - update) * torch.tanh(read[2] + reset * remembered[2]) + update * hidden
+        outputs.append(hidden)
+    return torch.stack(outputs)
+
+
+def plain_attention(x, attention, config):
+    q, k, v = (
+        part.reshape(len(x), config.num_heads, -1).transpose(0, 1)[None]
+        for part in attention.qkv(x).chunk(3, dim=-1)
+    )
+    mixed = PLAIN[config.attention](q, k, v)
+    return attention.project(mixed[0].transpose(0, 1).reshape(len(x), -1))
+
+
 def layer_norm(x, norm):
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
@@ -80,7 +101,6 @@ def layer_norm(x, norm):
 def plain_forward(model, window):
     """Every token through every layer, one row at a time, written from the description."""
     low, high, config = model.action_low, model.action_high, model.config
-    heads = config.num_heads
     rows = []
     for row in range(len(window.observations)):
         observations, actions, previous, returns, timesteps, _ = (tensor[row] for tensor in window)
@@ -100,11 +120,11 @@ def plain_forward(model, window):
                 tokens.append(target + state + time + (model.start_token if start else before))
         x = layer_norm(torch.stack(tokens), model.embed_norm)
         for block in model.blocks:
-            attention = block.attention
-            qkv = attention.qkv(layer_norm(x, block.attention_norm))
-            q, k, v = (part.reshape(len(x), heads, -1).transpose(0, 1)[None] for part in qkv.chunk(3, dim=-1))
-            mixed = PLAIN[config.attention](q, k, v)
-            x = x + attention.project(mixed[0].transpose(0, 1).reshape(len(x), -1))
+            normed = layer_norm(x, block.attention_norm)
+            if config.attention == "gru":
+                x = x + plain_gru(normed, block.attention.gru)
+            else:
+                x = x + plain_attention(normed, block.attention, config)
             hidden = block.mlp[0](layer_norm(x, block.mlp_norm)).clamp(min=0)
             x = x + block.mlp[2](hidden)
         x = layer_norm(x, model.final_norm)

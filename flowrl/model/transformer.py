@@ -6,7 +6,7 @@ token a timestep, the sum of the embeddings of the return-to-go, the observation
 that the return reaches every action undiluted and the sequence is a third as long.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,7 @@ from flowrl.model.action_model import ActingState, ActionModel
 from flowrl.options import STRICT, NumLayers, Probability, Size, SourceClamp
 from flowrl.window import Window
 
+MixerName = Literal[AttentionName, "gru"]
 TokenLayout = Literal["interleaved", "fused"]
 TOKENS_PER_TIMESTEP: dict[TokenLayout, int] = {"interleaved": 3, "fused": 1}
 TimeEncoding = Literal["learned", "sinusoidal", "none"]
@@ -33,7 +34,7 @@ class ModelConfig:
     action_dim: Size
     max_timesteps: Size
     """Longest episode the timestep embedding covers; later timesteps use its last row."""
-    attention: AttentionName = "flow"
+    attention: MixerName = "flow"
     token_layout: TokenLayout = "interleaved"
     num_layers: NumLayers = 3
     embed_dim: Size = 256
@@ -61,6 +62,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        assert config.attention != "gru"
         self.kind = attention_kind(config.attention, config.context_tokens, config.source_clamp)
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
@@ -82,6 +84,32 @@ class SelfAttention(nn.Module):
         return queries, keys, values
 
 
+class GRUState(NamedTuple):
+    """All that a GRU remembers."""
+
+    hidden: Tensor  # (batch, embed_dim)
+
+
+class GRU(nn.Module):
+    """torch's gated recurrent unit in the place of attention: the baseline with a state of constant size.
+
+    Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder" (arXiv 1406.1078).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gru = nn.GRU(config.embed_dim, config.embed_dim, batch_first=True)
+
+    def forward(self, x: Tensor, read: slice) -> Tensor:
+        """See :meth:`SelfAttention.forward`."""
+        return self.step(x, None, read)[0]
+
+    def step(self, x: Tensor, state: GRUState | None, read: slice) -> tuple[Tensor, GRUState]:
+        """See :meth:`SelfAttention.step`."""
+        outputs, hidden = self.gru(x, None if state is None else state.hidden[None])
+        return outputs[:, read], GRUState(hidden[0])
+
+
 class Block(nn.Module):
     """Pre-LayerNorm transformer block: attention, then a four times wider MLP."""
 
@@ -89,7 +117,7 @@ class Block(nn.Module):
         super().__init__()
         width = config.embed_dim
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = SelfAttention(config)
+        self.attention = GRU(config) if config.attention == "gru" else SelfAttention(config)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(config.dropout)

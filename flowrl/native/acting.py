@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowrl.attention.flow import FlowState, empty_flow_state
 from flowrl.attention.flow.cpu import MOST_STEPS, WIDTHS, flow_library
-from flowrl.model.transformer import Block, SequenceModel
+from flowrl.model.transformer import Block, SelfAttention, SequenceModel
 from flowrl.native.kernels import is_trusted, largest_difference
 from flowrl.native.library import native_library
 
@@ -121,6 +121,7 @@ def _is_known(block: nn.Module) -> bool:
 def _parts(block: nn.Module) -> list[nn.Module]:
     """The modules with weights, in the order of use."""
     assert isinstance(block, Block)
+    assert isinstance(block.attention, SelfAttention)
     attention, widen, narrow = block.attention, block.mlp[0], block.mlp[2]
     return [block.attention_norm, attention.qkv, attention.project, block.mlp_norm, widen, narrow]
 

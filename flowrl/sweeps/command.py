@@ -8,9 +8,8 @@ from typing import Literal
 import tyro
 
 from flowrl.atomic import sole_user
-from flowrl.attention.kinds import AttentionName
 from flowrl.errors import UserError, did_you_mean
-from flowrl.model.transformer import TokenLayout
+from flowrl.model.transformer import MixerName, TokenLayout
 from flowrl.signals import StopSignals
 from flowrl.sweeps.local import local_slots, run_local
 from flowrl.sweeps.plan import (
@@ -43,7 +42,7 @@ class SweepConfig:
     """Only these methods of the sweep."""
     seeds: tuple[int, ...] = ()
     """Seeds, instead of the file's; by default 0."""
-    attention: tuple[AttentionName, ...] = ()
+    attention: tuple[MixerName, ...] = ()
     """Without a sweep file: methods are attention x token_layout x context_length; by default flow."""
     token_layout: tuple[TokenLayout, ...] = ()
     """By default interleaved."""

@@ -12,11 +12,11 @@ import tyro
 import yaml
 from pydantic import BeforeValidator, Strict
 
-from flowrl.attention.kinds import SOURCE_CLAMP, AttentionName
+from flowrl.attention.kinds import SOURCE_CLAMP
 from flowrl.envs.options import EvaluationOptions
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, AgentName
-from flowrl.model.transformer import TimeEncoding, TokenLayout
+from flowrl.model.transformer import MixerName, TimeEncoding, TokenLayout
 from flowrl.options import (
     Count,
     Episodes,
@@ -69,9 +69,9 @@ class TrainConfig(EvaluationOptions):
     top_fraction: Share = 1.0
     """Train only on the episodes of highest return that make up this share of the timesteps; 0.1 with --agent
     bc is the Decision Transformer paper's 10%-BC."""
-    attention: AttentionName = "flow"
+    attention: MixerName = "flow"
     """flow: causal Flow-Attention; softmax: the Decision Transformer's; linear: with elu + 1; performer: with
-    positive random features; cosformer: with ReLU, re-weighted by distance."""
+    positive random features; cosformer: with ReLU, re-weighted by distance; gru: torch's GRU in its place."""
     token_layout: TokenLayout = "interleaved"
     """interleaved: return-to-go, observation and action tokens; fused: one token per timestep."""
     source_clamp: SourceClamp = SOURCE_CLAMP
