@@ -315,7 +315,10 @@ def test_resume_cannot_change_what_was_computed(tmp_path, name):
     run = tmp_path / "run"
     saved = write_run(run)
     same = getattr(saved, name)
-    special = {"return_scale": ["3.5"], "reference_scores": ["0", "1"], "split_at_timeouts": []}
+    special = {
+        "return_scale": ["3.5"], "reference_scores": ["0", "1"], "split_at_timeouts": [],
+        "mask_velocities": [],
+    }  # fmt: skip
     words = special.get(name, ["x"] if same == () else None)
     words = [another(same)] if words is None else words
     with pytest.raises(UserError, match=f"{flag(name)} .*: .* was trained with .*--resume cannot change it"):

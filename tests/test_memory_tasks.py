@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from tiny_training import resume_here, train_here
 
 from flowrl import Agent, load_agent
 from flowrl.attention.flow.naive import naive_flow_attention
@@ -29,6 +30,7 @@ from flowrl.evaluation.rollout import rollout
 from flowrl.model.transformer import ModelConfig
 from flowrl.training.config import parse_train_config
 from flowrl.training.run import train
+from flowrl.training.setup import velocities
 
 LEVELS = ["tmaze-20", "tmaze-1100", "tmaze-30-arms-4-distractors-3", "tmaze-5-arms-16", "tmaze-2"]
 
@@ -268,3 +270,33 @@ def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it() -> Non
     cues = {(episode.policy, episode.observations[0, -3]) for episode in episodes}
     assert cues == {("350k", 2.3), ("350k", 2.6), ("expert", 2.3), ("expert", 2.6)}
     assert environment_named("hopper-cued") == EnvironmentSpec("flowrl/HopperCued-v0")
+
+
+@pytest.mark.parametrize("agent", ["transformer", "bc"])
+def test_masked_velocities_are_nothing_to_the_agent(tiny_dataset: Path, tmp_path: Path, agent: str) -> None:
+    """Neither while it trains nor after it is loaded or resumed; positions matter."""
+    train_here(tiny_dataset, tmp_path / "run", agent=agent, mask_velocities="", steps=20, eval_every=0)
+    resume_here(tmp_path / "run", steps=25)
+    loaded = load_agent(tmp_path / "run")
+    observations = np.random.default_rng(0).normal(size=(3, 11)).astype(np.float32)
+
+    def first_actions(changed: slice) -> np.ndarray:
+        seen = observations.copy()
+        seen[:, changed] += 3
+        loaded.reset(3, 30.0)
+        return np.stack([loaded.act(seen, np.zeros(3)) for _ in range(4)])
+
+    unchanged = first_actions(slice(0))
+    np.testing.assert_array_equal(first_actions(slice(5, 11)), unchanged)  # Hopper's six velocities
+    assert (first_actions(slice(4, 5)) != unchanged).any()
+
+
+@pytest.mark.parametrize("environment", ["InvertedDoublePendulum-v5", "Humanoid-v5", "flowrl/HopperCued-v0"])
+def test_velocities_are_masked_only_where_they_are_known(environment: str) -> None:
+    for spec in (None, EnvironmentSpec(environment)):
+        with pytest.raises(UserError, match=r"--mask-velocities: where .* (None|.*-v[05]) hold") as error:
+            velocities(spec)
+        assert "\n" not in str(error.value)
+    for version in ("v4", "v5"):
+        assert velocities(EnvironmentSpec(f"Walker2d-{version}")) == slice(8, 17)
+    assert velocities(EnvironmentSpec("Ant-v5")) == slice(13, 27)  # contact forces follow

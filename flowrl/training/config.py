@@ -113,6 +113,8 @@ class TrainConfig(EvaluationOptions):
     """Returns-to-go are divided by this; by default the largest magnitude in the data."""
     reward_mode: Literal["dense", "delayed"] = "dense"
     """delayed: the whole return is given on an episode's last step."""
+    mask_velocities: bool = False
+    """Hide the velocities in a robot's observations from the agent, in training and wherever it acts."""
     seed: Seed = 0
     """Seed of initial weights, batches, dropout and evaluation episodes, each drawn apart."""
     device: str = "auto"

@@ -12,7 +12,8 @@ from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import delayed_rewards, top_episodes
 from flowrl.data.matching import match_environment
 from flowrl.envs.spaces import environment_facts
-from flowrl.envs.vector import EnvironmentUnavailable
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import EnvironmentUnavailable, make_env
 from flowrl.errors import UserError
 from flowrl.machine import available_memory
 from flowrl.model.agent import Agent, AgentConfig
@@ -25,6 +26,8 @@ from flowrl.training.config import TrainConfig
 _ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need
 _TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments
 _SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
+_HIDDEN_STD = 1e20  # scales what the agent must not see to less than float32 adds to anything
+_WITHOUT_OTHER_VELOCITIES = {"skipped_qpos", "qpos", "qvel", "cfrc_ext"}  # Humanoid has more, in "cvel"
 _CPU = torch.device("cpu")
 
 
@@ -98,6 +101,8 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset, device: torch.devi
     _check_memory(config, model_config, device)
     model = untrained_model(model_config)
     mean, std = observation_statistics(dataset.observations)
+    if config.mask_velocities:
+        std[velocities(dataset.environment)] = _HIDDEN_STD
     low, high = _bounds(dataset)
     largest_return = float(np.abs(dataset.returns_to_go).max())
     with torch.no_grad():
@@ -187,6 +192,26 @@ def observation_statistics(observations: np.ndarray) -> tuple[np.ndarray, np.nda
     std = np.sqrt(squares / len(observations))
     std = np.where(std < _SMALLEST_STD, 1.0, std)
     return np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
+
+
+def velocities(environment: EnvironmentSpec | None) -> slice:
+    """Return where observations hold velocities, which Gymnasium's -v5 robots describe, the same for others.
+
+    Raises:
+        UserError: an environment for which this is not known.
+    """
+    if environment is not None and not environment.wrappers:
+        newest = f"{environment.env_id.rpartition('-v')[0]}-v5"
+        with suppress(EnvironmentUnavailable):
+            robot = make_env(replace(environment, env_id=newest, max_episode_steps=None))
+            structure = getattr(robot.unwrapped, "observation_structure", {})
+            robot.close()
+            if {"qpos", "qvel"} <= structure.keys() <= _WITHOUT_OTHER_VELOCITIES:
+                return slice(structure["qpos"], structure["qpos"] + structure["qvel"])
+    raise UserError(
+        f"--mask-velocities: where observations of environment {environment} hold velocities is not known; "
+        "it is for Gymnasium's Hopper, HalfCheetah, Walker2d, Ant, Swimmer and InvertedPendulum"
+    )
 
 
 def _bounds(dataset: EpisodeDataset) -> tuple[np.ndarray, np.ndarray]:
