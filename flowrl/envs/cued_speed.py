@@ -27,7 +27,7 @@ CUE_SIZE = 3
 
 @dataclass(frozen=True)
 class Robot:
-    """A robot, the target speeds in m/s, and the distance from them that is worth nothing."""
+    """A robot, the target speeds in m/s, rising, and the distance from them that is worth nothing."""
 
     cued_id: str  # of its task here
     env_id: str  # of Gymnasium's environment
@@ -47,10 +47,10 @@ CUED_IDS = frozenset(robot.cued_id for robot in ROBOTS.values())
 class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
     """Run at the target speed that the first ten observations show, from timestep 150 to the end at 400.
 
-    Observation: the robot's own, then the target speed in m/s (0 after timestep 9), whether it is shown, and
-    whether the run-up of 100 timesteps is over. Reward: from timestep 150 on, 1 - |speed - target| /
-    tolerance, at least 0, where speed is that of the last 50 timesteps; 0 before. The robot's own rewards do
-    not count; an unhealthy one ends the episode as in its own environment.
+    Observation: the robot's own, then the target speed from -1, the slowest, to 1, the fastest (0 after
+    timestep 9), whether it is shown, and whether the run-up of 100 timesteps is over. Reward: from timestep
+    150 on, 1 - |speed - target| / tolerance, at least 0, where speed is that of the last 50 timesteps; 0
+    before. The robot's own rewards do not count; an unhealthy one ends the episode as in its own environment.
     """
 
     def __init__(self, robot: str = "halfcheetah") -> None:
@@ -71,7 +71,7 @@ class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
         self._target = draw_target(self.np_random, self.robot)
         self._timestep = 0
         self._positions = np.zeros(SPEED_TIMESTEPS)  # of the last timesteps, by timestep modulo their number
-        return np.concatenate((own, cue_of(self._target, 0))), {}
+        return np.concatenate((own, cue_of(self.robot, self._target, 0))), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         own, _, terminated, _, _ = self._env.step(action)
@@ -81,7 +81,7 @@ class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
         self._positions[place] = position
         reward = speed_reward(speed, self._target, self._timestep, self.robot)
         truncated = self._timestep >= EPISODE_TIMESTEPS
-        observation = np.concatenate((own, cue_of(self._target, self._timestep)))
+        observation = np.concatenate((own, cue_of(self.robot, self._target, self._timestep)))
         return observation, float(reward), terminated, truncated, {}
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class CuedSpeedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 generator = self._generators[slot] = seeding.np_random(seeds[slot])[0]
             self._targets[slot] = draw_target(generator, self.robot)
         self._timesteps[mask], self._positions[mask], self._finished[:, mask] = 0, 0, False
-        return np.concatenate((own, cue_of(self._targets, self._timesteps)), axis=1), {}
+        return np.concatenate((own, cue_of(self.robot, self._targets, self._timesteps)), axis=1), {}
 
     def step(
         self, actions: np.ndarray
@@ -141,7 +141,7 @@ class CuedSpeedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._positions[slots[running], places[running]] = positions[running]
         rewards = np.where(running, speed_reward(speeds, self._targets, self._timesteps, self.robot), 0.0)
         self._finished[:, running] = terminated[running], self._timesteps[running] >= EPISODE_TIMESTEPS
-        observations = np.concatenate((own, cue_of(self._targets, self._timesteps)), axis=1)
+        observations = np.concatenate((own, cue_of(self.robot, self._targets, self._timesteps)), axis=1)
         return observations, rewards, *self._finished.copy(), {}
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -153,10 +153,12 @@ def draw_target(generator: np.random.Generator, robot: Robot) -> float:
     return robot.targets[int(generator.integers(len(robot.targets)))]
 
 
-def cue_of(target: float | np.ndarray, timestep: int | np.ndarray) -> np.ndarray:
+def cue_of(robot: Robot, target: float | np.ndarray, timestep: int | np.ndarray) -> np.ndarray:
     """The observation's last three, (..., 3): target speed, whether it is shown, whether it counts."""
     shown = np.asarray(timestep) < CUE_TIMESTEPS
-    return np.stack((target * shown, shown, np.asarray(timestep) >= RUN_UP), axis=-1).astype(np.float64)
+    slowest, fastest = robot.targets[0], robot.targets[-1]
+    speed = 2 * (target - slowest) / (fastest - slowest) - 1  # in m/s the targets of a robot hardly differ
+    return np.stack((speed * shown, shown, np.asarray(timestep) >= RUN_UP), axis=-1).astype(np.float64)
 
 
 def speed_reward(

@@ -34,9 +34,9 @@ REFERENCE_SCORES = {
     "antmaze_large_diverse_gr": ReferenceScores(0.0, 1.0),
     "flowrl/tmaze": ReferenceScores(0.0, 1.0),  # the share of episodes that succeed, in percent
     # Cued speed, in the data: the best policy for all cues, and for each cue the policy of that speed.
-    "flowrl/halfcheetahcued": ReferenceScores(82.6, 207.9),
-    "flowrl/walker2dcued": ReferenceScores(103.1, 149.4),
-    "flowrl/hoppercued": ReferenceScores(122.3, 162.2),
+    "flowrl/halfcheetahcued": ReferenceScores(82.9, 205.4),
+    "flowrl/walker2dcued": ReferenceScores(102.0, 146.8),
+    "flowrl/hoppercued": ReferenceScores(122.0, 163.3),
 }
 
 
