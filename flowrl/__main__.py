@@ -69,6 +69,38 @@ def report() -> int:
     return 0
 
 
+def export() -> int:
+    """Write the recurrent step of an agent as one file for torch or ONNX."""
+    import tyro
+
+    from flowrl.sharing.export import ExportConfig, run_export
+
+    run_export(tyro.cli(ExportConfig))
+    return 0
+
+
+def push() -> int:
+    """Put an agent on the Hugging Face Hub, with a model card."""
+    import tyro
+
+    from flowrl.sharing.push import PushConfig
+    from flowrl.sharing.push import push as run
+
+    run(tyro.cli(PushConfig))
+    return 0
+
+
+def pull() -> int:
+    """Download an agent from the Hugging Face Hub."""
+    import tyro
+
+    from flowrl.sharing.push import PullConfig
+    from flowrl.sharing.push import pull as run
+
+    run(tyro.cli(PullConfig))
+    return 0
+
+
 def check() -> int:
     """Show what runs on this machine, and why."""
     import tyro
@@ -80,7 +112,8 @@ def check() -> int:
 
 
 COMMANDS: dict[str, Callable[[], int]] = {
-    command.__name__: command for command in (train, evaluate, collect, info, sweep, report, check)
+    command.__name__: command
+    for command in (train, evaluate, collect, info, sweep, report, export, push, pull, check)
 }
 
 

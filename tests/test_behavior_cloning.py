@@ -14,7 +14,7 @@ from flowrl.data.dataset import build_episodes, top_episodes
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.model.loading import agent_config_from_dict, agent_config_to_dict
+from flowrl.model.loading import agent_config_from_dict
 from flowrl.training.config import TrainConfig
 from flowrl.training.run import default_run_dir
 from flowrl.training.setup import build_agent
@@ -202,7 +202,7 @@ def test_a_loaded_agent_acts_as_the_trained_one(tiny_dataset, tmp_path):
 
 def test_configurations_survive_and_old_ones_still_load():
     config = make_agent().config
-    data = json.loads(json.dumps(agent_config_to_dict(config)))
+    data = json.loads(json.dumps(config.to_dict()))
     assert data["agent"] == "bc"
     assert agent_config_from_dict(data, "RUN") == config
     for place, value in [
@@ -222,7 +222,7 @@ def test_configurations_survive_and_old_ones_still_load():
 def test_a_file_from_before_the_choice_holds_a_transformer(tiny_dataset):
     dataset = load_episodes(str(tiny_dataset), "Hopper-v4")
     config = build_agent(TrainConfig(embed_dim=8, num_heads=2), dataset).config
-    data = agent_config_to_dict(config)
+    data = config.to_dict()
     assert data.pop("agent") == "transformer"
     assert agent_config_from_dict(data, "RUN") == config
 

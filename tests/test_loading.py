@@ -17,7 +17,7 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
 from flowrl.model.checkpoint import Checkpoint, save_checkpoint
-from flowrl.model.loading import agent_config_from_dict, agent_config_to_dict, build_model, pick_device
+from flowrl.model.loading import agent_config_from_dict, build_model, pick_device
 
 LAYOUTS = ("interleaved", "fused")
 
@@ -55,7 +55,7 @@ def make_agent(layout="interleaved", attention="flow", full_episodes=True):
 
 def save(run, agent, step=40):
     tensors = dict(agent.model.state_dict())
-    checkpoint = Checkpoint(step, agent_config_to_dict(agent.config), tensors, {}, {"x": torch.zeros(1)})
+    checkpoint = Checkpoint(step, agent.config.to_dict(), tensors, {}, {"x": torch.zeros(1)})
     return save_checkpoint(run, checkpoint, keep=2)
 
 
@@ -130,7 +130,7 @@ def test_loaded_weights_lie_as_torch_lays_its_own(tmp_path):
 
 def test_configuration_without_an_environment_survives():
     config = replace(make_agent().config, environment=None, reference=None)
-    assert agent_config_from_dict(json.loads(json.dumps(agent_config_to_dict(config))), "x") == config
+    assert agent_config_from_dict(json.loads(json.dumps(config.to_dict())), "x") == config
 
 
 NOT_A_SIZE = (0, -1, 1 << 40, 10**400, 2.0, True, "8", None, [8])
@@ -164,7 +164,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("place", "value"), HOSTILE, ids=lambda value: str(value)[:40])
 def test_a_hostile_configuration_is_refused_by_name(place, value):
-    data = agent_config_to_dict(make_agent().config)
+    data = make_agent().config.to_dict()
     changed = copy.deepcopy(data)
     holder = changed
     for key in place[:-1]:
@@ -177,7 +177,7 @@ def test_a_hostile_configuration_is_refused_by_name(place, value):
 
 
 def test_missing_and_unknown_entries_are_named():
-    data = agent_config_to_dict(make_agent().config)
+    data = make_agent().config.to_dict()
     newer = (
         "agent",
         "context_tokens",

@@ -83,6 +83,11 @@ def _with_decode(parallel: Callable[[Tensor, Tensor, Tensor], Tensor], step: Ste
     return AttentionKind(parallel, step, decode)
 
 
+def stepwise(kind: AttentionKind) -> AttentionKind:
+    """The same kind, decoding by its step: no tensor of a state is overwritten, so that it can be traced."""
+    return _with_decode(kind.parallel, kind.step)
+
+
 ATTENTION_KINDS: dict[AttentionName, AttentionKind] = {
     name: attention_kind(name) for name in get_args(AttentionName)
 }

@@ -1,7 +1,9 @@
 """The agent: a trained model, all that it needs to act, and its state in the episodes under way."""
 
+from dataclasses import asdict
 from enum import Enum
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.model.action_model import ActingState
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
+from flowrl.model.checkpoint import save_agent
 from flowrl.model.transformer import ModelConfig, SequenceModel
 from flowrl.native.accelerate import accelerate_acting
 from flowrl.options import STRICT, Size
@@ -38,6 +41,11 @@ class AgentConfig:
     dataset_sha256: str = ""
     environment: EnvironmentSpec | None = None
     reference: ReferenceScores | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as in ``agent.json``."""
+        agent: AgentName = "bc" if isinstance(self.model, BehaviorCloningConfig) else "transformer"
+        return {"agent": agent, **asdict(self)}
 
 
 class Agent:
@@ -71,6 +79,21 @@ class Agent:
     @property
     def device(self) -> torch.device:
         return self.model.observation_mean.device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move to another device; :meth:`reset` comes next."""
+        self.model.to(device)
+        self._state = None
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write what :func:`flowrl.load_agent` needs to a new folder: safetensors and JSON.
+
+        Raises:
+            UserError: the folder is there already, or cannot be written.
+        """
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        save_agent(Path(folder), self.checkpoint_step or 0, self.config.to_dict(), tensors)
 
     @torch.inference_mode()
     def reset(

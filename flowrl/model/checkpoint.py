@@ -3,12 +3,13 @@
 ``checkpoints/step-00001000/`` holds ``agent.json`` and ``model.safetensors`` (all that acting needs),
 ``training.json`` and ``training.safetensors`` (what resuming needs besides), and ``manifest.json`` with the
 size and SHA-256 of each. The folder is written under a temporary name, synced, then renamed.
+An agent saved alone (:func:`save_agent`) has the first two files and a manifest of them.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ CHECKPOINTS = "checkpoints"
 AGENT_JSON, MODEL_TENSORS = "agent.json", "model.safetensors"
 TRAINING_JSON, TRAINING_TENSORS = "training.json", "training.safetensors"
 MANIFEST = "manifest.json"
-_FILES = frozenset((AGENT_JSON, MODEL_TENSORS, TRAINING_JSON, TRAINING_TENSORS))
+_AGENT_FILES = frozenset((AGENT_JSON, MODEL_TENSORS))
+_FILES = _AGENT_FILES | {TRAINING_JSON, TRAINING_TENSORS}
+AGENT_FILES = _AGENT_FILES | {MANIFEST}  # all of an agent's own folder
 _REPLACED_SUFFIX = (
     ".replaced"  # of a checkpoint whose step is being saved anew; still good until that is done
 )
@@ -58,13 +61,10 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for unfinished in final.parent.glob(f".step-*{TEMPORARY_SUFFIX}"):  # of a process that was killed
             shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
-        (temporary / AGENT_JSON).write_text(json.dumps(checkpoint.agent, indent=2) + "\n")
-        (temporary / TRAINING_JSON).write_text(json.dumps(checkpoint.training, indent=2) + "\n")
-        save_file(checkpoint.model, temporary / MODEL_TENSORS)
+        _write_json(temporary / TRAINING_JSON, checkpoint.training)
         save_file(checkpoint.training_tensors, temporary / TRAINING_TENSORS)
-        files = {name: _describe(temporary / name) for name in sorted(_FILES)}
-        manifest = {"step": checkpoint.step, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        _write_agent(temporary, checkpoint.agent, checkpoint.model)
+        _write_manifest(temporary, checkpoint.step, _FILES)
         if final.exists():  # saved before: at the same moment, or damaged and now reached again
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
@@ -80,6 +80,26 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for folder in older[keep - 1 :]:
         shutil.rmtree(folder)
     return final
+
+
+def save_agent(folder: Path, step: int, agent: dict[str, Any], model: dict[str, Tensor]) -> None:
+    """Write an agent alone to a new folder, whole or not at all; :func:`load_checkpoint` reads it.
+
+    Raises:
+        UserError: the folder is there already, or cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
+    if folder.exists():
+        raise UserError(f"{folder}: already there; give the name of a new folder")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_agent(temporary, agent, model)
+        _write_manifest(temporary, step, _AGENT_FILES)
+        publish(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder}: cannot save the agent: {error}") from error
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -135,11 +155,14 @@ def _step_of(folder: Path) -> int:
 def _load(folder: Path, for_training: bool) -> Checkpoint:
     manifest = _read_json(folder / MANIFEST)
     files, step = manifest.get("files"), manifest.get("step")
-    if not isinstance(files, dict) or type(step) is not int or step < 0 or set(files) != _FILES:
+    expected = (_FILES, _AGENT_FILES)
+    if not isinstance(files, dict) or type(step) is not int or step < 0 or set(files) not in expected:
         raise UserError(f"{folder / MANIFEST}: not a manifest of {', '.join(sorted(_FILES))}")
+    if for_training and set(files) != _FILES:
+        raise UserError(f"{folder}: an agent alone, without the training state that --resume needs")
     if _FOLDER_NAME.fullmatch(folder.name) and _step_of(folder) != step:  # copies may be called anything
         raise UserError(f"{folder / MANIFEST}: states step {step}, which is not its folder's")
-    for name in sorted(_FILES):
+    for name in sorted(files):
         _verify(folder / name, files[name])
     return Checkpoint(
         step=step,
@@ -148,6 +171,19 @@ def _load(folder: Path, for_training: bool) -> Checkpoint:
         training=_read_json(folder / TRAINING_JSON) if for_training else {},
         training_tensors=_read_tensors(folder / TRAINING_TENSORS) if for_training else {},
     )
+
+
+def _write_agent(folder: Path, agent: dict[str, Any], model: dict[str, Tensor]) -> None:
+    _write_json(folder / AGENT_JSON, agent)
+    save_file(model, folder / MODEL_TENSORS)
+
+
+def _write_manifest(folder: Path, step: int, names: Iterable[str]) -> None:
+    _write_json(folder / MANIFEST, {"step": step, "files": {n: _describe(folder / n) for n in sorted(names)}})
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def _describe(path: Path) -> dict[str, Any]:

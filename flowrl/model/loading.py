@@ -16,6 +16,7 @@ from flowrl.errors import UserError
 from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, load_checkpoint
+from flowrl.model.hub import agent_folder
 from flowrl.model.transformer import ModelConfig, SequenceModel
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ def load_agent(
     """Load a trained agent from its run folder; the dataset is not needed.
 
     Args:
-        run: run folder, or one checkpoint's folder.
+        run: run folder, one checkpoint's folder, one that :meth:`Agent.save` wrote, or an agent on the
+            Hugging Face Hub: hf:OWNER/NAME, or hf:OWNER/NAME@REVISION with a branch, tag or commit.
         checkpoint: step to load; the newest whole one by default.
         acting: recurrent or window; by default the way the agent was trained for.
         device: where it runs: auto, cpu, cuda, cuda:1, ...
@@ -54,7 +56,7 @@ def load_agent(
     Raises:
         UserError: nothing there, damaged files, or tensors that do not fit the configuration.
     """
-    run = Path(run)
+    run = agent_folder(run)
     if acting not in (None, *get_args(Acting)):
         raise UserError(f"acting '{acting}': expected one of {', '.join(get_args(Acting))}")
     loaded = load_checkpoint(run, checkpoint)
@@ -95,14 +97,8 @@ def build_model(
     return model.requires_grad_(True)
 
 
-def agent_config_to_dict(config: AgentConfig) -> dict[str, Any]:
-    """Return plain JSON types, the inverse of :func:`agent_config_from_dict`."""
-    agent: AgentName = "bc" if isinstance(config.model, BehaviorCloningConfig) else "transformer"
-    return {"agent": agent, **asdict(config)}
-
-
 def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
-    """Check and build; a missing, unknown or unsuitable entry is a UserError that names it."""
+    """The inverse of :meth:`AgentConfig.to_dict`; a missing, unknown or unsuitable entry is a UserError."""
     data = dict(data)
     agent = data.pop("agent", "transformer")  # absent in files from before there was a choice
     if agent not in get_args(AgentName):

@@ -11,7 +11,7 @@ from flowrl.data.sampler import Batch, WindowSampler
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import TRAINING_TENSORS, Checkpoint
-from flowrl.model.loading import agent_config_from_dict, agent_config_to_dict, build_model
+from flowrl.model.loading import agent_config_from_dict, build_model
 from flowrl.model.transformer import TOKENS_PER_TIMESTEP
 from flowrl.options import LARGEST_COUNT
 from flowrl.ranks import Ranks
@@ -84,7 +84,7 @@ class RunState:
             tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
         training = {"evaluated_step": self.evaluated_step, "pending_tokens": self.pending_tokens}
         model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
-        return Checkpoint(self.step, agent_config_to_dict(self.agent.config), model, training, tensors)
+        return Checkpoint(self.step, self.agent.config.to_dict(), model, training, tensors)
 
     def restore(self, saved: Checkpoint, where: str) -> None:
         """Continue from a checkpoint; ``where`` begins messages.

@@ -1,0 +1,246 @@
+"""A trained agent on the Hugging Face Hub, with a model card written from its run; and back."""
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from flowrl.errors import UserError, one_line
+from flowrl.model.agent import Agent, AgentConfig
+from flowrl.model.behavior_cloning import BehaviorCloningConfig
+from flowrl.model.checkpoint import AGENT_FILES
+from flowrl.model.hub import PREFIX, agent_folder
+from flowrl.model.loading import load_agent
+from flowrl.report.table import markdown_table
+
+CARD = "README.md"
+CURVE = "learning-curve.png"
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Put a trained agent on the Hugging Face Hub: its averaged weights and a model card."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    repo: tyro.conf.Positional[str]
+    """OWNER/NAME; the repository is made if there is none."""
+    checkpoint: int | None = None
+    """Step of the checkpoint; by default the last one."""
+    video: Path | None = None
+    """An .mp4 of the agent, shown on the card."""
+    license: str = "mit"
+    """Licence of the weights, as an identifier of the Hub."""
+    private: bool = False
+    """A new repository is private."""
+    dry_run: Path | None = None
+    """Write what would be sent to this new folder, and send nothing."""
+
+
+@dataclass(frozen=True)
+class PullConfig:
+    """Download an agent from the Hugging Face Hub to a folder of its own."""
+
+    repo: tyro.conf.Positional[str]
+    """OWNER/NAME, or OWNER/NAME@REVISION with a branch, tag or commit."""
+    folder: tyro.conf.Positional[Path]
+    """A new folder."""
+
+
+def push(config: PushConfig) -> None:
+    """Write the agent and its card, and send them.
+
+    Raises:
+        UserError: an unusable run, a folder that is there already, or a Hub that cannot be reached or
+            refuses (a missing token, a name that is not one's own).
+    """
+    if config.repo.count("/") != 1:
+        raise UserError(f"{config.repo}: expected OWNER/NAME")
+    agent = load_agent(config.run, checkpoint=config.checkpoint)
+    _refuse_paths(agent.config)
+    if config.video is not None and not (config.video.is_file() and config.video.suffix == ".mp4"):
+        raise UserError(f"--video {config.video}: expected an .mp4 file")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = config.dry_run or Path(temporary) / "agent"
+        agent.save(folder)
+        if config.video is not None:
+            shutil.copyfile(config.video, folder / "video.mp4")
+        evaluations = _evaluations(config.run, agent.checkpoint_step)
+        curve = _draw_curve(evaluations, folder / CURVE)
+        (folder / CARD).write_text(_card(agent, config, evaluations, curve), encoding="utf-8")
+        if config.dry_run is not None:
+            print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}; nothing was sent")
+        else:
+            print(f"sent to {_send(folder, config)}")
+
+
+def pull(config: PullConfig) -> None:
+    """Download an agent; the folder is whole or absent.
+
+    Raises:
+        UserError: see :func:`flowrl.model.hub.agent_folder`; the folder is there already; damaged files.
+    """
+    name = f"{PREFIX}{config.repo.removeprefix(PREFIX)}"
+    load_agent(name).save(config.folder)
+    source = agent_folder(name)
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, config.folder / CARD)
+    print(f"{config.folder}: {', '.join(sorted(AGENT_FILES))}; load it with flowrl.load_agent")
+
+
+def _send(folder: Path, config: PushConfig) -> str:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    hub = huggingface_hub.HfApi()
+    try:
+        hub.create_repo(config.repo, private=config.private, exist_ok=True)
+        return hub.upload_folder(
+            repo_id=config.repo, folder_path=folder, commit_message="Upload an agent of flowrl"
+        ).commit_url
+    except errors.HFValidationError as error:
+        raise UserError(f"{config.repo}: not a name that the Hub takes: {one_line(error)}") from error
+    except errors.LocalTokenNotFoundError as error:
+        raise UserError("no token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN") from error
+    except errors.HfHubHTTPError as error:
+        hint = "; check the token: `hf auth login`, or HF_TOKEN" if _unauthorized(error) else ""
+        raise UserError(f"{config.repo}: the Hub refused: {one_line(error)}{hint}") from error
+    except Exception as error:  # whatever its HTTP library raises without a network, or offline mode
+        raise UserError(f"{config.repo}: the Hub cannot be reached: {one_line(error)}") from error
+
+
+def _unauthorized(error: Any) -> bool:
+    return error.response is not None and error.response.status_code in (401, 403)
+
+
+def _refuse_paths(about: AgentConfig) -> None:
+    """Folders of this machine are of no use to others, and name its user."""
+    options = asdict(about.environment)["kwargs"] if about.environment else {}
+    for name, value in options.items():
+        if isinstance(value, str) and Path(value).is_absolute():
+            raise UserError(f"the environment's option '{name}' is a path of this machine, {value}")
+
+
+def _evaluations(run: Path, step: int | None) -> list[dict[str, Any]]:
+    """The lines of the run's evaluations up to this step; none beside a lone checkpoint."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [line for line in lines if line["kind"] == "evaluation" and line["step"] <= (step or 0)]
+
+
+def _draw_curve(evaluations: list[dict[str, Any]], path: Path) -> bool:
+    """Draw the score at the first target over updates, if matplotlib is there and there is a curve."""
+    quantity = "normalized_score" if all("normalized_score_mean" in x for x in evaluations) else "return"
+    first = [line for line in evaluations if line["target_return"] == evaluations[0]["target_return"]]
+    if len(first) < 2:
+        return False
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.errorbar(
+        [line["step"] for line in first],
+        [line[f"{quantity}_mean"] for line in first],
+        [line.get(f"{quantity}_standard_error", 0.0) for line in first],
+        marker="o",
+        capsize=3,
+    )
+    axes.set(xlabel="updates", ylabel=f"{quantity.replace('_', ' ')}, mean and standard error over episodes")
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], curve: bool) -> str:
+    """The model card: Markdown after the Hub's YAML header."""
+    about = agent.config
+    dataset = about.dataset_id
+    environment = about.environment.env_id if about.environment else "none"
+    final = [line for line in evaluations if line["step"] == agent.checkpoint_step]
+    header: dict[str, Any] = {
+        "library_name": "flowrl",
+        "license": config.license,
+        "pipeline_tag": "reinforcement-learning",
+        "tags": ["offline-reinforcement-learning", "decision-transformer", "flow-attention", environment],
+        "model-index": [{"name": config.repo, "results": [_result(line, dataset) for line in final]}],
+    }
+    if not final:
+        del header["model-index"]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {config.repo.split('/')[1]}",
+        f"An agent of flowrl for `{environment}`: {_method(about)}, {agent.checkpoint_step} updates.",
+        f"- Data: `{dataset}`, content SHA-256 `{about.dataset_sha256}`\n"
+        f"- Environment: `{environment}`, at most {_limit(about)} timesteps\n- Versions: {packages}",
+        "## Scores\n\n" + (_score_table(final) if final else "It was not evaluated."),
+    ]
+    if curve:
+        parts.append(f"![score over updates]({CURVE})")
+    if config.video is not None:
+        parts.append('<video src="video.mp4" controls></video>')
+    parts.append(f"## Use\n\n```python\n{_USE.format(repo=config.repo, target=max(about.targets))}```")
+    return "\n\n".join(parts) + "\n"
+
+
+_USE = """import flowrl
+from flowrl.envs.vector import make_env
+
+agent = flowrl.load_agent("hf:{repo}")
+env = make_env(agent.environment)
+observation, _ = env.reset(seed=0)
+agent.reset(None, target_return={target:g})
+reward, over = None, False
+while not over:
+    observation, reward, terminated, truncated, _ = env.step(agent.act(observation, reward))
+    over = terminated or truncated
+"""
+
+
+def _method(about: AgentConfig) -> str:
+    model = about.model
+    if isinstance(model, BehaviorCloningConfig):
+        return f"behaviour cloning, a perceptron of {model.num_layers} layers, {model.embed_dim} wide"
+    context = "whole episodes" if about.full_episodes else f"windows of {about.context_length} timesteps"
+    return (
+        f"{model.attention} attention over {context}, {model.token_layout} tokens, {model.num_layers} blocks "
+        f"of width {model.embed_dim}"
+    )
+
+
+def _limit(about: AgentConfig) -> int | None:
+    return about.environment.max_episode_steps if about.environment else None
+
+
+def _score_table(final: list[dict[str, Any]]) -> str:
+    rows = []
+    for line in final:
+        score = _spread(line, "normalized_score") if "normalized_score_mean" in line else "no reference"
+        rows.append((f"{line['target_return']:g}", str(line["episodes"]), _spread(line, "return"), score))
+    table = markdown_table(("target return", "episodes", "return", "normalised score"), rows)
+    return f"{table}\n\nMean ± standard deviation over episodes, of this checkpoint and one training seed."
+
+
+def _spread(line: dict[str, Any], name: str) -> str:
+    return f"{line[f'{name}_mean']:.1f} ± {line.get(f'{name}_std', 0.0):.1f}"
+
+
+def _result(line: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """An entry of the Hub's model index."""
+    values = {"mean_reward": _spread(line, "return")}
+    if "normalized_score_mean" in line:
+        values["normalized_score"] = _spread(line, "normalized_score")
+    return {
+        "task": {"type": "reinforcement-learning", "name": f"target return {line['target_return']:g}"},
+        "dataset": {"name": dataset, "type": dataset},
+        "metrics": [{"type": name, "value": value} for name, value in values.items()],
+    }

@@ -1,0 +1,45 @@
+"""Act for one episode with an exported step and onnxruntime, without flowrl or torch.
+
+flowrl export RUN --out step.onnx && python scripts/examples/act_with_onnx.py step.onnx
+"""
+
+import json
+import sys
+
+import gymnasium
+import numpy as np
+import onnxruntime
+
+
+def act(path: str, seed: int = 0) -> float:
+    """Act for one episode; return what it earned."""
+    session = onnxruntime.InferenceSession(path)
+    about = json.loads(session.get_modelmeta().custom_metadata_map["flowrl"])
+    env = gymnasium.make(about["environment"]["env_id"], **about["environment"]["kwargs"])
+
+    # All zeros before the first timestep: the episode so far, in arrays of constant size.
+    state = {
+        "timesteps": np.zeros(1, np.int64),
+        "previous_actions": np.zeros((1, about["action_dim"]), np.float32),
+    }
+    state |= {name: np.zeros((1, *shape), np.float32) for name, shape in about["state_shapes"].items()}
+
+    observation, _ = env.reset(seed=seed)
+    target, earned, over = about["targets"][0], 0.0, False
+    while not over:
+        inputs = {
+            "observations": observation[None].astype(np.float32),
+            "returns_to_go": np.array([target - earned], np.float32),
+            **state,
+        }
+        actions, *after = session.run(about["outputs"], inputs)
+        state = dict(zip(about["inputs"][2:], after, strict=True))
+        observation, reward, terminated, truncated, _ = env.step(actions[0])
+        earned += float(reward)
+        over = terminated or truncated
+    env.close()
+    return earned
+
+
+if __name__ == "__main__":
+    print(f"return {act(sys.argv[1]):.1f}")

@@ -1,0 +1,297 @@
+"""Agents to and from others: folders of their own, the Hugging Face Hub, and exported steps."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import yaml
+from fake_hub import COMMIT, TOKEN, FakeHub
+from test_loading import make_agent, play
+from tiny_training import REPOSITORY, train_here
+
+from flowrl import load_agent
+from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import episode_seeds, evaluate
+from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
+from flowrl.model.checkpoint import load_checkpoint
+from flowrl.sharing.export import ExportConfig, export_agent, run_export
+from flowrl.sharing.push import PushConfig, push
+
+
+def test_a_saved_agent_acts_as_before_and_nothing_is_overwritten(tmp_path):
+    agent = make_agent()
+    expected = play(agent)
+    agent.to("cpu").save(tmp_path / "agent")
+    np.testing.assert_array_equal(play(load_agent(tmp_path / "agent")), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["agent"]
+    with pytest.raises(UserError, match="agent: already there"):
+        agent.save(tmp_path / "agent")
+    with pytest.raises(UserError, match="without the training state"):
+        load_checkpoint(tmp_path / "agent", for_training=True)
+
+
+# Exported steps -------------------------------------------------------------------------------------------
+
+
+def run_onnx(path, inputs_of, timesteps, batch):
+    """Act with onnxruntime alone; ``inputs_of(timestep)`` are observations, returns-to-go and restarts."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map["flowrl"])
+    state = {"timesteps": np.zeros(batch, np.int64), "previous_actions": np.zeros((batch, 2), np.float32)}
+    state |= {name: np.zeros((batch, *shape), np.float32) for name, shape in about["state_shapes"].items()}
+    actions = []
+    for timestep in range(timesteps):
+        observations, returns_to_go, restarts = inputs_of(timestep)
+        state["timesteps"] = np.where(restarts, 0, state["timesteps"])
+        feed = {"observations": observations, "returns_to_go": returns_to_go, **state}
+        outputs = session.run(about["outputs"], feed)
+        actions.append(outputs[0])
+        state = dict(zip(about["inputs"][2:], outputs[1:], strict=True))
+    return np.stack(actions)
+
+
+@pytest.mark.parametrize("layout", ["fused", "interleaved"])
+def test_an_exported_onnx_step_acts_as_the_agent_for_1000_timesteps(layout, tmp_path):
+    agent, batch, timesteps = make_agent(layout), 3, 1000
+    agent = Agent(agent.model, replace(agent.config, reward_mode="dense"))
+    random = np.random.default_rng(0)
+    observations = random.normal(size=(timesteps, batch, 4)).astype(np.float32)
+    rewards = random.normal(size=(timesteps, batch)).astype(np.float32)
+    restarts = np.zeros((timesteps, batch), dtype=bool)
+    restarts[400, 1] = restarts[401, 1] = restarts[900, 2] = True
+    targets = np.array([30.0, 5.0, 12.0], dtype=np.float32)
+
+    agent.reset(batch, targets)
+    expected, returns_to_go, current = [], [], targets.copy()
+    for timestep in range(timesteps):
+        if restarts[timestep].any():
+            agent.restart(restarts[timestep])
+        current = np.where(restarts[timestep], targets, current - rewards[timestep] * (timestep > 0))
+        returns_to_go.append(current.astype(np.float32))
+        expected.append(agent.act(observations[timestep], rewards[timestep]))
+
+    export_agent(agent, tmp_path / "step.onnx", "onnx")
+    actions = run_onnx(
+        tmp_path / "step.onnx", lambda t: (observations[t], returns_to_go[t], restarts[t]), timesteps, batch
+    )
+    np.testing.assert_allclose(actions, np.stack(expected), atol=1e-4)
+
+
+def test_an_exported_torch_archive_takes_any_batch(tmp_path, capsys):
+    agent = make_agent("interleaved")
+    agent.save(tmp_path / "run")
+    run_export(ExportConfig(str(tmp_path / "run"), tmp_path / "step.pt2"))
+    assert "actions differ from the agent's by at most" in capsys.readouterr().out
+    files = {"flowrl.json": ""}
+    step = torch.export.load(tmp_path / "step.pt2", extra_files=files).module()
+    about = json.loads(files["flowrl.json"])
+    assert about["targets"] == list(agent.config.targets)
+    for batch in (1, 5):
+        observations = torch.randn(batch, 4, generator=torch.Generator().manual_seed(batch))
+        state = [torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, 2)]
+        state += [torch.zeros(batch, *shape) for shape in about["state_shapes"].values()]
+        actions, *_ = step(observations, torch.full((batch,), 30.0), *state)
+        agent.reset(batch, 30.0)
+        np.testing.assert_allclose(actions.numpy(), agent.act(observations.numpy()), atol=1e-5)
+
+
+def test_a_step_that_differs_from_the_agent_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowrl.sharing.export.TOLERANCE", -1.0)
+    with pytest.raises(UserError, match="differ from the agent's"):
+        export_agent(small_perceptron(), tmp_path / "step.pt2", "torch")
+    assert list(tmp_path.iterdir()) == []
+
+
+def small_perceptron():
+    config = BehaviorCloningConfig(observation_dim=4, action_dim=2, max_timesteps=30, embed_dim=8)
+    about = AgentConfig(config, context_length=1, full_episodes=False, targets=(1.0,))
+    return Agent(BehaviorCloningModel(config), about)
+
+
+@pytest.mark.parametrize(
+    ("attention", "name", "message"),
+    [
+        ("softmax", "step.onnx", "softmax attention cannot be exported: its state grows"),
+        ("flow", "step.txt", r"--out .*step.txt: expected a name that ends in .pt2 or .onnx"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(attention, name, message, tmp_path):
+    make_agent(attention=attention).save(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        run_export(ExportConfig(str(tmp_path / "run"), tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# The Hub --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_here(tiny_dataset, folder)
+    return folder
+
+
+@pytest.fixture
+def hub():
+    server = FakeHub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def commands(hub_url, cache, lines, **environment):
+    """Run flowrl's commands in one process that reaches no other hub; exit code and output of each."""
+    program = f"""
+import contextlib, io, json, sys
+from flowrl.__main__ import main
+results = []
+for line in {lines!r}:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            code = main(line)
+        except SystemExit as end:
+            code = end.code
+    results.append((code, output.getvalue()))
+print(json.dumps(results))
+"""
+    variables = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    variables |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(cache), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    variables |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_push_and_pull_by_way_of_a_hub(run, hub, tmp_path):
+    sent, pulled, pinned, evaluated = commands(
+        hub.url,
+        tmp_path / "cache",
+        [
+            ["push", str(run), "me/walker"],
+            ["pull", "me/walker", str(tmp_path / "pulled")],
+            ["pull", f"me/walker@{COMMIT}", str(tmp_path / "pinned")],
+            ["evaluate", "hf:me/walker", "--episodes", "1"],
+        ],
+    )
+    assert sent == [0, f"sent to {hub.url}/me/walker/commit/{COMMIT}\n"]
+    assert pulled[0] == pinned[0] == 0, (pulled, pinned)
+    assert evaluated[0] == 0
+    assert "Hopper-v4" in evaluated[1]
+    assert set(hub.files["me/walker"]) == {
+        "README.md", "agent.json", "learning-curve.png", "manifest.json", "model.safetensors"
+    }  # fmt: skip
+    assert set(hub.downloaded) == {"agent.json", "manifest.json", "model.safetensors"}
+    expected = load_agent(run)
+    for name in ("pulled", "pinned"):
+        agent = load_agent(tmp_path / name)
+        assert agent.config == expected.config
+        for tensor, other in zip(
+            agent.model.state_dict().values(), expected.model.state_dict().values(), strict=True
+        ):
+            assert torch.equal(tensor, other)
+
+
+def test_what_the_hub_lacks_or_refuses_is_one_line(run, hub, tmp_path):
+    hub.files["me/empty"] = {"README.md": b"nothing"}
+    hub.files["me/huge"] = {name: b"{}" for name in ("agent.json", "manifest.json", "model.safetensors")}
+    hub.claimed_sizes["model.safetensors"] = 1 << 40
+    lines = {
+        "hf:me/nothing: no such repository": ["evaluate", "hf:me/nothing"],
+        "hf:me/empty@v9: the repository has no revision 'v9'": ["evaluate", "hf:me/empty@v9"],
+        "hf:me/empty: not an agent of flowrl, it has no agent.json": ["evaluate", "hf:me/empty"],
+        f"hf:me/huge: model.safetensors has {1 << 40} bytes": ["evaluate", "hf:me/huge"],
+        "hf:a b: expected hf:OWNER/NAME": ["evaluate", "hf:a b"],
+        "walker: expected OWNER/NAME": ["push", str(run), "walker"],
+        "me/walker: the Hub refused: ": ["push", str(run), "me/walker"],
+    }
+    results = commands(hub.url, tmp_path, list(lines.values()), HF_TOKEN="wrong")
+    for message, (code, output) in zip(lines, results, strict=True):
+        assert code == 2, output
+        assert output.startswith(f"error: {message}"), (message, output)
+        assert output.count("\n") == 1
+    assert hub.downloaded == []
+
+
+def test_without_a_network_the_cache_is_used_or_one_line_says_so(run, hub, tmp_path):
+    ((code, _),) = commands(hub.url, tmp_path, [["push", str(run), "me/walker"]])
+    assert code == 0
+    ((code, output),) = commands(hub.url, tmp_path, [["pull", "me/walker", str(tmp_path / "once")]])
+    assert code == 0, output
+    nowhere = "http://127.0.0.1:9"
+    (code, output), (missing, message), (refused, reason) = commands(
+        nowhere,
+        tmp_path,
+        [
+            ["pull", "me/walker", str(tmp_path / "again")],
+            ["pull", "me/other", str(tmp_path / "other")],
+            ["push", str(run), "me/walker"],
+        ],
+    )
+    assert code == 0, output
+    assert (missing, refused) == (2, 2)
+    assert message == "error: hf:me/other: the Hub cannot be reached, and it was not downloaded before\n"
+    assert reason.startswith("error: me/walker: the Hub cannot be reached")
+
+
+def test_the_folder_of_a_dry_run_has_a_card_and_nothing_of_this_machine(run, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    push(PushConfig(run, "me/walker", dry_run=folder))
+    assert "nothing was sent" in capsys.readouterr().out
+    header, body = (folder / "README.md").read_text().removeprefix("---\n").split("\n---", 1)
+    about = yaml.safe_load(header)
+    assert about["library_name"] == "flowrl"
+    final = [
+        line
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if line["step"] == 60
+    ]
+    final = [line for line in final if line["kind"] == "evaluation"]
+    results = about["model-index"][0]["results"]
+    assert len(results) == len(final) == 2
+    for result, line in zip(results, final, strict=True):
+        values = {metric["type"]: metric["value"] for metric in result["metrics"]}
+        assert values["mean_reward"] == f"{line['return_mean']:.1f} ± {line['return_std']:.1f}"
+    agent = load_agent(folder)
+    for fact in (
+        agent.config.dataset_id,
+        agent.config.dataset_sha256,
+        "Hopper-v4",
+        "60 updates",
+        "hf:me/walker",
+    ):
+        assert fact in body
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert str(tmp_path).encode() not in content
+        assert str(run).encode() not in content
+        assert os.uname().nodename.encode() not in content or len(os.uname().nodename) < 4
+
+
+@pytest.mark.filterwarnings("ignore:.*is out of date")
+def test_the_example_acts_a_whole_episode_as_evaluation_does(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "examples")
+    from act_with_onnx import act
+
+    agent = load_agent(run, acting="recurrent")
+    export_agent(agent, tmp_path / "step.onnx", "onnx")
+    seeds = episode_seeds(0, 2)
+    results = evaluate(agent, agent.environment, agent.config.targets[:1], 2, 0, None)
+    earned = [act(str(tmp_path / "step.onnx"), int(seed)) for seed in seeds]
+    np.testing.assert_allclose(earned, results[0].returns, rtol=1e-4)
