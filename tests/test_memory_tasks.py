@@ -151,8 +151,13 @@ def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused() 
     with pytest.raises(UserError, match=r"flowrl/tmaze-20: its longest episode has 20 .*corridor 30"):
         check_corridor(data)
     check_corridor(load_episodes("tmaze-20"))
-    with pytest.raises(UserError, match="max_episode_steps 19 ends it before the junction; length 20"):
-        make_vector_env(EnvironmentSpec("flowrl/TMaze-v0", {"length": 20}, max_episode_steps=19), 2)
+    early = EnvironmentSpec("flowrl/TMaze-v0", {"length": 20}, max_episode_steps=19)
+    for refused in (
+        lambda: make_vector_env(early, 2),
+        lambda: check_corridor(replace(load_episodes("tmaze-20"), environment=early)),
+    ):
+        with pytest.raises(UserError, match="max_episode_steps 19 ends it before the junction; length 20"):
+            refused()
 
 
 @pytest.mark.parametrize("source_clamp", [2.0, 10.0, 20.0])

@@ -5,7 +5,7 @@ import numpy as np
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.embedded import CUED_TASKS, load_embedded
 from flowrl.envs.cued_speed import ROBOTS
-from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, cue_size, tmaze_environment
+from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, check_limit, cue_size, tmaze_environment
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
@@ -79,7 +79,7 @@ def _tmaze_dataset(name: str, environment: EnvironmentSpec) -> EpisodeDataset:
 
 
 def check_corridor(dataset: EpisodeDataset) -> None:
-    """Raise a UserError if the data is of a corridor of another length than its environment's."""
+    """Raise a UserError if the environment's corridor is not as long as the data's, or ends too early."""
     if dataset.environment is None or dataset.environment.env_id != TMAZE_ID:
         return
     expected, longest = dataset.environment.kwargs.get("length", 500), dataset.max_episode_length
@@ -88,3 +88,4 @@ def check_corridor(dataset: EpisodeDataset) -> None:
             f"{dataset.dataset_id}: its longest episode has {longest} timesteps, the environment's corridor "
             f"{expected}: give --env tmaze-{longest}"
         )
+    check_limit(expected, dataset.environment.max_episode_steps)

@@ -83,12 +83,7 @@ class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """``template`` is one such environment, whose arguments are used."""
         base: Any = template.unwrapped
         self.length, self.arms, self.distractors = base.length, base.arms, base.distractors
-        limit = None if template.spec is None else template.spec.max_episode_steps
-        if limit is not None and limit < self.length:
-            raise UserError(
-                f"environment {TMAZE_ID}: max_episode_steps {limit} ends it before the junction; "
-                f"length {self.length} takes at least as many"
-            )
+        check_limit(self.length, None if template.spec is None else template.spec.max_episode_steps)
         self.num_envs = num_envs
         self.metadata = {**template.metadata, "autoreset_mode": AutoresetMode.DISABLED}
         self.single_observation_space = template.observation_space
@@ -189,6 +184,15 @@ def check_tmaze(length: int, arms: int, distractors: int) -> None:
     ):
         if not lowest <= value <= highest:
             raise UserError(f"T-Maze: {name} {value}: must be from {lowest} to {highest}")
+
+
+def check_limit(length: int, max_episode_steps: int | None) -> None:
+    """Raise a UserError if the time limit ends a corridor of this length before its junction."""
+    if max_episode_steps is not None and max_episode_steps < length:
+        raise UserError(
+            f"environment {TMAZE_ID}: max_episode_steps {max_episode_steps} ends it before the junction; "
+            f"length {length} takes at least as many"
+        )
 
 
 def cue_size(arms: int) -> int:

@@ -82,6 +82,8 @@ def load_dataset(config: TrainConfig) -> EpisodeDataset:
             f"{'; '.join((dataset.dataset_id, *dataset.notes))}: no environment to evaluate in; give --env, "
             "such as Hopper-v4, or --eval-episodes 0"
         )
+    if config.mask_velocities:
+        velocities(dataset.environment)  # refused before a run folder is made
     dataset = top_episodes(dataset, config.top_fraction)
     return delayed_rewards(dataset) if config.reward_mode == "delayed" else dataset
 
