@@ -1,10 +1,12 @@
 """How every broken input must end: in one line and exit code 2, or a result; in little memory."""
 
 import io
+import json
 import pickle
 import resource
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,15 @@ def refusal(call: Callable[[], Any]) -> str:
     line = ending(call)
     assert line is not None, "it was taken"
     return line
+
+
+def reseal(checkpoint: Path) -> None:
+    """Make a checkpoint's manifest agree with whatever its files now hold, as an attacker would."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (checkpoint / name).read_bytes()
+        manifest["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 def _peak() -> int:

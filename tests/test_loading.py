@@ -3,12 +3,11 @@
 import copy
 import json
 from dataclasses import replace
-from hashlib import sha256
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from broken_inputs import reseal
 
 import flowrl
 from flowrl.attention import ATTENTION_KINDS
@@ -57,15 +56,6 @@ def save(run, agent, step=40):
     tensors = dict(agent.model.state_dict())
     checkpoint = Checkpoint(step, agent.config.to_dict(), tensors, {}, {"x": torch.zeros(1)})
     return save_checkpoint(run, checkpoint, keep=2)
-
-
-def reseal(folder):
-    """Make the manifest vouch for whatever the files now hold."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name in manifest["files"]:
-        content = (folder / name).read_bytes()
-        manifest["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def play(agent, steps=9):
@@ -133,32 +123,29 @@ def test_configuration_without_an_environment_survives():
     assert agent_config_from_dict(json.loads(json.dumps(config.to_dict())), "x") == config
 
 
-NOT_A_SIZE = (0, -1, 1 << 40, 10**400, 2.0, True, "8", None, [8])
+NOT_A_SIZE = (0, 1 << 40, 10**400, 2.0, True, "8", None)
 HOSTILE = [
-    *((("model", name), value) for name in ("observation_dim", "num_layers") for value in NOT_A_SIZE),
+    *((("model", "num_layers"), value) for value in (*NOT_A_SIZE, 1001)),
     *((("model", name), 1 << 21) for name in ("action_dim", "max_timesteps", "embed_dim", "num_heads")),
     *((("context_length",), value) for value in (*NOT_A_SIZE, 31)),
-    (("model", "num_layers"), 1001),
     (("model", "num_heads"), 3),
-    *((("model", "attention"), value) for value in ("lineal", None, ["flow"], {"flow": 1}, 5)),
-    *((("model", "token_layout"), value) for value in ("x", None, [], 0)),
-    *((("model", "dropout"), value) for value in (-0.1, 1, float("nan"), float("inf"), "0.1", None, True)),
-    *((("model",), value) for value in (None, [], "x", 5)),
-    *((("agent",), value) for value in ("bct", None, ["bc"], 5)),
-    *((("full_episodes",), value) for value in (0, 1, "true", None)),
-    *((("reward_mode",), value) for value in ("sparse", None, [])),
-    *((("targets",), value) for value in (5, "5", None, {"a": 1}, ["5"], [None], [True], [[1.0]])),
-    *((("targets",), [value]) for value in (float("nan"), float("inf"), 10**400)),
-    *((("dataset_id",), value) for value in (None, 5, ["x"])),
-    (("dataset_sha256",), None),
-    *((("environment",), value) for value in (0, False, "", [], "Hopper-v4", {}, {"env_id": 5})),
+    *((("model", "attention"), value) for value in ("lineal", None, ["flow"])),
+    (("model", "token_layout"), "x"),
+    *((("model", "dropout"), value) for value in (-0.1, 1, float("nan"), "0.1", True)),
+    *((("model",), value) for value in (None, [])),
+    (("agent",), "bct"),
+    (("full_episodes",), 1),
+    (("reward_mode",), "sparse"),
+    *((("targets",), value) for value in ("5", [None], [True], [float("nan")], [10**400])),
+    (("dataset_id",), None),
+    *((("environment",), value) for value in (False, "Hopper-v4", {}, {"env_id": 5})),
     (("environment", "env_id"), "os:system"),
-    *((("environment", "imports"), value) for value in ("os", [5], {"a": 1})),
-    *((("environment", "wrappers"), value) for value in ("x", [["ClipAction"]], [[5, {}]])),
-    *((("environment", "kwargs"), value) for value in (["x"], 5, {"render_mode": "human"})),
-    *((("environment", "max_episode_steps"), value) for value in (0, -1, "10", 1.5, True)),
-    *((("reference",), value) for value in (0, False, "x", [], ["minimum", "maximum"], {}, {"minimum": 1.0})),
-    *((("reference", "maximum"), value) for value in ("50", None, float("nan"), 10**400, True)),
+    (("environment", "imports"), "os"),
+    (("environment", "wrappers"), [["ClipAction"]]),
+    *((("environment", "kwargs"), value) for value in (["x"], {"render_mode": "human"})),
+    *((("environment", "max_episode_steps"), value) for value in (0, "10", True)),
+    *((("reference",), value) for value in (False, ["minimum", "maximum"], {"minimum": 1.0})),
+    (("reference", "maximum"), float("nan")),
 ]
 
 
@@ -178,59 +165,22 @@ def test_a_hostile_configuration_is_refused_by_name(place, value):
 
 def test_missing_and_unknown_entries_are_named():
     data = make_agent().config.to_dict()
-    newer = (
-        "agent",
-        "context_tokens",
-        "time_encoding",
-        "source_clamp",
-        "action_choices",
-    )  # old files lack these
-    entries = [(data, name) for name in data] + [(data["model"], name) for name in data["model"]]
-    for holder, name in entries:
-        if name in newer:
-            continue
-        value = holder.pop(name)
-        with pytest.raises(UserError, match=f"missing entry '{name}'"):
-            agent_config_from_dict(data, "RUN")
-        holder[name] = value
-    del data["model"]["context_tokens"], data["model"]["time_encoding"]
-    del data["environment"]["imports"], data["environment"]["wrappers"]
-    model = agent_config_from_dict(data, "RUN").model
-    assert (model.context_tokens, model.time_encoding) == (4096, "learned")
+    # old files lack these
+    newer = ("agent", "context_tokens", "time_encoding", "source_clamp", "action_choices")
     for holder in (data, data["model"]):
+        for name in [name for name in holder if name not in newer]:
+            value = holder.pop(name)
+            with pytest.raises(UserError, match=f"missing entry '{name}'"):
+                agent_config_from_dict(data, "RUN")
+            holder[name] = value
         holder["extra"] = 1
         with pytest.raises(UserError, match="unknown entry 'extra'"):
             agent_config_from_dict(data, "RUN")
         del holder["extra"]
-
-
-def tensor_damage(tensors):
-    weight = tensors["blocks.1.mlp.0.weight"]
-    nan, infinite = weight.clone(), tensors["observation_std"].clone()
-    nan[3, 2], infinite[1] = float("nan"), float("inf")
-    without = {name: tensor for name, tensor in tensors.items() if name != "predict_action.bias"}
-    return {
-        "missing 'predict_action.bias'": without,
-        "unknown 'predict_action.scale'": {**tensors, "predict_action.scale": torch.ones(2)},
-        "transposed 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": weight.T.contiguous()},
-        "wider 'embed_observation.weight'": {**tensors, "embed_observation.weight": torch.zeros(8, 5)},
-        "float64 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": weight.double()},
-        "integers 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": weight.to(torch.int32)},
-        "a scalar 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": torch.tensor(1.0)},
-        "NaN 'blocks.1.mlp.0.weight'": {**tensors, "blocks.1.mlp.0.weight": nan},
-        "infinity 'observation_std'": {**tensors, "observation_std": infinite},
-        "nothing 'action_high'": {},
-    }
-
-
-@pytest.mark.parametrize("case", list(tensor_damage(make_agent().model.state_dict())))
-def test_tensors_that_do_not_fit_are_named(tmp_path, case):
-    folder = save(tmp_path, make_agent())
-    path = folder / "model.safetensors"
-    save_file(tensor_damage(load_file(path))[case], path)
-    reseal(folder)
-    with pytest.raises(UserError, match=f"model.safetensors: .*tensor {case[case.index(chr(39)) :]}"):
-        flowrl.load_agent(tmp_path)
+    del data["model"]["context_tokens"], data["model"]["time_encoding"]
+    del data["environment"]["imports"], data["environment"]["wrappers"]
+    model = agent_config_from_dict(data, "RUN").model
+    assert (model.context_tokens, model.time_encoding) == (4096, "learned")
 
 
 def test_sizes_claimed_by_a_configuration_take_no_memory(tmp_path):
