@@ -20,8 +20,8 @@ from attention_forms import (
 )
 
 from flowrl.attention import flow_attention, flow_attention_step, naive_flow_attention
-from flowrl.attention.flow import cpu, empty_flow_state, flow_attention_decode
-from flowrl.attention.flow.cpu import MOST_STEPS, WIDTHS
+from flowrl.attention.flow import cpu
+from flowrl.attention.flow.cpu import WIDTHS
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="C++ is built on Linux alone"),
@@ -140,43 +140,17 @@ def test_memory_is_linear_in_length():
     assert largest <= 3 * 4096 * 64  # gradients of queries, keys and values, side by side
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("options", [{}, {"clamp": 0.3}, {"clamp": 0.9}, {"eps": 0.05}])
-def test_steps_are_the_naive_form_token_after_token(options, dtype):
-    chunks = (2, 3, 1, 4, 3, 1, 4, 2)
-    inputs = inputs_of(sum(chunks), 16)[:3]
-    expected = naive_flow_attention(*inputs, **options)
-    cast = [tensor.to(dtype) for tensor in inputs]
-    state = empty_flow_state(cast[0][:, :, 0], cast[2][:, :, 0])
-    numbers = {"clamp": 10.0, "eps": 1e-6} | options
-    outputs = [
-        cpu.decode(*part, state, **numbers)
-        for part in zip(*(tensor.split(chunks, dim=2) for tensor in cast), strict=True)
-    ]
-    actual = torch.cat(outputs, dim=2)
-    assert (actual.double() - expected).abs().max() <= TOLERANCE[dtype] * max(1.0, expected.abs().max())
-    single = None
-    for token in range(sum(chunks)):
-        _, single = flow_attention_step(*(tensor[:, :, token] for tensor in cast), single, **numbers)
-    for name, a, b in zip(state._fields, state, single, strict=True):
-        assert (a - b).abs().max() <= TOLERANCE[dtype] * max(1.0, b.abs().max()), name
-
-
-def test_acting_and_training_take_it_where_it_applies(monkeypatch):
-    """The rest goes to torch: other widths, values of another, longer chunks, few long sequences."""
+def test_training_takes_it_where_it_applies(monkeypatch):
+    """The rest goes to torch: other widths, values of another, few long sequences."""
     called, call = [], cpu._call
     inputs = inputs_of(8, 16, dtype=torch.float32)[:3]
-    few = [tensor[:, :, :MOST_STEPS] for tensor in inputs]
     flow_attention(*inputs)  # the first use checks the library
-    flow_attention_decode(*few)
     monkeypatch.setattr(cpu, "_call", lambda name, *rest: (called.append(name), call(name, *rest)))
     flow_attention(*inputs)
-    flow_attention_decode(*few)
     with torch.autocast("cpu", torch.bfloat16):
         flow_attention(*(tensor.bfloat16() for tensor in inputs))
-    assert called == ["flow_forward", "flow_steps", "flow_forward"]
+    assert called == ["flow_forward", "flow_forward"]
     called.clear()
-    flow_attention_decode(*inputs)
     flow_attention(*inputs, causal=False)
     flow_attention(*(tensor[..., :8] for tensor in inputs))
     flow_attention(inputs[0], inputs[1], inputs[2][..., :5])

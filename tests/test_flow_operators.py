@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from flowrl.attention import flow_attention, naive_flow_attention
-from flowrl.attention.flow import cpu, flow_attention_decode
+from flowrl.attention.flow import cpu
 from flowrl.attention.kinds import ATTENTION_KINDS
 from flowrl.native import kernels
 
@@ -119,9 +119,6 @@ def test_operators_pass_torchs_own_checks():
     backward = torch.ops.flowrl.flow_backward.default
     plain = [x.detach() for x in inputs]
     torch.library.opcheck(backward, (*plain, gradient, *results, 10.0, 1e-6))
-    few = [x[:, :, :3] for x in plain]
-    _, state = flow_attention_decode(*few)
-    torch.library.opcheck(torch.ops.flowrl.flow_decode.default, (*few, *state, 10.0, 1e-6))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -132,10 +129,8 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(width):
         fake = [mode.from_tensor(x).requires_grad_() for x in inputs]
         found = flow_attention(*fake)
         found.sum().backward()
-        decoded, _ = flow_attention_decode(*(x[:, :, :3].detach() for x in fake))
     assert (found.shape, found.stride(), found.dtype) == (output.shape, output.stride(), output.dtype)
     assert all(x.grad.shape == x.shape for x in fake)
-    assert decoded.shape == (2, 2, 3, width)
     assert flow_attention(*(x.to("meta") for x in inputs)).shape == output.shape
 
 
@@ -289,23 +284,12 @@ def test_a_compiled_graph_survives_a_kernel_that_fails(unchecked, monkeypatch):
     assert largest_error(found, expected) < 1e-5
 
 
-def test_decoding_gives_way_to_torch_too(unchecked, monkeypatch):
-    spoil(monkeypatch, "flow_steps", lambda *tensors: tensors[-1].mul_(1.01))
-    inputs = [x.float() for x in inputs_of(6)[:3]]
-    with pytest.warns(UserWarning, match="a few tokens at a time, differs from torch"):
-        first, state = flow_attention_decode(*(x[:, :, :3] for x in inputs))
-    second, _ = flow_attention_decode(*(x[:, :, 3:] for x in inputs), state)
-    expected = naive_flow_attention(*(x.double() for x in inputs))
-    assert (torch.cat((first, second), dim=2) - expected).abs().max() < 1e-5
-
-
 def test_the_switch_turns_every_kernel_off(unchecked, monkeypatch):
     called, call = [], cpu._call
     monkeypatch.setattr(cpu, "_call", lambda name, *rest: (called.append(name), call(name, *rest)))
     inputs = inputs_of(40)
     monkeypatch.setenv("FLOWRL_KERNELS", "off")
     results, messages = attend(inputs)
-    flow_attention_decode(*(x[:, :, :3] for x in inputs[:3]))
     assert (called, messages) == ([], [])
     assert_all_close(results, with_gradients(naive_flow_attention, *inputs), 1e-10)
     monkeypatch.setenv("FLOWRL_KERNELS", "on")

@@ -63,7 +63,7 @@ def act(model, inputs, state):
         (0, {}),
         (1, {}),
         (5, {"num_layers": 1}),
-        (33, {"embed_dim": 96, "num_heads": 3}),  # 32 wide heads, panels that are not whole
+        (33, {"embed_dim": 96, "num_heads": 3}),  # 32 wide heads, three panels
         (130, {"num_heads": 4}),  # several slices a thread
     ],
 )

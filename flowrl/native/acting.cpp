@@ -41,16 +41,26 @@ void layer_norm(const T* x, int64_t rows, int64_t width, T eps, const T* weight,
     }
 }
 
+// to (rows, columns) = from (rows, terms) weight + bias. The weight (terms, columns) comes as panels, (terms, PANEL)
+// each, which are read in order.
+constexpr int64_t PANEL = 32;
+void linear_layer(T* to, const T* from, int64_t rows, int64_t terms, int64_t columns, const T* weight,
+                  const T* bias) {
+    for (int64_t first = 0; first < columns; first += PANEL) {
+        product(to + first, columns, rows, PANEL, from, terms, 1, weight + first * terms, PANEL, terms);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t c = first; c < first + PANEL; c += LANES) {
+                T* at = to + row * columns + c;
+                store(at, load(at) + load(bias + c));
+            }
+    }
+}
+
 void add_to(T* x, const T* more, int64_t size) {
     for (int64_t i = 0; i < size; i += LANES) store(x + i, load(x + i) + load(more + i));
 }
 
 }  // namespace
-
-// The transpose of weight (outputs, inputs), in panels.
-extern "C" void pack_weight(int64_t outputs, int64_t inputs, const T* weight, T* packed) {
-    each_panel(outputs, [&](int64_t first, int64_t width) { pack_transposed(weight, inputs, first, width, packed); });
-}
 
 // x (tokens, batch, width) -> last (batch, width), the last tokens after all blocks; changes the states.
 extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weights, T* const* states, const T* x,
@@ -83,7 +93,7 @@ extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weight
                 };
                 auto linear = [&](const T* from, int64_t inputs, int64_t outputs, T* to) {
                     const T *packed = of.take(inputs * outputs), *bias = of.take(outputs);
-                    panel_product(to, from, rows, inputs, outputs, packed, bias);
+                    linear_layer(to, from, rows, inputs, outputs, packed, bias);
                 };
                 norm();
                 linear(normed, width, 3 * width, qkv);

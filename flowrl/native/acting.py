@@ -21,7 +21,7 @@ from flowrl.native.kernels import is_trusted, largest_difference
 from flowrl.native.library import native_library
 
 SOURCE = Path(__file__).with_name("acting.cpp")
-WIDTH_MULTIPLE = 32  # two vectors of AVX-512
+PANEL = 32  # columns of a weight that are stored together, as in acting.cpp
 FLOW_EPS = 1e-6  # the default of flow_attention_step
 CHECK_BATCH, TOLERANCE = 3, 1e-4  # of an error relative to the largest number
 
@@ -29,7 +29,7 @@ CHECK_BATCH, TOLERANCE = 3, 1e-4  # of an error relative to the largest number
 @cache
 def acting_library() -> ctypes.CDLL | None:
     """The C++; None where it cannot be built."""
-    return native_library(SOURCE, ("pack_weight", "act"), ("REAL=float",))
+    return native_library(SOURCE, ("act",), ("REAL=float",))
 
 
 def can_pack(model: SequenceModel) -> bool:
@@ -41,7 +41,7 @@ def can_pack(model: SequenceModel) -> bool:
         config.attention == "flow"
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and config.embed_dim % WIDTH_MULTIPLE == 0
+        and config.embed_dim % PANEL == 0
         and head_dim in WIDTHS
         and all(_is_known(block) for block in model.blocks)
         and flow_library(torch.float32, head_dim) is not None
@@ -129,14 +129,10 @@ def _parts(block: nn.Module) -> list[nn.Module]:
 def _packed(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a module, flat."""
     assert isinstance(module, nn.Linear | nn.LayerNorm)
-    weight = module.weight.detach().contiguous()
-    if isinstance(module, nn.Linear):
-        packed, library = torch.empty_like(weight).flatten(), acting_library()
-        assert library is not None
-        places = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, packed))
-        library.pack_weight(*(ctypes.c_int64(size) for size in weight.shape), *places)
-        weight = packed
-    return weight, module.bias.detach()
+    weight = module.weight.detach()
+    if isinstance(module, nn.Linear):  # (outputs, inputs) -> panels (inputs, PANEL)
+        weight = weight.unflatten(0, (-1, PANEL)).mT
+    return weight.flatten(), module.bias.detach()
 
 
 def _error(model: SequenceModel) -> float:

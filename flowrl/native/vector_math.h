@@ -1,7 +1,6 @@
 // Vectors of numbers, their exponential, and products of small matrices: what the C++ files are written with.
 //
-// Compiled for one number type, REAL. GCC's vector extensions keep it free of processors' own names, but for
-// one.
+// Compiled for one number type, REAL. GCC's vector extensions keep it free of processors' own names.
 
 #pragma once
 
@@ -10,10 +9,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <type_traits>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -86,17 +81,7 @@ template <typename V> inline V exponential(V x) {
     }
 }
 
-inline Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {  // an estimate to 14 bits, then one step of Newton's: half a division's time
-        const Vec estimate = (Vec)_mm512_rcp14_ps((__m512)x);
-        return estimate * (T(2) - x * estimate);
-    }
-#endif
-    return T(1) / x;
-}
-
-inline Vec sigmoid(Vec x) { return reciprocal(T(1) + exponential(-x)); }
+inline Vec sigmoid(Vec x) { return T(1) / (T(1) + exponential(-x)); }
 
 // The same of ``count`` numbers; buffers hold whole vectors.
 inline void sigmoids(const T* from, int count, T* to) {
@@ -194,34 +179,6 @@ void product(T* out, int out_stride, int rows, int columns, const T* a, int a_ro
 void keep_lower(T* square, int stride, int rows) {
     for (int i = 0; i < rows; i++)
         for (int j = i + 1; j < std::min(i + TILE_ROWS, stride); j++) square[i * stride + j] = 0;
-}
-
-// A matrix (terms, columns) is packed as panels: (terms, width) each, where width is PANEL or, at the end, what is
-// left, so that a product reads it in order.
-constexpr int PANEL = TILE_VECTORS * LANES;
-
-// Calls body(first column, width) for each panel.
-template <typename Body> inline void each_panel(int64_t columns, Body body) {
-    for (int64_t first = 0; first < columns; first += PANEL) body(first, std::min<int64_t>(PANEL, columns - first));
-}
-
-// One panel of the transpose of weight (columns, terms).
-inline void pack_transposed(const T* weight, int64_t terms, int64_t first, int64_t width, T* packed) {
-    transpose(weight + first * terms, terms, width, terms, packed + first * terms, width);
-}
-
-// to (rows, columns) = from (rows, terms) packed + bias, which may be null.
-inline void panel_product(T* to, const T* from, int64_t rows, int64_t terms, int64_t columns, const T* packed,
-                          const T* bias) {
-    each_panel(columns, [&](int64_t first, int64_t width) {
-        product(to + first, columns, rows, width, from, terms, 1, packed + first * terms, width, terms);
-        if (!bias) return;
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t c = first; c < first + width; c += LANES) {
-                T* at = to + row * columns + c;
-                store(at, load(at) + load(bias + c));
-            }
-    });
 }
 
 // A thread's memory, in whole cache lines, handed out in parts; the same parts again for every sequence, since

@@ -17,8 +17,8 @@ from flowrl.attention.flow.naive import naive_flow_attention
 from flowrl.attention.flow.operators import flow_operator
 from flowrl.attention.flow.recurrent import (
     FlowState,
-    decode_flow_attention,
     empty_flow_state,
+    flow_attention_decode,
     flow_attention_step,
 )
 from flowrl.attention.precision import accumulation_dtype, without_autocast
@@ -113,34 +113,6 @@ def flow_attention(
             outputs = bidirectional_flow(q, k, v, clamp=clamp, eps=eps, mask=mask)
     outputs = outputs.to(values.dtype)
     return outputs if state is None else (outputs, state)
-
-
-def flow_attention_decode(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    state: FlowState | None = None,
-    *,
-    clamp: float = 10.0,
-    eps: float = 1e-6,
-) -> tuple[Tensor, FlowState]:
-    """A few tokens at once, for acting: outputs (batch, heads, tokens, value_dim), and the state after them.
-
-    ``queries`` and ``keys`` are (batch, heads, tokens, head_dim), before the sigmoid, ``values`` are (batch,
-    heads, tokens, value_dim). The numbers are those of :func:`flow_attention_step`, token after token, but
-    the tensors of ``state`` are overwritten and returned; None stands for the state before the first token.
-    There is no gradient.
-    """
-    with without_autocast(queries), torch.no_grad():
-        if state is None:
-            state = empty_flow_state(queries, values)
-        q, k, v = (x.to(state.memory.dtype) for x in (queries, keys, values))
-        in_place = q.shape[2] <= cpu.MOST_STEPS and all(x.is_contiguous() for x in state)
-        if in_place and cpu.supports(q, k, v):
-            outputs = torch.ops.flowrl.flow_decode(q, k, v, *state, clamp, eps)
-        else:
-            outputs = decode_flow_attention(q, k, v, state, clamp, eps)
-    return outputs.to(values.dtype), state
 
 
 def _check(

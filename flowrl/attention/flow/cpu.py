@@ -1,4 +1,4 @@
-"""Causal Flow-Attention on CPUs in C++, forward, backward and a few tokens at a time: see ``cpu.cpp``.
+"""Causal Flow-Attention on CPUs in C++, with its gradient: see ``cpu.cpp``.
 
 The library is compiled on first use for one dtype and one width of heads. Flows and all sums are float32
 (float64 for float64 inputs).
@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowrl.attention.flow.recurrent import FlowState
 from flowrl.native.kernels import constant_when_compiled, kernels_enabled
 from flowrl.native.library import native_library
 
@@ -21,7 +20,7 @@ NUMBERS = {torch.float32: "float", torch.float64: "double"}
 BLOCK = 64  # tokens, as in cpu.cpp
 WIDTHS = (16, 32, 64, 128)
 FLOWS, SUMS = 5, 4  # kept for the gradient: numbers per token, vectors per block
-MOST_STEPS = 4
+MOST_STEPS = 4  # tokens at a time of ``flow_steps``, by which models act: see ``flowrl/native/acting.py``
 
 
 class Layout(ctypes.Structure):
@@ -126,19 +125,6 @@ def backward(
     return gradients
 
 
-def decode(
-    queries: Tensor, keys: Tensor, values: Tensor, state: FlowState, clamp: float, eps: float
-) -> Tensor:
-    """The outputs of up to ``MOST_STEPS`` tokens, (batch, heads, tokens, head_dim); changes ``state``.
-
-    Inputs and state have one dtype that :func:`supports` accepts; the state is contiguous.
-    """
-    inputs = same_strides(queries, keys, values)
-    outputs = tokens_first(values)
-    _call("flow_steps", _layout(inputs[0], outputs, clamp, eps), *inputs, outputs, *state)
-    return outputs
-
-
 def _call(name: str, layout: Layout, *tensors: Tensor) -> None:
     """Call the library for the first tensor's dtype and width; empty tensors are null pointers."""
     library = flow_library(tensors[0].dtype, tensors[0].shape[-1])
@@ -157,11 +143,6 @@ def _layout(
 def results_like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape with tokens before heads in memory, as the next projection reads it."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def tokens_first(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape with tokens first in memory."""
-    return x.new_empty(x.shape[2], *x.shape[:2], x.shape[3]).permute(1, 2, 0, 3)
 
 
 def same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:

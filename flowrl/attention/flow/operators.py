@@ -14,12 +14,6 @@ from torch import Tensor
 
 from flowrl.attention.flow import cpu, triton
 from flowrl.attention.flow.blocks import causal_flow_blocks
-from flowrl.attention.flow.recurrent import (
-    FlowState,
-    decode_flow_attention,
-    empty_flow_state,
-    flow_attention_step,
-)
 from flowrl.attention.precision import accumulation_dtype, without_autocast
 from flowrl.native.kernels import in_clean_thread, largest_difference, run_trusted
 
@@ -29,7 +23,6 @@ CLAMP, EPS = 10.0, 1e-6  # of the checks
 
 _INPUTS = "Tensor queries, Tensor keys, Tensor values"
 _KEPT = "Tensor flows, Tensor sums, Tensor memories"
-_STATE = ", ".join(f"Tensor({name}!) {name}" for name in FlowState._fields)
 _library = torch.library.Library("flowrl", "FRAGMENT")
 _library.define(
     f"flow_forward({_INPUTS}, float clamp, float eps, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -38,7 +31,6 @@ _library.define(
     f"flow_backward({_INPUTS}, Tensor g_outputs, Tensor outputs, {_KEPT}, float clamp, float eps) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_library.define(f"flow_decode({_INPUTS}, {_STATE}, float clamp, float eps) -> Tensor")
 
 
 def flow_operator(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float) -> Tensor:
@@ -70,20 +62,6 @@ def _backward(
 
     fast = partial(form.backward, queries, keys, values, g_outputs, *kept_and_options)
     return _run(form, queries, fast, lambda: in_clean_thread(plain))
-
-
-def _decode(queries: Tensor, keys: Tensor, values: Tensor, *state_and_options: Any) -> Tensor:
-    *state, clamp, eps = state_and_options
-    arguments = (queries, keys, values, FlowState(*state), clamp, eps)
-    case = (queries.dtype, queries.shape[-1])
-    return run_trusted(
-        f"{cpu.NAME}, a few tokens at a time,",
-        case,
-        partial(_decode_error, *case),
-        TOLERANCE[queries.dtype],
-        partial(cpu.decode, *arguments),
-        partial(decode_flow_attention, *arguments),
-    )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -148,27 +126,9 @@ def check_error(form: ModuleType, device: torch.device, dtype: torch.dtype, widt
     return max(errors)
 
 
-def _decode_error(dtype: torch.dtype, width: int) -> float:
-    """The same of outputs and states, token after token and a few tokens at once."""
-    generator = torch.Generator().manual_seed(0)
-    queries, keys, values = torch.randn(
-        3, 1, 2, cpu.MOST_STEPS + 1, width, generator=generator, dtype=torch.float64
-    ).to(dtype)
-    fast, outputs = empty_flow_state(queries, values), []
-    for tokens in (slice(cpu.MOST_STEPS), slice(cpu.MOST_STEPS, None)):
-        query, key, value = (x[:, :, tokens] for x in (queries, keys, values))
-        outputs.append(cpu.decode(query, key, value, fast, CLAMP, EPS))
-    expected, state = [], empty_flow_state(queries, values)
-    for query, key, value in zip(queries.unbind(2), keys.unbind(2), values.unbind(2), strict=True):
-        output, state = flow_attention_step(query, key, value, state, clamp=CLAMP, eps=EPS)
-        expected.append(output)
-    return largest_difference((torch.cat(outputs, dim=2), *fast), (torch.stack(expected, dim=2), *state))
-
-
 for _device in ("CPU", "CUDA"):
     _library.impl("flow_forward", _forward, _device)
     _library.impl("flow_backward", _backward, _device)
-_library.impl("flow_decode", _decode, "CPU")
 torch.library.register_fake(
     "flowrl::flow_forward",
     lambda queries, keys, values, clamp, eps, keep: _form(queries).empty_results(queries, values, keep),
@@ -178,8 +138,5 @@ torch.library.register_fake(
     "flowrl::flow_backward",
     lambda queries, keys, values, *_: tuple(cpu.results_like(x) for x in (queries, keys, values)),
     lib=_library,
-)
-torch.library.register_fake(
-    "flowrl::flow_decode", lambda queries, keys, values, *_: cpu.tokens_first(values), lib=_library
 )
 torch.library.register_autograd("flowrl::flow_forward", _gradient, setup_context=_setup_context, lib=_library)

@@ -74,37 +74,47 @@ def flow_attention_step(
     return output.to(value.dtype), new_state
 
 
-def decode_flow_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, state: FlowState, clamp: float, eps: float
-) -> Tensor:
-    """A few tokens at once, for acting: the numbers of :func:`flow_attention_step`, token after token.
+def flow_attention_decode(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    state: FlowState | None = None,
+    *,
+    clamp: float = 10.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, FlowState]:
+    """A few tokens at once, for acting: outputs (batch, heads, tokens, value_dim), and the state after them.
 
-    ``queries`` and ``keys`` are (batch, heads, tokens, head_dim), before the sigmoid, ``values`` (batch,
-    heads, tokens, value_dim), all of the state's dtype. Returns outputs (batch, heads, tokens, value_dim);
-    the tensors of ``state`` are overwritten, and there is no gradient. Tokens lead in memory, so that every
-    sum over the past is a run of contiguous additions; the memory matrix, by far the largest part of the
-    state, is read once and written once for all of them.
+    ``queries`` and ``keys`` are (batch, heads, tokens, head_dim), before the sigmoid, ``values`` are (batch,
+    heads, tokens, value_dim). The numbers are those of :func:`flow_attention_step`, token after token, but
+    the tensors of ``state`` are overwritten and returned; None stands for the state before the first token.
+    There is no gradient. The memory matrix, by far the largest part of the state, is read once and written
+    once for all tokens.
     """
-    # All (tokens, batch, heads, width) from here on.
-    q, k, v = (x.permute(2, 0, 1, 3) for x in (queries, keys, values))
-    q, k = q.sigmoid(), k.sigmoid()
-    qe, ke = q + eps, k + eps
-    query_mass, key_mass = eps * qe.sum(-1), eps * ke.sum(-1)
-    n = state.num_tokens + torch.arange(1, len(q) + 1, dtype=q.dtype, device=q.device)[:, None, None]
-    incoming = (qe * _running_sums(state.sum_keys, k)).sum(-1) + query_mass  # (tokens, batch, heads)
-    outgoing = (ke * _running_sums(state.sum_queries, q)).sum(-1) + key_mass
-    weighted_keys = _running_sums(state.weighted_keys, k, n / outgoing)
-    weighted_queries = _running_sums(state.weighted_queries, q, n / incoming)
-    conserved_sink = ((qe * weighted_keys).sum(-1) + query_mass) / n
-    conserved_source = ((ke * weighted_queries).sum(-1) + key_mass) / n
-    exponential = conserved_source.clamp(-clamp, clamp).exp()
-    normaliser = exponential.cumsum(0) + state.sum_exponentials
-    competed = (n * exponential / normaliser)[..., None] * v
-    aggregated = _aggregate(q, k, competed, state.memory)
-    scale = (conserved_sink.sigmoid() / incoming).permute(1, 2, 0)[..., None]
-    state.num_tokens.copy_(n[-1])
-    state.sum_exponentials.copy_(normaliser[-1])
-    return scale * aggregated
+    with without_autocast(queries), torch.no_grad():
+        if state is None:
+            state = empty_flow_state(queries, values)
+        dtype = state.memory.dtype
+        # All (tokens, batch, heads, width) from here on: sums over the past are contiguous additions.
+        q, k, v = (x.to(dtype).permute(2, 0, 1, 3) for x in (queries, keys, values))
+        q, k = q.sigmoid(), k.sigmoid()
+        qe, ke = q + eps, k + eps
+        query_mass, key_mass = eps * qe.sum(-1), eps * ke.sum(-1)
+        n = state.num_tokens + torch.arange(1, len(q) + 1, dtype=dtype, device=q.device)[:, None, None]
+        incoming = (qe * _running_sums(state.sum_keys, k)).sum(-1) + query_mass  # (tokens, batch, heads)
+        outgoing = (ke * _running_sums(state.sum_queries, q)).sum(-1) + key_mass
+        weighted_keys = _running_sums(state.weighted_keys, k, n / outgoing)
+        weighted_queries = _running_sums(state.weighted_queries, q, n / incoming)
+        conserved_sink = ((qe * weighted_keys).sum(-1) + query_mass) / n
+        conserved_source = ((ke * weighted_queries).sum(-1) + key_mass) / n
+        exponential = conserved_source.clamp(-clamp, clamp).exp()
+        normaliser = exponential.cumsum(0) + state.sum_exponentials
+        competed = (n * exponential / normaliser)[..., None] * v
+        aggregated = _aggregate(q, k, competed, state.memory)
+        scale = (conserved_sink.sigmoid() / incoming).permute(1, 2, 0)[..., None]
+        state.num_tokens.copy_(n[-1])
+        state.sum_exponentials.copy_(normaliser[-1])
+    return (scale * aggregated).to(values.dtype), state
 
 
 def _running_sums(total: Tensor, increments: Tensor, weights: Tensor | None = None) -> Tensor:
