@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +11,12 @@ import pytest
 import torch
 from export_behavior import (
     BehaviorExport,
-    MeasuredReturns,
     export_behavior,
     measure_returns,
-    same_mean,
     save_policy,
 )
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from train_behavior import BehaviorTraining, actor_policy, claim_run_dir, forget_after, train_behavior
 
 from flowrl.behavior.policy import ACTION_GRID, BehaviorPolicy, load_policy
 from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, behavior_names, load_behavior
@@ -91,16 +87,6 @@ def test_samples_follow_the_tanh_gaussian() -> None:
         np.testing.assert_allclose(below, quantile, rtol=0, atol=0.006)
 
 
-def test_acting_repeats_with_its_seed_and_lands_on_the_grid() -> None:
-    policy = make_policy()
-    observations = np.random.default_rng(4).normal(size=(20, 11))
-    first = policy.act(observations, np.random.default_rng(5))
-    np.testing.assert_array_equal(first, policy.act(observations, np.random.default_rng(5)))
-    assert not np.array_equal(first, policy.act(observations, np.random.default_rng(6)))
-    np.testing.assert_array_equal(first / ACTION_GRID, np.round(first / ACTION_GRID))
-    assert np.abs(first).max() <= 1
-
-
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_snapshot_round_trip(tmp_path: Path, dtype: type[np.floating]) -> None:
     policy = make_policy()
@@ -117,14 +103,9 @@ def test_snapshot_round_trip(tmp_path: Path, dtype: type[np.floating]) -> None:
 DAMAGES = {
     "missing: hidden.1.bias": lambda tensors: tensors.pop("hidden.1.bias"),
     "not expected: extra": lambda tensors: tensors.update(extra=np.zeros(3, np.float32)),
-    "missing: mean.bias, mean.weight": lambda tensors: [tensors.pop("mean.bias"), tensors.pop("mean.weight")],
-    "hidden.1.weight has shape (5, 8), not (16, 8)": lambda tensors: tensors.update(
-        {"hidden.1.weight": np.zeros((5, 8), np.float32)}
-    ),
     "log_std.bias has shape (2,), not (3,)": lambda tensors: tensors.update(
         {"log_std.bias": np.zeros(2, np.float32)}
     ),
-    "mean.bias has shape (3, 1)": lambda tensors: tensors.update({"mean.bias": np.zeros((3, 1), np.float32)}),
     "mean.weight is int64": lambda tensors: tensors.update({"mean.weight": np.zeros((8, 3), np.int64)}),
     "mean.bias holds NaN": lambda tensors: tensors.update({"mean.bias": np.full(3, np.nan, np.float32)}),
 }
@@ -206,22 +187,6 @@ def test_export_writes_what_it_measured(exported: Path) -> None:
     assert sorted(path.name for path in (exported / "hopper").iterdir()) == ["index.json", "poor.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("levels", "message"),
-    [
-        (("medium",), "NAME=STEP"),
-        (("medium=x",), "NAME=STEP"),
-        (("a=0", "a=50"), "distinct"),
-        (("medium=75",), "there is no"),
-    ],
-)
-def test_bad_levels_are_refused(exported: Path, levels: tuple[str, ...], message: str) -> None:
-    before = (exported / "hopper" / "index.json").read_bytes()
-    with pytest.raises(UserError, match=message):
-        export_behavior(BehaviorExport(exported.parent / "run", levels, 1, exported))
-    assert (exported / "hopper" / "index.json").read_bytes() == before
-
-
 def test_tampered_and_unknown_assets_are_refused(exported: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'hopper'"):
         load_behavior("hoper", "medium", exported)
@@ -239,58 +204,6 @@ def test_tampered_and_unknown_assets_are_refused(exported: Path) -> None:
     (exported / "hopper" / "index.json").write_text(json.dumps({"policies": [{"name": "medium"}]}))
     with pytest.raises(UserError, match=r"index\.json"):
         behavior_assets("hopper", exported)
-
-
-def test_same_mean_is_two_standard_errors() -> None:
-    first = MeasuredReturns((0.0, 2.0, 4.0, 6.0), (1, 1, 1, 1))
-    # Sample variance 20/3, so the difference has standard error sqrt(2 * 20/3 / 4) = 1.826.
-    for shift, expected in ((3.6, True), (3.7, False), (-3.6, True), (-3.7, False)):
-        shifted = replace(first, returns=tuple(value + shift for value in first.returns))
-        assert same_mean(first, shifted) is expected
-
-
-def test_actor_parameters_become_a_policy() -> None:
-    policy = make_policy()
-    dense = {f"Dense_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(layers(policy))}
-    converted = actor_policy({"params": dense}, "Hopper-v5", 7)
-    observations = np.random.default_rng(8).normal(size=(5, 11))
-    for ours, expected in zip(
-        converted.distribution(observations), torch_actor(policy, observations), strict=True
-    ):
-        np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-12)
-
-
-def test_training_without_the_extra_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "sbx", None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[behavior\]'"):
-        train_behavior(BehaviorTraining("Hopper-v5", tmp_path / "run"))
-    with pytest.raises(UserError, match="--batch-size 0"):
-        train_behavior(BehaviorTraining("Hopper-v5", tmp_path / "run", batch_size=0))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
-    training = BehaviorTraining("Hopper-v5", tmp_path, steps=100)
-    claim_run_dir(training)
-    claim_run_dir(replace(training, steps=200))  # going on for longer is the same run
-    with pytest.raises(UserError, match="has seed 0, not 1"):
-        claim_run_dir(replace(training, seed=1))
-
-
-def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path) -> None:
-    """A run killed after a snapshot and before its checkpoint takes those steps again."""
-    kept = ["snapshots/000000000.safetensors", "snapshots/000000100.safetensors"]
-    kept += ["replay/000000000-000000050.npz", "replay/000000050-000000100.npz"]
-    for name in (*kept, "snapshots/000000200.safetensors", "replay/000000100-000000200.npz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    lines = [json.dumps({"step": step, "return_mean": 1.0}) + "\n" for step in (0, 100, 200)]
-    (tmp_path / "returns.jsonl").write_text("".join(lines) + '{"step": 3')
-    forget_after(tmp_path, 100)
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")} == set(kept)
-    assert (tmp_path / "returns.jsonl").read_text() == lines[0] + lines[1]
 
 
 def test_every_shipped_policy_loads_and_fits_its_environment() -> None:

@@ -16,7 +16,7 @@ import pytest
 from broken_inputs import MARKER, PICKLES, ending, refusal
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
-from test_broken_data import claiming, grouped, linked, replaced, transformed
+from test_broken_data import claiming, linked, replaced, transformed
 
 from flowrl.data import EpisodeDataset
 from flowrl.training.config import TrainConfig
@@ -87,8 +87,6 @@ BROKEN: dict[str, tuple[str, Callable[[h5py.File, str], None], str]] = {
         f"no {key}": (key, lambda file, key: file.__delitem__(key), "cannot be read")
         for key in ("observations", "actions", "rewards", "terminations", "truncations")
     },
-    "a group": ("observations", grouped, "episode_2|cannot be read"),
-    "a scalar": ("rewards", transformed(lambda values: values.flat[0]), "cannot be read"),
     "no steps": ("rewards", transformed(lambda values: values[:0]), "episode 2 has no steps"),
     "no last observation": (
         "observations",
@@ -100,24 +98,16 @@ BROKEN: dict[str, tuple[str, Callable[[h5py.File, str], None], str]] = {
         transformed(lambda values: values[:-1]),
         r"episode 2: 'truncations' has shape \(6,\), expected \(7,\)",
     ),
-    "one step long": (
-        "rewards",
-        transformed(lambda values: np.concatenate((values, values[:1]))),
-        r"'actions' has shape \(7, 3\), expected \(8, 3\)",
-    ),
     "another width": (  # which would broadcast
         "actions",
         transformed(lambda values: values[:, :1]),
         r"episode 2: 'actions' has shape \(7, 1\), expected \(7, 3\)",
     ),
     "text": ("actions", transformed(lambda values: values.astype("S8")), "'actions' must hold numbers"),
-    "records": ("rewards", transformed(lambda v: np.zeros(v.shape, [("a", "f4")])), "must hold numbers"),
-    "null": ("terminations", transformed(lambda values: h5py.Empty("f4")), "cannot be read"),
     "text of any length": ("observations", replaced(dtype=h5py.string_dtype()), "must hold numbers"),
     "a link to itself": ("rewards", linked(h5py.SoftLink("/episode_2/rewards")), "cannot be read"),
     "of 10^13 steps": ("actions", claiming(10**13), "cannot be read"),
     "nan": ("observations", transformed(lambda values: values * np.nan), r"'observations'\[5, 0\] is nan"),
-    "inf": ("rewards", transformed(lambda values: values - np.inf), r"'rewards'\[5\] is -inf"),
     "too large": ("actions", transformed(lambda v: v.astype("f8") + 1e39), r"'actions'\[5, 0\] is inf"),
 }
 
@@ -137,18 +127,12 @@ METADATA: list[tuple[dict[str, Any], str]] = [
     ({"total_steps": 13}, "its episodes have 12 steps, it states 13"),
     ({"total_steps": 10**13}, "10000000000000 steps take .* GiB of memory"),
     ({"total_steps": -1}, "are not counts"),
-    ({"total_steps": "many"}, "are not counts"),
-    ({"total_steps": float("nan")}, "are not counts"),
     ({"total_episodes": 2}, "its episodes have 5 steps, it states 12"),
     ({"total_episodes": 4}, "cannot be read"),
     ({"total_episodes": None}, "are not counts"),
-    ({"total_episodes": 10**30}, "are not counts"),
     ({"observation_space": None}, "key 'observation_space' is missing"),
-    ({"observation_space": "{"}, "cannot be read"),
     ({"observation_space": '{"type": "os"}'}, "cannot be read"),
-    ({"action_space": 5}, "key 'action_space' is missing or not a string"),
     ({"data_format": "pickle"}, "cannot be read"),
-    ({"data_format": None}, "key 'data_format' is missing"),
     ({"minari_version": "99.0"}, "does not support the dataset"),
     ({"env_spec": "{"}, "cannot be read"),
 ]
@@ -163,12 +147,11 @@ def test_metadata_that_is_wrong_is_refused(data: Path, changes: dict[str, Any], 
 
 
 TOLERATED = [
-    *(("ref_min_score", value) for value in (None, "low", float("nan"), 10**400, 1e9)),
-    *(("ref_max_score", value) for value in (float("inf"), True)),
-    *(("env_spec", value) for value in (None, 5, "", '{"id": 5}', '{"id": "os:mkdir"}', "null")),
-    *(("eval_env_spec", value) for value in (5, "{", '{"id": "Hopper-v999"}', "\ud800")),
+    *(("ref_min_score", value) for value in ("low", float("nan"), 10**400, 1e9)),
+    *(("env_spec", value) for value in (None, 5, '{"id": 5}', '{"id": "os:mkdir"}')),
+    *(("eval_env_spec", value) for value in ("{", '{"id": "Hopper-v999"}', "\ud800")),
     *(("dataset_id", value) for value in (5, "../../x-v0")),
-    *(("requirements", value) for value in (5, ["no-such-package==99"])),
+    ("requirements", ["no-such-package==99"]),
 ]
 
 
@@ -200,15 +183,15 @@ def test_a_dataset_cannot_name_code_to_run(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["metadata.json", "main_data.hdf5"])
 def test_truncated_and_flipped_files_are_refused_or_read(data: Path, name: str) -> None:
     whole = (data / name).read_bytes()
-    for length in range(0, len(whole) - 1, len(whole) // 12):
+    for length in range(0, len(whole) - 1, len(whole) // 6):
         (data / name).write_bytes(whole[:length])
         assert ID in refusal(load)
-    for position in range(0, len(whole), len(whole) // 25):
+    for position in range(0, len(whole), len(whole) // 12):
         (data / name).write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         ending(load)
 
 
-@pytest.mark.parametrize("content", [*PICKLES, b"", b"[" * 100_000, b"\xff\xfe", None])
+@pytest.mark.parametrize("content", [PICKLES[0], b"", b"[" * 100_000, None])
 @pytest.mark.parametrize("name", ["metadata.json", "main_data.hdf5"])
 def test_other_content_is_refused(data: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
     (data / name).unlink()

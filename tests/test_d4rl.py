@@ -88,16 +88,6 @@ def test_finished_data_has_no_note_and_one_without_flags_is_one_episode(tmp_path
     assert "the last 7 steps" in dataset.notes[0]
 
 
-def test_one_step_episodes_and_a_single_step(tmp_path: Path) -> None:
-    data = columns()
-    data["terminals"][:] = True
-    dataset = read_d4rl_file(write(tmp_path / "a.hdf5", data))
-    assert_matches(dataset, data)
-    assert dataset.episode_lengths.tolist() == [1] * 12
-    one = columns(1)
-    assert_matches(read_d4rl_file(write(tmp_path / "b.hdf5", one)), one)
-
-
 def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path: Path) -> None:
     data = columns(60_000, 17, 6)
     data["timeouts"][499::500] = True

@@ -9,7 +9,6 @@ import h5py
 import minari
 import numpy as np
 import pytest
-import torch
 from gymnasium import spaces
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,6 @@ from minari.data_collector import EpisodeBuffer
 from flowrl.data.d4rl import read_d4rl_file
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.minari import read_minari
-from flowrl.data.sampler import WindowSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
 
@@ -169,47 +167,3 @@ def test_file_minari_and_memory_agree(
         assert other.sha256 == memory.sha256
     unfinished = episodes.endings[-1] == "unfinished"
     assert any("without terminal or timeout" in note for note in from_file.notes) == unfinished
-
-
-@PROPERTY
-@given(
-    episodes=episode_sets(),
-    context_length=st.one_of(st.integers(1, 12), st.sampled_from((999, 1000, 5000))),
-    batch_size=st.integers(1, 16),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_no_window_crosses_an_episode(
-    episodes: EpisodeSet, context_length: int, batch_size: int, seed: int
-) -> None:
-    dataset = in_memory(episodes)
-    sampler = WindowSampler(dataset, context_length, batch_size, seed)
-    ends = np.cumsum(episodes.lengths).tolist()
-    for _ in range(3):
-        batch = sampler.sample()
-        assert (
-            batch.window.valid.shape
-            == batch.window.timesteps.shape
-            == (batch_size, batch.window.valid.shape[1])
-        )
-        assert batch.num_timesteps == int(batch.window.valid.sum())
-        for row, (start, stop) in enumerate(batch.spans.tolist()):
-            length = int(batch.window.valid[row].sum())
-            assert stop - start == length
-            end = next(end for end in ends if end > start)  # of the episode that the window begins in
-            episode_length = episodes.lengths[ends.index(end)]
-            assert 1 <= length <= context_length
-            assert start + length <= end
-            # It is shorter only at its episode's beginning or end, and a short episode is taken whole.
-            assert length == context_length or start + episode_length == end or stop == end
-            assert length == episode_length or episode_length > context_length
-            assert batch.window.valid[row].tolist() == [True] * length + [False] * (
-                batch.window.valid.shape[1] - length
-            )
-            window = slice(start, start + length)
-            for name in ("observations", "actions", "returns_to_go", "timesteps"):
-                expected = torch.from_numpy(getattr(dataset, name)[window])
-                assert torch.equal(getattr(batch.window, name)[row, :length], expected), name
-            for position in range(length):
-                if batch.window.timesteps[row, position] > 0:
-                    previous = torch.from_numpy(dataset.actions[start + position - 1])
-                    assert torch.equal(batch.window.previous_actions[row, position], previous)

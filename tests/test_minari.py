@@ -138,13 +138,6 @@ def test_dict_observations_are_flattened_as_the_evaluation_environment_flattens_
             row += 1
 
 
-def test_boxes_of_any_shape_are_flattened() -> None:
-    space = spaces.Box(-1, 1, (2, 3), np.float32)
-    buffers = create(observation_space=space)
-    expected = np.concatenate([buffer.observations[:-1].reshape(-1, 6) for buffer in buffers])
-    assert np.array_equal(read_minari(ID).observations, expected)
-
-
 def test_the_environment_is_the_one_the_dataset_names_for_evaluation() -> None:
     spec = gymnasium.make("Hopper-v5", forward_reward_weight=2.0, max_episode_steps=300).spec
     create(env=spec)
@@ -163,12 +156,6 @@ def test_a_dataset_without_a_usable_environment_says_so(cache: Path) -> None:
     dataset = read_minari(ID)
     assert dataset.environment is None
     assert "the dataset's environment 'os:mkdir': 'env_id': String should match" in dataset.notes[0]
-
-
-def test_an_environment_that_is_not_registered_here_is_kept(cache: Path) -> None:
-    create(env="Hopper-v5")
-    change_metadata(cache, env_spec=gymnasium.spec("Hopper-v5").to_json().replace("Hopper-v5", "Nowhere-v3"))
-    assert read_minari(ID).environment == EnvironmentSpec("Nowhere-v3", {}, 1000)
 
 
 def test_wrappers_of_the_recording_belong_to_the_environment() -> None:
@@ -221,9 +208,7 @@ def refuse(message: str, dataset_id: str = ID) -> str:
     return text
 
 
-@pytest.mark.parametrize(
-    "dataset_id", ["", "hopper", "a/b", "../x-v0", "/etc/x-v0", "a//b-v0", "x-v0/", "x-vé"]
-)
+@pytest.mark.parametrize("dataset_id", ["", "a/b", "../x-v0", "/etc/x-v0", "x-v0/", "x-vé"])
 def test_malformed_ids_are_refused(dataset_id: str) -> None:
     refuse("malformed Minari id", dataset_id)
 
@@ -269,7 +254,6 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(
         (spaces.Box(0, 255, (8, 8, 3), np.uint8), r"'observations' are images of shape \(8, 8, 3\)"),
         (spaces.Dict(a=spaces.Dict(eye=spaces.Box(0, 255, (8, 8, 3), np.uint8))), "'eye' are images"),
         (spaces.Discrete(4), "observations must be a Box or Dict of Box spaces"),
-        (spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Discrete(2)), "must be a Box or Dict of Box"),
         (spaces.Tuple([spaces.Box(-1, 1, (2,))]), "must be a Box or Dict of Box"),
     ],
 )
@@ -278,11 +262,8 @@ def test_other_observation_spaces_are_refused(observation_space: spaces.Space[An
     refuse(message)
 
 
-def test_other_action_spaces_are_refused() -> None:
-    create([], action_space=spaces.Discrete(3))
-    refuse("actions must be a Box space")
-
-
-def test_a_dataset_of_no_episodes_is_refused() -> None:
+def test_other_action_spaces_and_no_episodes_are_refused() -> None:
     create([])
     refuse("no episodes")
+    create([], "test/other-v0", action_space=spaces.Discrete(3))
+    refuse("actions must be a Box space", "test/other-v0")

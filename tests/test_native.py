@@ -118,67 +118,34 @@ def test_episodes_may_leave_and_restart():
     assert outcomes[0].std() > 1e-3
 
 
-def test_a_value_that_is_not_a_number_stays_with_its_episode():
-    model = make_model()
-    accelerate_acting(model)
-    observations, *others = next(timesteps_of(40, 1))
-    observations[7, 2] = float("nan")
-    actions, _ = act(model, [(observations, *others)], model.start(40))
-    assert actions[0, 7].isnan().all()
-    assert actions.isnan().sum() == 3
-
-
-def test_acting_uses_the_weights_of_the_last_call():
-    model = make_model()
-    first, _ = act(model, timesteps_of(4, 3), model.start(4))
-    accelerate_acting(model)
-    assert is_accelerated(copy.deepcopy(model))
-    model.blocks[0].attention.qkv.weight.data *= 2
-    unchanged, _ = act(model, timesteps_of(4, 3), model.start(4))
-    assert torch.allclose(unchanged, first, atol=2e-6)
-    accelerate_acting(model)
-    changed, _ = act(model, timesteps_of(4, 3), model.start(4))
-    assert not torch.allclose(changed, first, atol=1e-4)
-
-
 def gelu_for_relu(model):
     for block in model.blocks:
         block.mlp[1] = nn.GELU()
 
 
-def another_order_of_norms(model):
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (gelu_for_relu, {}),
+        (nn.Module.double, {}),
+        *((nn.Module.eval, {"attention": name}) for name in sorted(set(ATTENTION_KINDS) - {"flow"})),
+        (nn.Module.eval, {"embed_dim": 40, "num_heads": 5}),
+        (nn.Module.eval, {"embed_dim": 48, "num_heads": 3}),
+    ],
+)
+def test_a_model_of_another_structure_kind_or_width_acts_in_torch(change, options):
+    model = make_model(**options)
+    change(model)
+    accelerate_acting(model)
+    assert not is_accelerated(model)
+
+
+def test_a_model_that_computes_otherwise_acts_in_torch_with_a_warning():
+    model = make_model()
     for block in model.blocks:
         block.step = lambda x, state, read: (x[:, read], state)
-
-
-@pytest.mark.parametrize("change", [gelu_for_relu, nn.Module.double])
-def test_a_model_of_another_structure_acts_in_torch(change):
-    model = make_model()
-    change(model)
-    accelerate_acting(model)
-    assert not is_accelerated(model)
-
-
-@pytest.mark.parametrize("change", [another_order_of_norms])
-def test_a_model_that_computes_otherwise_acts_in_torch_with_a_warning(change):
-    model = make_model()
-    change(model)
     with pytest.warns(UserWarning, match=r"acting in C\+\+ .*torch is used instead"):
         accelerate_acting(model)
-    assert not is_accelerated(model)
-
-
-@pytest.mark.parametrize("attention", sorted(set(ATTENTION_KINDS) - {"flow"}))
-def test_other_kinds_of_attention_act_in_torch(attention):
-    model = make_model(attention=attention)
-    accelerate_acting(model)
-    assert not is_accelerated(model)
-
-
-@pytest.mark.parametrize("options", [{"embed_dim": 40, "num_heads": 5}, {"embed_dim": 48, "num_heads": 3}])
-def test_other_widths_act_in_torch(options):
-    model = make_model(**options)
-    accelerate_acting(model)
     assert not is_accelerated(model)
 
 
@@ -232,12 +199,6 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert (share_of_columns - 0.9).abs().max() < 6 * (0.1 * 0.9 / 400) ** 0.5  # none is favoured
 
 
-def test_dropout_is_the_identity_in_evaluation_and_at_zero():
-    x = torch.randn(3, 5)
-    assert FastDropout(0.5).eval()(x) is x
-    assert FastDropout(0.0).train()(x) is x
-
-
 def test_training_gets_the_fast_dropout_with_the_same_weights():
     model = make_model(dropout=0.25)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -276,12 +237,3 @@ def test_a_wrong_product_is_noticed_and_torch_is_used(monkeypatch):
     with pytest.warns(UserWarning, match="linear layers by oneDNN differs from torch"):
         outputs = layer(x)
     assert torch.equal(outputs, nn.functional.linear(x, layer.weight, layer.bias))
-
-
-def test_a_failing_product_is_noticed_and_torch_is_used(monkeypatch):
-    def fail(*arguments):
-        raise RuntimeError("no such primitive")
-
-    monkeypatch.setattr(linear, "onednn_product", fail)
-    with pytest.warns(UserWarning, match="failed: no such primitive"):
-        OneDNNLinear(16, 8)(torch.randn(200, 16))

@@ -10,7 +10,6 @@ import pytest
 from peers import DecisionTransformerPolicy, PeersConfig, train_and_evaluate
 
 from flowrl.data import load_episodes
-from flowrl.errors import UserError
 from flowrl.report.runs import NORMALIZED, load_runs
 
 
@@ -62,9 +61,3 @@ def test_slots_of_a_decision_transformer_keep_their_own_rewards() -> None:
     policy.keep(np.array([2, 0]))
     acted = policy.act(np.zeros((2, 2)), np.array([0.2, 5.0]))
     np.testing.assert_allclose(acted.ravel(), [-0.1, -1.0])  # 0.9 - 5, clipped
-
-
-def test_one_budget_is_needed(tmp_path: Path) -> None:
-    for config in (PeersConfig(output=tmp_path), PeersConfig(steps=1, minutes=1.0, output=tmp_path)):
-        with pytest.raises(UserError, match="--steps or --minutes"):
-            peers.run_peers(config)

@@ -77,15 +77,6 @@ def test_every_window_there_is(context_length):
     assert all(tensor.isfinite().all() for tensor in batch.window[:5])
 
 
-def test_every_timestep_of_an_episode_is_in_as_many_windows():
-    sampler = WindowSampler(make_dataset(), 6, 60, seed=0)
-    batch = sampler.gather(np.arange(sampler.num_windows))
-    counts = np.bincount(np.concatenate(windows(batch.window)), minlength=60)
-    longer = LENGTHS[EPISODE_OF] > 6
-    assert (counts[longer] == 6).all()
-    assert (counts[~longer] == LENGTHS[EPISODE_OF][~longer]).all()  # whole, as often as it has timesteps
-
-
 @pytest.mark.parametrize("context_length", [4, 100])
 def test_draws_are_uniform_over_windows(context_length):
     """A chi-square statistic on the drawn windows: of those cut from episodes, or of whole episodes."""

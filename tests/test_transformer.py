@@ -144,16 +144,6 @@ def test_forward_is_the_description_without_its_shortcuts(layout, attention):
     assert actual.std() > 0.1  # far from a constant: everything compared above had a say
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_last_block_works_only_on_tokens_that_are_read(layout):
-    model, window = make_model(layout), make_window()
-    seen = []
-    for block in model.blocks:
-        block.mlp[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
-    model(window)
-    assert seen == ([20, 7] if layout == "interleaved" else [7, 7])  # 3 x 7 less the final action
-
-
 @pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_changes_no_valid_output_no_loss_and_no_gradient(layout, attention):
@@ -279,21 +269,6 @@ def test_initial_weights(layout):
     assert ("start_token" in dict(model.named_parameters())) == (layout == "fused")
 
 
-def test_action_units():
-    model = make_model()
-    bounds = torch.stack((model.action_low, model.action_high))
-    assert torch.allclose(model.normalize_actions(bounds), torch.tensor([[-1.0, -1], [1, 1]]).double())
-    actions = torch.rand(50, 2).double()
-    assert torch.allclose(model.denormalize_actions(model.normalize_actions(actions)), actions)
-
-
-def test_dropout_is_for_training_only():
-    model, window = make_model(), make_window()
-    assert torch.equal(model(window), model(window))
-    model.train()
-    assert not torch.equal(model(window), model(window))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_autocast_gives_the_loss_of_float32(layout):
     model, window = make_model(layout, dtype=torch.float32), make_window(dtype=torch.float32)
@@ -302,23 +277,3 @@ def test_bfloat16_autocast_gives_the_loss_of_float32(layout):
         rounded = model.loss(window)
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=0.03)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_acting_takes_a_timestep_in_one_go_and_reads_one_token(layout):
-    model, window = make_model(layout), make_window()
-    seen, state = [], model.start(3)
-    for block in model.blocks:
-        block.mlp[0].register_forward_hook(
-            lambda module, inputs, output: seen.append(tuple(output.shape[:2]))
-        )
-    expected = model(window)
-    with torch.inference_mode():
-        for t in range(2):
-            seen.clear()
-            state = state._replace(previous_actions=window.actions[:, t - 1])
-            inputs = (window.observations[:, t], window.returns_to_go[:, t], window.timesteps[:, t])
-            predicted, state = model.step(*inputs, state)
-            if layout == "interleaved":  # the fused layout looks at an action before the window, too
-                assert (predicted - expected[:, t]).abs().max() < 1e-10
-    assert seen == ([(3, 3), (3, 1)] if layout == "interleaved" else [(3, 1), (3, 1)])
