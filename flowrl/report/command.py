@@ -14,10 +14,8 @@ from flowrl.report.statistics import BANDIT_ALPHA, BANDIT_REPEATS, CONFIDENCE, R
 from flowrl.report.table import (
     Results,
     aggregate_table,
-    bandit_table,
     best_table,
     correlation_table,
-    improvement_table,
     markdown_table,
     score_table,
     speed_table,
@@ -38,18 +36,13 @@ Mean ± standard error over seeds (number of seeds) at the first of a run's targ
 where the run's folder has one, from `{evaluation_file}`. Normalised so that 100 is D4RL's expert, unless
 another unit is named. Bold: the highest mean.
 
-![Scores](scores.{plots})
-
 ## All methods together
 
 {aggregates}
 
-Probability that a run of the row's method scores higher than one of the column's, averaged over datasets:
-
-{improvements}
-
-Interquartile mean, stratified bootstrap ({resamples:,} resamples within datasets, percentiles) and
-probability of improvement as in Agarwal et al. 2021 (arXiv 2108.13264).
+Columns with > hold the probability that a run of the row's method scores higher than one of the column's,
+averaged over datasets. Interquartile mean, stratified bootstrap ({resamples:,} resamples within datasets,
+percentiles) and probability of improvement as in Agarwal et al. 2021 (arXiv 2108.13264).
 
 ## Last against best evaluated checkpoint
 
@@ -76,8 +69,6 @@ seeds):
 Score of the policy that a bandit prefers after some online episodes, among a method's seeds at each of their
 target returns (Jackson et al. 2025, arXiv 2504.11453: upper confidence bound with alpha {alpha:g}, mean and
 bootstrapped {confidence:.0%} interval of {repeats:,} repeats):
-
-{bandits}
 
 ![Online episodes](online-episodes.{plots})
 
@@ -138,11 +129,9 @@ def write_report(config: ReportConfig) -> str:
         scores=score_table(results),
         evaluation_file=EVALUATION_FILE,
         aggregates=aggregate_table(results),
-        improvements=improvement_table(results),
         resamples=RESAMPLES,
         best=best_table(results),
         correlations=correlation_table(results),
-        bandits=bandit_table(results),
         alpha=BANDIT_ALPHA,
         confidence=CONFIDENCE,
         repeats=BANDIT_REPEATS,

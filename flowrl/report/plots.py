@@ -11,12 +11,7 @@ import tyro
 from flowrl.atomic import atomic_path
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import standard_error
-from flowrl.report.statistics import (
-    PULLS,
-    interquartile_mean,
-    interquartile_mean_interval,
-    mean_interval,
-)
+from flowrl.report.statistics import PULLS, mean_interval
 from flowrl.report.table import Results
 from flowrl.training.metrics import read_metrics
 
@@ -96,7 +91,6 @@ def draw_report(results: Results, folder: Path, file_format: str) -> list[Path]:
     cycle = rcParams["axes.prop_cycle"].by_key()["color"]
     colors = {method: cycle[index % len(cycle)] for index, method in enumerate(results.methods)}
     figures = {
-        "scores": _draw_scores(results, colors),
         "learning-curves": _draw_panels(results, colors, _draw_curves),
         "achieved-returns": _draw_panels(results, colors, _draw_achieved),
         "online-episodes": _draw_panels(results, colors, _draw_bandits),
@@ -165,40 +159,6 @@ def _draw_means(axes: "Axes", curves: Sequence[dict], color: str) -> None:
         values = np.array([[curve[point] for point in points] for curve in curves])
         errors = np.nan_to_num([standard_error(column) for column in values.T])
         axes.errorbar(points, values.mean(axis=0), errors, color=color, **_MARKED)
-
-
-def _draw_scores(results: Results, colors: dict[str, str]) -> "Figure":
-    """Axes for each unit; a row per dataset, a dot per method, the interquartile mean below."""
-    groups = results.groups()
-    rows = [len(datasets) + bool(results.shared(datasets)) for _, datasets in groups]
-    figure = new_figure(9, 0.6 + len(groups) + 0.25 * sum(rows) * (1 + len(colors) / 3))
-    panels = figure.subplots(len(groups), squeeze=False, height_ratios=rows).ravel()
-    offsets = np.linspace(-0.3, 0.3, len(colors)) if len(colors) > 1 else np.zeros(1)
-    for axes, (unit, datasets) in zip(panels, groups, strict=True):
-        labels = [f"{dataset}\nin {results.environment(dataset)}" for dataset in datasets]
-        for (method, color), offset in zip(colors.items(), offsets, strict=True):
-            for row, dataset in enumerate(datasets):
-                scores = np.array([run.last_score(unit) for run in results.cell(dataset, method)])
-                if len(scores):
-                    error = np.nan_to_num(standard_error(scores))
-                    axes.errorbar(scores.mean(), row + offset, xerr=error, color=color, **_MARKED)
-        if results.shared(datasets):
-            row = len(labels)
-            labels.append("interquartile mean,\n95% interval")
-            for (method, color), offset in zip(colors.items(), offsets, strict=True):
-                scores_of_method = results.shared_scores(datasets)[method]
-                center = float(interquartile_mean(np.concatenate(scores_of_method)))
-                low, high = interquartile_mean_interval(scores_of_method)
-                error = [[max(center - low, 0.0)], [max(high - center, 0.0)]]
-                axes.errorbar(center, row + offset, xerr=error, color=color, marker="D", ms=5, capsize=2)
-            axes.axhline(row - 0.5, color="gray", lw=0.8)
-        axes.set_yticks(range(len(labels)), labels, fontsize="small")
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlabel(unit.name)
-        axes.grid(alpha=0.3, axis="x")
-    panels[0].set_title("last checkpoint, mean ± standard error over seeds", fontsize="medium")
-    _add_legend(figure, colors)
-    return figure
 
 
 def _add_legend(figure: "Figure", colors: dict[str, str]) -> None:

@@ -5,28 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowrl.data.embedded import EMBEDDED
 from flowrl.evaluation.evaluate import standard_error
 from flowrl.report.runs import NORMALIZED, RETURN, UNITS, RunResult, Unit
 from flowrl.report.statistics import (
     CONFIDENCE,
-    PULLS,
     bandit_scores,
     correlation,
     improvement_interval,
     interquartile_mean,
     interquartile_mean_interval,
-    mean_interval,
     probability_of_improvement,
 )
-
-# Averages over the nine D4RL v2 Gym-MuJoCo datasets as published, each by its source's own protocol.
-PUBLISHED_AVERAGES = {
-    "Decision Transformer, in Wu et al. 2022": 72.2,
-    "Flowformer, in Wu et al. 2022": 73.5,
-    "CORL's Decision Transformer, last checkpoint": 73.84,
-}
-D4RL_DATASETS = frozenset(f"d4rl/{name}-v2" for name in EMBEDDED)  # the same nine names
 
 
 @dataclass(frozen=True)
@@ -63,27 +52,22 @@ class Results:
             groups.setdefault((unit, dataset if unit is RETURN else ""), []).append(dataset)
         return [(unit, datasets) for (unit, _), datasets in groups.items()]
 
-    def shared_scores(self, datasets: Sequence[str]) -> dict[str, list[np.ndarray]]:
-        """Per method one array of scores (seeds,) for each of the datasets that every method has finished.
+    def shared_scores(self, datasets: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+        """For each of the datasets that every method has finished: each method's scores (seeds,).
 
         Only seeds that all methods have on a dataset count.
         """
-        scores: dict[str, list[np.ndarray]] = {method: [] for method in self.methods}
-        for dataset in self.shared(datasets):
+        scores: dict[str, dict[str, np.ndarray]] = {}
+        for dataset in datasets:
+            unit = self.unit(dataset)
             cells = {method: self.cell(dataset, method) for method in self.methods}
             seeds = set.intersection(*({run.seed for run in cell} for cell in cells.values()))
-            unit = self.unit(dataset)
-            for method, cell in cells.items():
-                scores[method].append(np.array([run.last_score(unit) for run in cell if run.seed in seeds]))
+            if seeds:
+                scores[dataset] = {
+                    method: np.array([run.last_score(unit) for run in cell if run.seed in seeds])
+                    for method, cell in cells.items()
+                }
         return scores
-
-    def shared(self, datasets: Sequence[str]) -> list[str]:
-        """Those of the datasets that every method has finished with a seed in common."""
-        return [
-            dataset
-            for dataset in datasets
-            if set.intersection(*({run.seed for run in self.cell(dataset, m)} for m in self.methods))
-        ]
 
     def bandits(self, dataset: str) -> dict[str, np.ndarray]:
         """:func:`flowrl.report.statistics.bandit_scores` by method, where episodes are known.
@@ -109,7 +93,7 @@ class Results:
 def score_table(results: Results) -> str:
     """Datasets x methods: mean ± standard error over seeds (number of seeds); the highest mean in bold.
 
-    Averages over all datasets of a unit follow, then published ones where the datasets are D4RL's nine.
+    Averages over all datasets of a unit follow.
     """
     rows = []
     for dataset in results.datasets:
@@ -121,48 +105,37 @@ def score_table(results: Results) -> str:
         if len(datasets) > 1:
             name = f"average of {len(datasets)}" + ("" if unit is NORMALIZED else f" ({unit.name})")
             rows.append([name, "", *(_average(results, datasets, method) for method in results.methods)])
-    if set(results.datasets) == D4RL_DATASETS:
-        for name, average in PUBLISHED_AVERAGES.items():
-            rows.append([f"*published: {name}*", "", f"*{average:g}*", *[""] * (len(results.methods) - 1)])
     return markdown_table(["dataset", "environment", *results.methods], rows)
 
 
 def aggregate_table(results: Results) -> str:
-    """Interquartile mean per method with its interval, over the datasets that all methods have finished."""
+    """Per method, over the datasets that all have finished: interquartile mean, probabilities of improvement.
+
+    All with their intervals; a table for each unit.
+    """
     parts = []
     for unit, datasets in results.groups():
-        shared, scores = results.shared(datasets), results.shared_scores(datasets)
+        shared = results.shared_scores(datasets)
         if not shared:
             continue
+        scores = {method: [cells[method] for cells in shared.values()] for method in results.methods}
+        varies = any(len(task) > 1 for task in scores[results.methods[0]])  # or resampling finds nothing
         rows = []
-        for method in results.methods:
-            values = np.concatenate(scores[method])
-            low, high = interquartile_mean_interval(scores[method])
-            interval = f"{low:.1f} to {high:.1f}" if _varies(scores[method]) else "needs two seeds"
-            rows.append([method, f"{interquartile_mean(values):.1f}", interval, str(len(values))])
+        for method, tasks in scores.items():
+            values = np.concatenate(tasks)
+            low, high = interquartile_mean_interval(tasks)
+            interval = f"{low:.1f} to {high:.1f}" if varies else "needs two seeds"
+            row = [method, f"{interquartile_mean(values):.1f}", interval, str(len(values))]
+            for other, other_tasks in scores.items():
+                low, high = improvement_interval(tasks, other_tasks)
+                interval = f" ({low:.2f} to {high:.2f})" if varies else ""
+                probability = f"{probability_of_improvement(tasks, other_tasks):.2f}{interval}"
+                row.append("" if other == method else probability)
+            rows.append(row)
         header = ["method", f"interquartile mean, {unit.name}", f"{CONFIDENCE:.0%} interval", "runs"]
-        parts += [markdown_table(header, rows), f"Over {_listed(shared, results.datasets)}."]
+        table = markdown_table([*header, *(f"> {method}" for method in results.methods)], rows)
+        parts += [table, f"Over {_listed(list(shared), results.datasets)}."]
     return "\n\n".join(parts) or "No dataset has a finished run of every method."
-
-
-def improvement_table(results: Results) -> str:
-    """Probability that the row's method scores higher than the column's, with intervals."""
-    scores = results.shared_scores(results.datasets)
-    if len(results.methods) < 2 or not results.shared(results.datasets):
-        return "Needs two methods with a dataset and a seed in common."
-    rows = []
-    for method in results.methods:
-        row = [method]
-        for other in results.methods:
-            if method == other:
-                row.append("")
-                continue
-            probability = probability_of_improvement(scores[method], scores[other])
-            low, high = improvement_interval(scores[method], scores[other])
-            interval = f" ({low:.2f} to {high:.2f})" if _varies(scores[method]) else ""
-            row.append(f"{probability:.2f}{interval}")
-        rows.append(row)
-    return markdown_table(["higher than ...", *results.methods], rows)
 
 
 def best_table(results: Results) -> str:
@@ -201,23 +174,6 @@ def correlation_table(results: Results) -> str:
             row.append(f"{np.mean(known):.2f} ({len(known)})" if known else "—")
         rows.append(row)
     return markdown_table(["dataset", *results.methods], rows)
-
-
-def bandit_table(results: Results) -> str:
-    """Scores after some online episodes, averaged over the datasets on which all episodes are known."""
-    parts = []
-    for unit, datasets in results.groups():
-        bandits = {dataset: results.bandits(dataset) for dataset in datasets}
-        methods = [method for method in results.methods if all(method in b for b in bandits.values())]
-        rows = []
-        for method in methods:
-            scores = np.mean([bandits[dataset][method] for dataset in datasets], axis=0)
-            figures = zip(scores.mean(axis=0), *mean_interval(scores), strict=True)
-            rows.append([method, *(f"{mean:.1f} ({low:.1f} to {high:.1f})" for mean, low, high in figures)])
-        if rows:
-            header = [f"{unit.name} after", *(f"{pulls}" for pulls in PULLS)]
-            parts += [markdown_table(header, rows), f"Over {_listed(datasets, results.datasets)}."]
-    return "\n\n".join(parts) or "Needs the returns of all episodes, which these runs do not have."
 
 
 def speed_table(results: Results) -> str:
@@ -288,11 +244,6 @@ def _target_correlation(run: RunResult) -> float:
         return float("nan")
     targets = np.concatenate([np.full(len(f["returns"]), f["target_return"]) for f in known])
     return correlation(targets, np.concatenate([f["returns"] for f in known]))
-
-
-def _varies(scores: Sequence[np.ndarray]) -> bool:
-    """Whether resampling within tasks can vary at all."""
-    return any(len(task) > 1 for task in scores)
 
 
 def _listed(datasets: Sequence[str], all_datasets: Sequence[str]) -> str:
