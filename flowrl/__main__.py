@@ -69,6 +69,17 @@ def report() -> int:
     return 0
 
 
+def compare() -> int:
+    """Compare two agents on the same starts."""
+    import tyro
+
+    from flowrl.report.compare import CompareConfig
+    from flowrl.report.compare import compare as run
+
+    print(run(tyro.cli(CompareConfig)))
+    return 0
+
+
 def export() -> int:
     """Write the recurrent step of an agent as one file for torch or ONNX."""
     import tyro
@@ -113,7 +124,7 @@ def check() -> int:
 
 COMMANDS: dict[str, Callable[[], int]] = {
     command.__name__: command
-    for command in (train, evaluate, collect, info, sweep, report, export, push, pull, check)
+    for command in (train, evaluate, collect, info, sweep, report, compare, export, push, pull, check)
 }
 
 

@@ -22,6 +22,7 @@ from flowrl.evaluation import command
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.evaluation.evaluate import TargetResult, episode_seeds, evaluate, format_table
 from flowrl.evaluation.video import check_video, make_rendered_env, write_video
+from flowrl.report import compare
 
 HOPPER = EnvironmentSpec("Hopper-v5", max_episode_steps=13)
 
@@ -201,6 +202,43 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
     expected = [return_of_one_episode(600.0, int(seed))[0] for seed in episode_seeds(0, 2)]
     np.testing.assert_allclose(document["targets"][0]["returns"], expected, rtol=0, atol=1e-9)
     assert list(results.parent.iterdir()) == [results]
+
+
+def test_a_sweep_of_targets_names_the_best_one_as_hindsight(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load_agent", lambda *_, **__: ConstantAgent())
+    evaluate_run(EvaluateConfig(tmp_path, episodes=2, targets="sweep", json=tmp_path / "x.json"))
+    results = json.loads((tmp_path / "x.json").read_text())["targets"]
+    low = REFERENCE_SCORES["hopper"].minimum
+    expected = [low + share * (600 - low) for share in np.linspace(0, 1.25, 11)]
+    np.testing.assert_allclose([result["target_return"] for result in results], expected, atol=1e-5)
+    best = max(results, key=lambda result: result["return_mean"])["target_return"]
+    assert f"highest mean return at target {best:g}: chosen with hindsight" in capsys.readouterr().out
+
+
+def test_two_agents_are_compared_episode_by_episode(monkeypatch):
+    shifted = ConstantAgent()
+    shifted.config = SimpleNamespace(**{**vars(ConstantAgent.config), "targets": (0.0,)})
+    agents = {"first": ConstantAgent(), "second": shifted}
+    monkeypatch.setattr(compare, "load_agent", lambda run, **_: agents[str(run)])
+    text = compare.compare(compare.CompareConfig(Path("first"), Path("second"), episodes=6, seed=3))
+    reference = REFERENCE_SCORES["hopper"]
+    scores = [
+        np.array(
+            [
+                reference.normalized_score(return_of_one_episode(target, int(s))[0])
+                for s in episode_seeds(3, 6)
+            ]
+        )
+        for target in (600.0, 0.0)
+    ]
+    assert f"First - second: {(scores[0] - scores[1]).mean():.1f}, 95% interval" in text
+    for values in scores:
+        assert f"{values.mean():.1f} ± {values.std(ddof=1) / 6**0.5:.1f}" in text
+    same = compare.compare(compare.CompareConfig(Path("first"), Path("first"), episodes=6))
+    assert "First - second: 0.0, 95% interval 0.0 to 0.0: within the noise" in same
+    shifted.environment = EnvironmentSpec("Walker2d-v5")
+    with pytest.raises(UserError, match="different environments, Hopper-v5 and Walker2d-v5"):
+        compare.compare(compare.CompareConfig(Path("first"), Path("second")))
 
 
 def test_unusable_files_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -5,14 +5,15 @@ import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import tyro
 
 from flowrl.atomic import write_text
 from flowrl.data.sources import environment_named
 from flowrl.envs.options import EvaluationOptions
-from flowrl.envs.reference_scores import reference_scores
+from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.spaces import check_environment
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate, format_table
@@ -36,8 +37,10 @@ class EvaluateConfig(EvaluationOptions):
     env: str | None = None
     """Environment to evaluate in, by default the run's own: such as tmaze-20000, forty times as long as the
     tmaze-500 that a run was trained on."""
-    targets: tuple[float, ...] = ()
-    """Target returns; by default those of the run's configuration."""
+    targets: tuple[float, ...] | Literal["sweep"] = ()
+    """Target returns; by default those of the run's configuration. sweep: a curve of achieved over asked
+    returns, from the reference score 0 (or the smallest of the run's targets) to a quarter above its
+    largest target."""
     acting: Acting | None = None
     """recurrent: constant cost per step over the whole episode so far; window: recompute the last
     context_length steps. By default the way that the run was trained for."""
@@ -89,7 +92,6 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     environment = agent.environment
     if config.env is not None:
         environment = environment_named(config.env, config.env_import)
-    targets = config.targets or agent.config.targets
     if environment is None:
         raise UserError(f"{config.run}: its dataset names no environment; give one with --env")
     environment = config.apply(environment)
@@ -100,6 +102,10 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     if facts.max_episode_steps is None:
         raise UserError(f"environment {environment.env_id} has no time limit: give --max-episode-steps")
     reference = config.reference() or agent.config.reference or reference_scores(environment.env_id)
+    if config.targets == "sweep":
+        targets = _swept_targets(agent.config.targets, reference)
+    else:
+        targets = config.targets or agent.config.targets
     print(
         f"environment {environment.env_id}, dataset {agent.config.dataset_id} "
         f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, "
@@ -108,6 +114,9 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     with failures_kept(config.run):
         results = evaluate(agent, environment, targets, config.episodes, config.seed, reference)
     print(format_table(results))
+    if config.targets == "sweep":
+        best = max(results, key=lambda result: result.returns.mean())
+        print(f"highest mean return at target {best.target_return:g}: chosen with hindsight, optimistic")
     if config.json is not None:
         document = {
             "config": _options_of(config.run),
@@ -128,6 +137,13 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     if config.video is not None:
         write_video(config.video, agent, environment, targets, config.seed)
         print(f"video in {config.video}")
+
+
+def _swept_targets(targets: tuple[float, ...], reference: ReferenceScores | None) -> tuple[float, ...]:
+    """Eleven target returns between the lowest that makes sense and more than the data reaches."""
+    low = min(targets) if reference is None else min(reference.minimum, min(targets))
+    high = max(targets)
+    return tuple(np.linspace(low, high + (high - low) / 4, 11).round(6).tolist())
 
 
 def _options_of(run: Path) -> dict[str, Any]:

@@ -94,6 +94,11 @@ def mean_interval(samples: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.nd
     return _interval(weights @ samples / count)
 
 
+def difference_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Bootstrapped percentile interval of the mean of paired differences (pairs,)."""
+    return _interval(_resample(differences, np.random.default_rng(seed)).mean(axis=1))
+
+
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Pearson's correlation; NaN where one of the two does not vary."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:

@@ -1,0 +1,73 @@
+"""Two trained agents on the same starts: paired differences with an interval."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from flowrl.envs.options import EvaluationOptions
+from flowrl.envs.reference_scores import reference_scores
+from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import TargetResult, evaluate, standard_error
+from flowrl.model.loading import load_agent
+from flowrl.options import Episodes, Seed, checked, flag
+from flowrl.report.statistics import CONFIDENCE, difference_interval
+from flowrl.report.table import markdown_table
+from flowrl.signals import StopSignals
+
+
+@dataclass(frozen=True)
+class CompareConfig(EvaluationOptions):
+    """Compare two trained agents of one environment, episode by episode from the same starts."""
+
+    first: tyro.conf.Positional[Path]
+    """Run folder, or hf:OWNER/NAME."""
+    second: tyro.conf.Positional[Path]
+    """Another one."""
+    episodes: Episodes = 100
+    """Episodes of each agent."""
+    target: float | None = None
+    """Target return of both; by default each one's own first."""
+    seed: Seed = 0
+    """Seed of the episodes."""
+
+
+def compare(config: CompareConfig) -> str:
+    """Evaluate both and return a table of their means and of the difference.
+
+    Raises:
+        UserError: an unusable run or flag, or agents of different environments or numbers of observations.
+    """
+    checked(CompareConfig, asdict(config), flag)
+    agents = [load_agent(run, device="auto") for run in (config.first, config.second)]
+    environments = [agent.environment for agent in agents]
+    if environments[0] is None or environments[0] != environments[1]:
+        names = [str(environment and environment.env_id) for environment in environments]
+        raise UserError(
+            f"{config.first} and {config.second} act in different environments, {' and '.join(names)}"
+        )
+    environment = config.apply(environments[0])
+    reference = config.reference() or agents[0].config.reference or reference_scores(environment.env_id)
+    with StopSignals() as signals, signals.interruptible():
+        results: list[TargetResult] = []
+        for agent in agents:
+            target = agent.config.targets[0] if config.target is None else config.target
+            results += evaluate(agent, environment, [target], config.episodes, config.seed, reference)
+    unit = "return" if reference is None else "normalised score"
+    values = [
+        result.returns if result.normalized_scores is None else result.normalized_scores for result in results
+    ]
+    difference = values[0] - values[1]
+    low, high = difference_interval(difference)
+    rows = [
+        [str(run), f"{result.target_return:g}", f"{scores.mean():.1f} ± {standard_error(scores):.1f}"]
+        for run, result, scores in zip((config.first, config.second), results, values, strict=True)
+    ]
+    verdict = "within the noise" if low <= 0 <= high else "apart from 0"
+    interval = f"{CONFIDENCE:.0%} interval {low:.1f} to {high:.1f}"
+    return (
+        f"{markdown_table(['run', 'target return', unit], rows)}\n\n"
+        f"{environment.env_id}, {config.episodes} episodes from the same starts, mean ± standard error.\n"
+        f"First - second: {difference.mean():.1f}, {interval}: {verdict}.\n"
+        "Trainings of other seeds may differ by more."
+    )
