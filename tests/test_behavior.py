@@ -100,44 +100,26 @@ def test_snapshot_round_trip(tmp_path: Path, dtype: type[np.floating]) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["policy.safetensors"]
 
 
-DAMAGES = {
-    "missing: hidden.1.bias": lambda tensors: tensors.pop("hidden.1.bias"),
-    "not expected: extra": lambda tensors: tensors.update(extra=np.zeros(3, np.float32)),
-    "log_std.bias has shape (2,), not (3,)": lambda tensors: tensors.update(
-        {"log_std.bias": np.zeros(2, np.float32)}
-    ),
-    "mean.weight is int64": lambda tensors: tensors.update({"mean.weight": np.zeros((8, 3), np.int64)}),
-    "mean.bias holds NaN": lambda tensors: tensors.update({"mean.bias": np.full(3, np.nan, np.float32)}),
-}
-
-
-@pytest.mark.parametrize("message", DAMAGES)
-def test_damaged_snapshots_are_refused_by_name(tmp_path: Path, message: str) -> None:
+def test_damaged_snapshots_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "policy.safetensors"
     save_policy(make_policy(), path)
-    tensors = load_file(path)
-    DAMAGES[message](tensors)
-    save_file(tensors, path, metadata={"env_id": "Hopper-v5", "steps": "7"})
-    with pytest.raises(UserError) as error:
-        load_policy(path)
-    assert message in str(error.value)
-    assert str(path) in str(error.value)
-
-
-def test_unreadable_snapshots_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "policy.safetensors"
-    with pytest.raises(UserError, match="no such behaviour policy"):
-        load_policy(path)
-    save_policy(make_policy(), path)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        load_policy(path)
-    path.write_bytes(b"\x80\x04K\x01.")  # a pickle
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        load_policy(path)
-    save_file({"mean.bias": np.zeros(3, np.float32)}, path)
-    with pytest.raises(UserError, match="metadata"):
-        load_policy(path)
+    tensors, whole = load_file(path), path.read_bytes()
+    metadata = {"env_id": "Hopper-v5", "steps": "7"}
+    contents = [whole[:500], b"\x80\x04K\x01."]  # cut off; a pickle
+    for damaged, described in (
+        ({k: v for k, v in tensors.items() if k != "hidden.1.bias"}, metadata),
+        ({**tensors, "log_std.bias": np.zeros(2, np.float32)}, metadata),
+        ({**tensors, "mean.weight": np.zeros((5, 3), np.float32)}, metadata),
+        (tensors, {}),
+    ):
+        save_file(damaged, path, metadata=described)
+        contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"policy\.safetensors: not a readable behaviour policy"):
+            load_policy(path)
+    with pytest.raises(UserError, match="not a readable behaviour policy"):
+        load_policy(tmp_path / "none.safetensors")
 
 
 def test_measured_returns_equal_a_plain_loop() -> None:

@@ -165,16 +165,13 @@ def test_a_hostile_configuration_is_refused_by_name(place, value):
 
 def test_missing_and_unknown_entries_are_named():
     data = make_agent().config.to_dict()
-    # old files lack these
-    newer = ("agent", "context_tokens", "time_encoding", "source_clamp", "action_choices")
-    for holder in (data, data["model"]):
-        for name in [name for name in holder if name not in newer]:
-            value = holder.pop(name)
-            with pytest.raises(UserError, match=f"missing entry '{name}'"):
-                agent_config_from_dict(data, "RUN")
-            holder[name] = value
+    for holder, required in ((data, "targets"), (data["model"], "action_dim")):
+        value = holder.pop(required)
+        with pytest.raises(UserError, match=f"'{required}': Field required"):
+            agent_config_from_dict(data, "RUN")
+        holder[required] = value
         holder["extra"] = 1
-        with pytest.raises(UserError, match="unknown entry 'extra'"):
+        with pytest.raises(UserError, match="'extra': Unexpected keyword argument"):
             agent_config_from_dict(data, "RUN")
         del holder["extra"]
     del data["model"]["context_tokens"], data["model"]["time_encoding"]

@@ -82,55 +82,26 @@ def load_policy(path: Path) -> BehaviorPolicy:
     ``mean.bias``, ``log_std.weight`` and ``log_std.bias``; its metadata give ``env_id`` and ``steps``.
 
     Raises:
-        UserError: unreadable, metadata missing, or a tensor missing, not expected, of the wrong shape or
-            type, or not finite; the file and the fault are named.
+        UserError: unreadable, or not the metadata and tensors of a behaviour policy.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such behaviour policy (a .safetensors snapshot)")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, TypeError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    if "env_id" not in metadata or not metadata.get("steps", "").isdecimal():
-        raise UserError(f"{path}: not a behaviour policy: its metadata must give env_id and steps")
-    layers = _checked_layers(path, tensors)
-    mean, log_std = layers.pop("mean"), layers.pop("log_std")
-    return BehaviorPolicy(metadata["env_id"], int(metadata["steps"]), tuple(layers.values()), mean, log_std)
-
-
-def _checked_layers(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, Layer]:
-    """Return the layers of a snapshot by name, hidden ones first and in order; see :func:`load_policy`."""
-    depth = 0
-    while any(name.startswith(f"hidden.{depth}.") for name in tensors):
-        depth += 1
-    layer_names = [f"hidden.{index}" for index in range(depth)] + ["mean", "log_std"]
-    expected = {f"{layer}.{part}" for layer in layer_names for part in ("weight", "bias")}
-    for problem, names in (
-        ("missing", expected - tensors.keys()),
-        ("not expected", tensors.keys() - expected),
-    ):
-        if names:
-            raise UserError(f"{path}: tensors {problem}: {', '.join(sorted(names))}")
-    for name, tensor in tensors.items():
-        if tensor.dtype.kind != "f":
-            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, not floating point")
-        if tensor.ndim != (2 if name.endswith("weight") else 1) or 0 in tensor.shape:
-            raise UserError(f"{path}: tensor {name} has shape {tensor.shape}; want a matrix or a bias vector")
-        if not np.isfinite(tensor).all():
-            raise UserError(f"{path}: tensor {name} holds NaN or infinity")
-
-    width = tensors[f"{layer_names[0]}.weight"].shape[0]
-    action_dim = tensors["mean.bias"].shape[0]
-    layers: dict[str, Layer] = {}
-    for layer in layer_names:
-        weight, bias = tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]
-        outputs = bias.shape[0] if layer.startswith("hidden") else action_dim
-        for name, tensor, shape in (("weight", weight, (width, outputs)), ("bias", bias, (outputs,))):
-            if tensor.shape != shape:
-                raise UserError(f"{path}: tensor {layer}.{name} has shape {tensor.shape}, not {shape}")
-        layers[layer] = (weight.astype(np.float64), bias.astype(np.float64))
-        if layer.startswith("hidden"):
-            width = outputs
-    return layers
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).astype(np.float64) for name in names}
+        depth = sum(name.startswith("hidden.") for name in tensors) // 2
+        layers = [
+            (tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+            for name in (*(f"hidden.{index}" for index in range(depth)), "mean", "log_std")
+        ]
+        policy = BehaviorPolicy(
+            metadata["env_id"],
+            int(metadata["steps"]),
+            tuple(layers[:-2]),
+            mean=layers[-2],
+            log_std=layers[-1],
+        )
+        policy.distribution(np.zeros((1, policy.observation_dim)))
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: not a readable behaviour policy: {error!r}") from error
+    return policy

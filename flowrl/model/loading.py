@@ -1,7 +1,7 @@
 """Agents to and from the plain data of a checkpoint; ``flowrl.load_agent`` is here."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, TypeVar, get_args
@@ -10,8 +10,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from flowrl.attention.kinds import SOURCE_CLAMP
-from flowrl.attention.linear import MAX_TOKENS
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
@@ -23,15 +21,6 @@ T = TypeVar("T")
 MODELS: dict[AgentName, type[ModelConfig] | type[BehaviorCloningConfig]] = {
     "transformer": ModelConfig,
     "bc": BehaviorCloningConfig,
-}
-BEFORE: dict[AgentName, dict[str, Any]] = {  # entries that older files lack, and what they were then
-    "transformer": {
-        "context_tokens": MAX_TOKENS,
-        "action_choices": (),
-        "time_encoding": "learned",
-        "source_clamp": SOURCE_CLAMP,
-    },
-    "bc": {"action_choices": ()},
 }
 
 
@@ -98,16 +87,15 @@ def build_model(
 
 
 def agent_config_from_dict(data: dict[str, Any], where: str) -> AgentConfig:
-    """The inverse of :meth:`AgentConfig.to_dict`; a missing, unknown or unsuitable entry is a UserError."""
+    """The inverse of :meth:`AgentConfig.to_dict`; a missing, unknown or unsuitable entry is a UserError.
+
+    Entries that older files lack have defaults, which are what they were then.
+    """
     data = dict(data)
     agent = data.pop("agent", "transformer")  # absent in files from before there was a choice
     if agent not in get_args(AgentName):
         raise UserError(f"{where}: 'agent' is {agent!r}, expected one of {', '.join(get_args(AgentName))}")
-    if isinstance(data.get("model"), dict):
-        data["model"] = {**BEFORE[agent], **data["model"]}
-    if "model" not in data:
-        raise UserError(f"{where}: missing entry 'model'")
-    model = _validated(MODELS[agent], data["model"], f"{where}: model")
+    model = _validated(MODELS[agent], data.get("model"), f"{where}: model")
     config = _validated(AgentConfig, {**data, "model": asdict(model)}, where)
     if config.context_length > model.max_timesteps:  # no window is longer than the longest episode
         raise UserError(f"{where}: 'context_length' {config.context_length} is beyond 'max_timesteps'")
@@ -135,17 +123,10 @@ def pick_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def _validated(kind: type[T], data: Any, where: str) -> T:
-    """A dataclass of pydantic's from JSON types; every entry must be there, whatever its default."""
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: expected an object, not {short_repr(data)}")
-    for name in sorted(field.name for field in fields(kind)):  # type: ignore[arg-type]
-        if name not in data:
-            raise UserError(f"{where}: missing entry '{name}'")
+    """A dataclass of pydantic's from JSON types."""
     try:
         return TypeAdapter(kind).validate_json(json.dumps(data))
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            raise UserError(f"{where}: unknown entry '{name}'") from error
-        raise UserError(f"{where}: '{name}' is {short_repr(first['input'])}: {first['msg']}") from error
+        name = ".".join(map(str, first["loc"])) or "entries"
+        raise UserError(f"{where}: '{name}': {first['msg']}, found {short_repr(first['input'])}") from error
