@@ -237,6 +237,20 @@ def test_an_agent_acts_by_default_as_it_was_trained(full_episodes, acting):
     assert Agent(agent.model, config, acting="window").acting == "window"
 
 
+@pytest.mark.parametrize("acting", ["recurrent", "window"])
+def test_conditioned_on_the_target_rewards_change_nothing(acting):
+    trained = make_agent(acting=acting, conditioning="target")
+    chosen = Agent(make_agent().model, make_agent().config, acting=acting, conditioning="target")
+    for agent in (trained, chosen):
+        agent.reset(1, 300.0)
+        acted = [agent.act(observation_of(0, t)[None], np.array([reward_of(0, t)])) for t in range(12)]
+        agent.reset(1, 300.0)
+        unrewarded = [agent.act(observation_of(0, t)[None], np.zeros(1)) for t in range(12)]
+        np.testing.assert_array_equal(acted, unrewarded)
+    usual = make_agent(acting=acting)
+    assert not np.allclose(play(usual, 0, 12, 300.0)[-1], play(chosen, 0, 12, 300.0)[-1], atol=1e-6)
+
+
 # Resetting environments, single environments, changing targets --------------------------------------------
 
 

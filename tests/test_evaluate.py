@@ -34,6 +34,7 @@ class ConstantAgent:
     environment: EnvironmentSpec | None = HOPPER
     checkpoint_step: int = 50
     acting: str = "recurrent"
+    conditioning: str = "return-to-go"
     config = SimpleNamespace(
         reference=REFERENCE_SCORES["hopper"],
         dataset_id="hopper-medium",
@@ -185,9 +186,10 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
     evaluate_run(config)
     ((run, options),) = calls
     assert (run, options.pop("source_clamp")) == (tmp_path, None)
-    assert options == {"checkpoint": 50, "acting": "recurrent", "device": "cpu"}
+    assert options == {"checkpoint": 50, "acting": "recurrent", "conditioning": None, "device": "cpu"}
     printed = capsys.readouterr().out
-    assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, checkpoint 50" in printed
+    assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, conditioned on the" in printed
+    assert "return-to-go, checkpoint 50" in printed
     document = json.loads(results.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert document["environment"] == json.loads(json.dumps(asdict(HOPPER)))
     assert document["versions"]["gymnasium"] == gym.__version__
@@ -196,7 +198,7 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
         "dataset_id": "hopper-medium",
         "dataset_sha256": "c0ffee",
     }
-    given |= {"acting": "recurrent", "checkpoint_step": 50, "seed": 0}
+    given |= {"acting": "recurrent", "conditioning": "return-to-go", "checkpoint_step": 50, "seed": 0}
     assert {name: document[name] for name in given} == given
     assert [target["target_return"] for target in document["targets"]] == [600.0, 0.0]
     expected = [return_of_one_episode(600.0, int(seed))[0] for seed in episode_seeds(0, 2)]

@@ -136,6 +136,7 @@ HOSTILE = [
     (("agent",), "bct"),
     (("full_episodes",), 1),
     (("reward_mode",), "sparse"),
+    (("conditioning",), "return"),
     *((("targets",), value) for value in ("5", [None], [True], [float("nan")], [10**400])),
     (("dataset_id",), None),
     *((("environment",), value) for value in (False, "Hopper-v4", {}, {"env_id": 5})),

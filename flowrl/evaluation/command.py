@@ -19,7 +19,7 @@ from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate, format_table
 from flowrl.evaluation.rollout import failures_kept
 from flowrl.evaluation.video import check_video, write_video
-from flowrl.model.agent import Acting
+from flowrl.model.agent import Acting, Conditioning
 from flowrl.model.loading import load_agent
 from flowrl.options import Episodes, Seed, SourceClamp, checked, flag
 from flowrl.plain_yaml import read_yaml_mapping
@@ -44,6 +44,9 @@ class EvaluateConfig(EvaluationOptions):
     acting: Acting | None = None
     """recurrent: constant cost per step over the whole episode so far; window: recompute the last
     context_length steps. By default the way that the run was trained for."""
+    conditioning: Conditioning | None = None
+    """return-to-go: on the target less what was earned; target: on the target itself at every timestep. By
+    default as the run was configured."""
     source_clamp: SourceClamp | None = None
     """Flow-Attention's, in place of the run's own: 20 where episodes are of more than 20,000 timesteps."""
     checkpoint: int | None = None
@@ -86,6 +89,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         config.run,
         checkpoint=config.checkpoint,
         acting=config.acting,
+        conditioning=config.conditioning,
         device=config.device,
         source_clamp=config.source_clamp,
     )
@@ -108,8 +112,8 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         targets = config.targets or agent.config.targets
     print(
         f"environment {environment.env_id}, dataset {agent.config.dataset_id} "
-        f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, "
-        f"checkpoint {agent.checkpoint_step}, seed {config.seed}"
+        f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, conditioned on the "
+        f"{agent.conditioning}, checkpoint {agent.checkpoint_step}, seed {config.seed}"
     )
     with failures_kept(config.run):
         results = evaluate(agent, environment, targets, config.episodes, config.seed, reference)
@@ -124,6 +128,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
             "dataset_id": agent.config.dataset_id,
             "dataset_sha256": agent.config.dataset_sha256,
             "acting": agent.acting,
+            "conditioning": agent.conditioning,
             "checkpoint_step": agent.checkpoint_step,
             "seed": config.seed,
             "versions": {name: version(name) for name in ("flowrl", "torch", "gymnasium", "mujoco")},

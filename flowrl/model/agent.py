@@ -22,6 +22,7 @@ from flowrl.window import Window
 
 AgentName = Literal["transformer", "bc"]
 Acting = Literal["recurrent", "window"]
+Conditioning = Literal["return-to-go", "target"]
 AutoresetMode = Literal["NextStep", "SameStep", "Disabled"]  # values of gymnasium.vector.AutoresetMode
 
 
@@ -37,6 +38,8 @@ class AgentConfig:
     targets: tuple[float, ...]
     """Target returns to evaluate at."""
     reward_mode: Literal["dense", "delayed"] = "dense"
+    conditioning: Conditioning = "return-to-go"
+    """What actions are conditioned on while acting: the target less what was earned, or the target itself."""
     dataset_id: str = ""
     dataset_sha256: str = ""
     environment: EnvironmentSpec | None = None
@@ -61,6 +64,7 @@ class Agent:
         config: AgentConfig,
         *,
         acting: Acting | None = None,
+        conditioning: Conditioning | None = None,
         temperature: float = 0.0,
         checkpoint_step: int | None = None,
     ) -> None:
@@ -68,6 +72,7 @@ class Agent:
         self.config = config
         by_default: Acting = "recurrent" if config.full_episodes or not model.has_memory else "window"
         self.acting: Acting = acting or by_default
+        self.conditioning = conditioning or config.conditioning
         self.temperature = temperature  # of discrete actions, drawn; 0 takes the likeliest
         self.checkpoint_step = checkpoint_step
         self._state: ActingState | None = None
@@ -176,7 +181,7 @@ class Agent:
             raise RuntimeError("call reset(num_envs, target_return) before act")
         observed = self._checked("observations", observations, (self.config.model.observation_dim,))
         self._start_ended_episodes(terminations, truncations)
-        if rewards is not None and self.config.reward_mode == "dense":
+        if rewards is not None and self.config.reward_mode == "dense" and self.conditioning == "return-to-go":
             earned = self._checked("rewards", rewards, ())
             self._returns_to_go -= torch.where(self._timesteps > 0, earned, 0)
         if self._history is None:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from flowrl.errors import UserError
-from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName
+from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName, Conditioning
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, load_checkpoint
 from flowrl.model.hub import agent_folder
@@ -29,6 +29,7 @@ def load_agent(
     *,
     checkpoint: int | None = None,
     acting: Acting | None = None,
+    conditioning: Conditioning | None = None,
     device: str = "cpu",
     source_clamp: float | None = None,
 ) -> Agent:
@@ -39,6 +40,7 @@ def load_agent(
             Hugging Face Hub: hf:OWNER/NAME, or hf:OWNER/NAME@REVISION with a branch, tag or commit.
         checkpoint: step to load; the newest whole one by default.
         acting: recurrent or window; by default the way the agent was trained for.
+        conditioning: return-to-go or target, see :class:`AgentConfig`; by default as it was trained for.
         device: where it runs: auto, cpu, cuda, cuda:1, ...
         source_clamp: in place of the model's own, for acting longer than it was trained for.
 
@@ -46,15 +48,16 @@ def load_agent(
         UserError: nothing there, damaged files, or tensors that do not fit the configuration.
     """
     run = agent_folder(run)
-    if acting not in (None, *get_args(Acting)):
-        raise UserError(f"acting '{acting}': expected one of {', '.join(get_args(Acting))}")
+    for name, value, values in (("acting", acting, Acting), ("conditioning", conditioning, Conditioning)):
+        if value not in (None, *get_args(values)):
+            raise UserError(f"{name} '{value}': expected one of {', '.join(get_args(values))}")
     loaded = load_checkpoint(run, checkpoint)
     config = agent_config_from_dict(loaded.agent, where=f"{run}: {AGENT_JSON}")
     if source_clamp is not None and isinstance(config.model, ModelConfig):
         config = replace(config, model=replace(config.model, source_clamp=source_clamp))
     model = build_model(config.model, loaded.model, where=f"{run}: {MODEL_TENSORS}")
     model.to(pick_device(device))
-    return Agent(model.eval(), config, acting=acting, checkpoint_step=loaded.step)
+    return Agent(model.eval(), config, acting=acting, conditioning=conditioning, checkpoint_step=loaded.step)
 
 
 def untrained_model(config: ModelConfig | BehaviorCloningConfig) -> SequenceModel | BehaviorCloningModel:

@@ -7,7 +7,7 @@ The exported step takes a batch of any size and carries the whole episode in ten
 
 Normalisation and action bounds are inside. All zeros is the state before an episode's first timestep; a row
 whose timestep is 0 begins a new episode, whatever the rest of its state. The caller subtracts each reward
-from the return-to-go, but for agents of delayed rewards.
+from the return-to-go, but for agents of delayed rewards and those conditioned on the target itself.
 """
 
 import copy
@@ -240,6 +240,7 @@ def _metadata(agent: Agent, step: ExportedStep) -> dict[str, Any]:
         "state_shapes": step.state_shapes,
         "targets": config.targets,
         "reward_mode": config.reward_mode,
+        "conditioning": agent.conditioning,
         "dataset_id": config.dataset_id,
         "environment": None if config.environment is None else asdict(config.environment),
     }

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Strict
 from flowrl.attention.kinds import SOURCE_CLAMP
 from flowrl.envs.options import EvaluationOptions
 from flowrl.errors import UserError
-from flowrl.model.agent import Acting, AgentName
+from flowrl.model.agent import Acting, AgentName, Conditioning
 from flowrl.model.transformer import MixerName, TimeEncoding, TokenLayout
 from flowrl.options import (
     Count,
@@ -137,6 +137,9 @@ class TrainConfig(EvaluationOptions):
     share no episode."""
     acting: Acting | None = None
     """recurrent or window; by default recurrent after training on whole episodes, else window."""
+    conditioning: Conditioning = "return-to-go"
+    """What actions are conditioned on while acting. return-to-go: the target less what was earned, as in the
+    Decision Transformer; target: the target itself at every timestep."""
     log_every: PositiveCount = 100
     """Updates between lines of metrics."""
     checkpoint_every: PositiveCount = 1_000
@@ -157,7 +160,7 @@ class TrainConfig(EvaluationOptions):
 RESUMABLE = frozenset(
     (
         *("steps", "device", "compile", "resume", "run_dir"),
-        *("targets", "eval_every", "eval_episodes", "eval_seed", "acting"),
+        *("targets", "eval_every", "eval_episodes", "eval_seed", "acting", "conditioning"),
         *("log_every", "checkpoint_every", "keep_checkpoints"),
     )
 )

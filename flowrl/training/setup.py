@@ -121,6 +121,7 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset, device: torch.devi
         full_episodes=whole,
         targets=targets[:1] if config.agent == "bc" else targets,  # to which it is blind: one will do
         reward_mode=config.reward_mode,
+        conditioning=config.conditioning,
         dataset_id=dataset.dataset_id,
         dataset_sha256=dataset.sha256,
         environment=dataset.environment,
