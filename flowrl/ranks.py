@@ -64,13 +64,8 @@ class Ranks:
         """The tensors (their shapes may differ) of all ranks in order, on the CPU."""
         if self.size == 1:
             return [tensor]
-        shapes: list = [None] * self.size
-        dist.all_gather_object(shapes, tuple(tensor.shape))
-        received = [torch.zeros(shape, dtype=tensor.dtype) for shape in shapes]
-        for rank, into in enumerate(received):
-            if rank == self.rank:
-                into.copy_(tensor)
-            dist.broadcast(into, src=rank)
+        received: list = [None] * self.size
+        dist.all_gather_object(received, tensor)
         return received
 
 

@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_makes_the_run_go_back_one(reference, tmp_path, cap
     path.write_bytes(path.read_bytes()[:-3])
     resume_here(run)
     output = capsys.readouterr().out
-    assert "step-00000060/training.safetensors: its size differs" in output
+    assert "step-00000060/training.safetensors: its size or SHA-256 differs" in output
     assert "falling back to the checkpoint at step 50" in output
     assert_same_end(run, reference)
 

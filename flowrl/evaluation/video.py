@@ -88,16 +88,10 @@ def _encode(path: Path, frames: Iterator[np.ndarray], frames_per_second: float) 
     first = next(frames)
     size = (first.shape[1], first.shape[0])
     # The format is named because a temporary file's name does not end in .mp4.
-    writer = FFMPEG_VideoWriter(str(path), size, frames_per_second, ffmpeg_params=["-f", "mp4"])
-    encoder = writer.proc
-    try:
+    with FFMPEG_VideoWriter(str(path), size, frames_per_second, ffmpeg_params=["-f", "mp4"]) as writer:
+        encoder = writer.proc
         for frame in chain([first], frames):
             writer.write_frame(frame)
-        writer.close()
-    except BaseException:
-        encoder.kill()
-        encoder.wait()
-        raise
     if encoder.returncode != 0:
         raise OSError(f"the encoder stopped with exit code {encoder.returncode}")
 

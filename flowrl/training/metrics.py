@@ -70,20 +70,10 @@ def read_metrics(run: Path, kind: str, figures: tuple[str, ...] = ()) -> list[di
     path = run / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{run}: not a run folder, it has no {METRICS_FILE}")
-    entries, lines = [], _lines(run)
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            if entry["kind"] != kind:
-                continue
-            if not all(isinstance(entry[name], int | float) for name in ("step", *figures)):
-                raise TypeError("not a number")
-            entries.append(entry)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if 1 < number == len(lines) and not path.read_bytes().endswith(b"\n"):
-                break
-            raise UserError(f"{path}: line {number} is not a line of metrics") from error
-    return entries
+    lines = _lines(run, kind, figures)
+    if not lines and path.stat().st_size > 0:
+        raise UserError(f"{path}: line 1 is not a line of metrics")
+    return [entry for _, entry in lines if entry["kind"] == kind]
 
 
 def has_figures(run_dir: Path) -> bool:
@@ -98,24 +88,26 @@ def rewind(run_dir: Path, step: int, evaluated_step: int) -> None:
     crash is dropped too.
 
     Raises:
-        UserError: a line before the last that is not JSON.
+        UserError: a line that is not one of metrics.
     """
-    path, lines = run_dir / METRICS_FILE, _lines(run_dir)
-    kept = []
-    for number, line in enumerate(lines, start=1):
+    last = {"evaluation": evaluated_step}
+    kept = [line for line, entry in _lines(run_dir) if entry["step"] <= last.get(entry["kind"], step)]
+    write_text(run_dir / METRICS_FILE, "".join(kept))
+
+
+def _lines(run_dir: Path, kind: str = "", figures: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """The whole lines of a run's metrics and what they hold; those of this kind have these figures."""
+    path = run_dir / METRICS_FILE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    *whole, _ = text.split("\n")  # what follows the last line's end was cut off
+    found = []
+    for number, line in enumerate(whole, start=1):
         try:
             entry = json.loads(line)
-            last = evaluated_step if entry["kind"] == "evaluation" else step
-            keep = entry["step"] <= last
+            names = ("step", *(figures if entry["kind"] == kind else ()))
+            if not all(isinstance(entry[name], int | float) for name in names):
+                raise TypeError("not a number")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not a line of metrics") from error
-            keep = False
-        if keep:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
-
-
-def _lines(run_dir: Path) -> list[str]:
-    path = run_dir / METRICS_FILE
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+            raise UserError(f"{path}: line {number} is not a line of metrics") from error
+        found.append((f"{line}\n", entry))
+    return found

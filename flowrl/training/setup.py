@@ -1,7 +1,7 @@
 """What a run starts from: its random streams, the data, and an agent with the data's statistics."""
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from enum import IntEnum
 
 import gymnasium
@@ -18,7 +18,7 @@ from flowrl.errors import UserError
 from flowrl.machine import available_memory
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig
-from flowrl.model.loading import untrained_model
+from flowrl.model.loading import MODELS, untrained_model
 from flowrl.model.transformer import TOKENS_PER_TIMESTEP, ModelConfig, SequenceModel
 from flowrl.options import LARGEST_DIMENSION
 from flowrl.training.config import TrainConfig
@@ -133,42 +133,24 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset, device: torch.devi
 def _model_config(
     config: TrainConfig, dataset: EpisodeDataset, context_length: int
 ) -> ModelConfig | BehaviorCloningConfig:
-    max_timesteps = max(dataset.max_episode_length, _time_limit(dataset))
-    if config.agent == "bc":
-        return BehaviorCloningConfig(
-            observation_dim=dataset.observation_dim,
-            action_dim=dataset.action_dim,
-            max_timesteps=max_timesteps,
-            num_layers=config.num_layers,
-            embed_dim=config.embed_dim,
-            dropout=config.dropout,
-        )
+    """Of the options those that the model has, by name, and the sizes of the data."""
     tokens = context_length * TOKENS_PER_TIMESTEP[config.token_layout]
-    return ModelConfig(
-        observation_dim=dataset.observation_dim,
-        action_dim=dataset.action_dim,
-        max_timesteps=max_timesteps,
-        attention=config.attention,
-        token_layout=config.token_layout,
-        num_layers=config.num_layers,
-        embed_dim=config.embed_dim,
-        num_heads=config.num_heads,
-        dropout=config.dropout,
-        context_tokens=min(tokens, LARGEST_DIMENSION),
-        time_encoding=config.time_encoding,
-        source_clamp=config.source_clamp,
-    )
+    values = asdict(config) | {
+        "observation_dim": dataset.observation_dim,
+        "action_dim": dataset.action_dim,
+        "max_timesteps": max(dataset.max_episode_length, _time_limit(dataset)),
+        "context_tokens": min(tokens, LARGEST_DIMENSION),
+    }
+    kind = MODELS[config.agent]
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})
 
 
 def _check_memory(
     config: TrainConfig, model_config: ModelConfig | BehaviorCloningConfig, device: torch.device
 ) -> None:
-    sizes = []
-    for num_layers in (1, 2):  # all others are like the second
-        with torch.device("meta"):  # which takes no memory itself
-            model = untrained_model(replace(model_config, num_layers=num_layers))
-        sizes.append(sum(parameter.nbytes for parameter in model.parameters()))
-    needed = _TENSORS_PER_PARAMETER * (sizes[0] + (config.num_layers - 1) * (sizes[1] - sizes[0]))
+    with torch.device("meta"):  # which takes no memory itself
+        model = untrained_model(model_config)
+    needed = _TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in model.parameters())
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if memory is not None and needed > memory:
         raise UserError(
