@@ -3,129 +3,66 @@
 import io
 import os
 import sys
-from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
 
 from flowrl.errors import exit_on_user_error
 from flowrl.process import prepare_threads
 
 EXIT_BROKEN_PIPE = 141  # as of a process that SIGPIPE ended
 
-# Each command imports what it needs when it runs: `flowrl report` does not load what only training needs.
+
+class Command(NamedTuple):
+    """What a command does, imported when it runs: `flowrl report` does not load what only training needs."""
+
+    description: str
+    module: str
+    function: str
+    options: str = ""
+    """The dataclass of its options, the function's argument; without one the function parses them itself."""
+
+    def run(self) -> int:
+        """Run it with the options in ``sys.argv`` and print what it returns; the result is the exit code."""
+        import tyro
+
+        module = import_module(f"flowrl.{self.module}")
+        options = [tyro.cli(getattr(module, self.options))] if self.options else []
+        result = getattr(module, self.function)(*options)
+        if isinstance(result, str):
+            print(result)
+        return result if isinstance(result, int) else 0
 
 
-def train() -> int:
-    """Train an agent, or resume a run."""
-    from flowrl.training.config import parse_train_config
-    from flowrl.training.run import train as run
-
-    run(parse_train_config())
-    return 0
-
-
-def evaluate() -> int:
-    """Evaluate a trained run in its environment."""
-    import tyro
-
-    from flowrl.evaluation.command import EvaluateConfig, evaluate_run
-
-    evaluate_run(tyro.cli(EvaluateConfig))
-    return 0
-
-
-def collect() -> int:
-    """Collect a dataset with the behaviour policies of the package."""
-    import tyro
-
-    from flowrl.data.command import CollectCommand, run_collect
-
-    run_collect(tyro.cli(CollectCommand))
-    return 0
-
-
-def info() -> int:
-    """Show what a dataset holds, and what training would refuse or change."""
-    import tyro
-
-    from flowrl.data.info import InfoConfig, describe_dataset
-
-    print(describe_dataset(tyro.cli(InfoConfig)))
-    return 0
-
-
-def sweep() -> int:
-    """Train many runs: datasets x methods x seeds."""
-    from flowrl.sweeps.command import run_sweep
-
-    return run_sweep()
-
-
-def report() -> int:
-    """Write tables and pictures of finished runs."""
-    import tyro
-
-    from flowrl.report.command import ReportConfig, write_report
-
-    print(write_report(tyro.cli(ReportConfig)))
-    return 0
-
-
-def compare() -> int:
-    """Compare two agents on the same starts."""
-    import tyro
-
-    from flowrl.report.compare import CompareConfig
-    from flowrl.report.compare import compare as run
-
-    print(run(tyro.cli(CompareConfig)))
-    return 0
-
-
-def export() -> int:
-    """Write the recurrent step of an agent as one file for torch or ONNX."""
-    import tyro
-
-    from flowrl.sharing.export import ExportConfig, run_export
-
-    run_export(tyro.cli(ExportConfig))
-    return 0
-
-
-def push() -> int:
-    """Put an agent on the Hugging Face Hub, with a model card."""
-    import tyro
-
-    from flowrl.sharing.push import PushConfig
-    from flowrl.sharing.push import push as run
-
-    run(tyro.cli(PushConfig))
-    return 0
-
-
-def pull() -> int:
-    """Download an agent from the Hugging Face Hub."""
-    import tyro
-
-    from flowrl.sharing.push import PullConfig
-    from flowrl.sharing.push import pull as run
-
-    run(tyro.cli(PullConfig))
-    return 0
-
-
-def check() -> int:
-    """Show what runs on this machine, and why."""
-    import tyro
-
-    from flowrl.check import describe_device
-
-    print(tyro.cli(describe_device))
-    return 0
-
-
-COMMANDS: dict[str, Callable[[], int]] = {
-    command.__name__: command
-    for command in (train, evaluate, collect, info, sweep, report, compare, export, push, pull, check)
-}
+COMMANDS = {
+    "train": Command("Train an agent, or resume a run.", "training.run", "run_train"),
+    "evaluate": Command(
+        "Evaluate a trained run in its environment.", "evaluation.command", "evaluate_run", "EvaluateConfig"
+    ),
+    "collect": Command(
+        "Collect a dataset with the behaviour policies of the package.",
+        "data.command", "run_collect", "CollectCommand",
+    ),
+    "info": Command(
+        "Show what a dataset holds, and what training would refuse or change.",
+        "data.info", "describe_dataset", "InfoConfig",
+    ),
+    "sweep": Command("Train many runs: datasets x methods x seeds.", "sweeps.command", "run_sweep"),
+    "report": Command(
+        "Write tables and pictures of finished runs.", "report.command", "write_report", "ReportConfig"
+    ),
+    "compare": Command(
+        "Compare two agents on the same starts.", "report.compare", "compare", "CompareConfig"
+    ),
+    "export": Command(
+        "Write the recurrent step of an agent as one file for torch or ONNX.",
+        "sharing.export", "run_export", "ExportConfig",
+    ),
+    "push": Command(
+        "Put an agent on the Hugging Face Hub, with a model card.", "sharing.push", "push", "PushConfig"
+    ),
+    "pull": Command("Download an agent from the Hugging Face Hub.", "sharing.push", "pull", "PullConfig"),
+    "check": Command("Show what runs on this machine, and why.", "check", "run_check"),
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if name not in COMMANDS:
-        lines = [f"  {known:10}{command.__doc__}" for known, command in COMMANDS.items()]
+        lines = [f"  {known:10}{command.description}" for known, command in COMMANDS.items()]
         known_flag = name in ("-h", "--help")
         usage = "\n".join(["usage: flowrl COMMAND [--help] ...", "", *lines])
         print(usage, file=sys.stdout if known_flag else sys.stderr)
@@ -149,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             with exit_on_user_error():
-                return COMMANDS[name]()
+                return COMMANDS[name].run()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:

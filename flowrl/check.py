@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TypeVar
 
 import torch
+import tyro
 from torch import Tensor
 
 from flowrl.attention.flow import cpu, flow_attention, triton
@@ -30,6 +31,11 @@ REPETITIONS = 3
 GIB = 1 << 30
 Result = TypeVar("Result")
 _CPUINFO = Path("/proc/cpuinfo")
+
+
+def run_check() -> str:
+    """The command, whose only option is --help."""
+    return tyro.cli(describe_device)
 
 
 def describe_device() -> str:

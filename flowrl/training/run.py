@@ -17,9 +17,14 @@ from flowrl.model.loading import pick_device
 from flowrl.process import prepare_process
 from flowrl.ranks import Ranks, joined_ranks
 from flowrl.signals import StopSignals
-from flowrl.training.config import TrainConfig, check_values, dataset_folder, method_name
+from flowrl.training.config import TrainConfig, check_values, dataset_folder, method_name, parse_train_config
 from flowrl.training.setup import load_dataset
 from flowrl.training.trainer import Trainer
+
+
+def run_train() -> None:
+    """The command: train what ``sys.argv`` describes."""
+    train(parse_train_config())
 
 
 def train(config: TrainConfig) -> list[TargetResult]:
