@@ -138,12 +138,6 @@ def test_slots_restart_and_leave_without_touching_one_another(layout, acting, at
 
 
 @pytest.mark.parametrize("acting", ["recurrent", "window"])
-def test_target_and_rewards_steer_the_actions(acting):
-    low, high = (play(make_agent(acting=acting), 1, 3, target) for target in (0.0, 600.0))
-    assert np.abs(low - high).max() > 1e-3
-
-
-@pytest.mark.parametrize("acting", ["recurrent", "window"])
 def test_delayed_rewards_never_lower_the_return_to_go(acting):
     agent = make_agent(acting=acting, reward_mode="delayed")
     with_rewards = play(agent, 5, 10, 300.0)
@@ -168,21 +162,6 @@ def test_dropout_is_off_even_if_the_model_was_left_in_training_mode():
     agent = make_agent()
     agent.model.train()
     assert np.array_equal(play(agent, 2, 5, 300.0), play(agent, 2, 5, 300.0))
-
-
-@pytest.mark.parametrize("acting", ["recurrent", "window"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_changing_a_returned_array_does_not_change_the_agent(acting, layout):
-    """What comes back belongs to the caller: environments and users may scale or clip it in place."""
-    expected = play(make_agent(layout, acting=acting), 4, 6, 300.0)
-    agent = make_agent(layout, acting=acting)
-    agent.reset(1, 300.0)
-    for t in range(6):
-        observation = observation_of(4, t)[None]
-        action = agent.act(observation, np.array([reward_of(4, t - 1)]) if t else None)
-        assert np.array_equal(action[0], expected[t])
-        action[:] = 0.1
-        observation[:] = 9.0
 
 
 @pytest.mark.parametrize("acting", ["recurrent", "window"])
@@ -217,24 +196,6 @@ def test_shapes_and_targets_that_do_not_fit_are_refused():
         agent.reset(2, np.array([1.0, 2.0, 3.0]))
     with pytest.raises(ValueError, match="target_return"):
         agent.reset(2, np.array([1.0, np.nan]))
-
-
-def test_recurrent_state_is_constant_in_size_under_flow_attention():
-    agent = make_agent()
-    agent.reset(1, 300.0)
-    sizes = set()
-    for t in range(100):
-        agent.act(observation_of(0, t)[None], np.zeros(1))
-        sizes.add(sum(tensor.numel() for state in agent._state.layers for tensor in state))
-    assert len(sizes) == 1
-
-
-@pytest.mark.parametrize(("full_episodes", "acting"), [(True, "recurrent"), (False, "window")])
-def test_an_agent_acts_by_default_as_it_was_trained(full_episodes, acting):
-    agent = make_agent()
-    config = AgentConfig(agent.config.model, 5, full_episodes, (1.0,))
-    assert Agent(agent.model, config).acting == acting
-    assert Agent(agent.model, config, acting="window").acting == "window"
 
 
 @pytest.mark.parametrize("acting", ["recurrent", "window"])

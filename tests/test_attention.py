@@ -8,7 +8,6 @@ import torch
 from attention_forms import assert_all_close, saved_by, stepped, tokens, with_gradients
 
 from flowrl.attention import (
-    ATTENTION_KINDS,
     flow_attention,
     flow_attention_step,
     naive_flow_attention,
@@ -16,9 +15,8 @@ from flowrl.attention import (
     softmax_attention_step,
 )
 from flowrl.attention.flow import blocks
-from flowrl.attention.kinds import clear_rows, select_rows
 
-LENGTHS = (1, 2, 60, 127, 128, 129, 1000, 3000)
+LENGTHS = (1, 2, 127, 128, 129, 3000)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -103,22 +101,16 @@ def test_parallel_recurrent_and_naive_forms_agree(length, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("clamp", [0.3, 0.9, 1.0, 100.0])
+@pytest.mark.parametrize("clamp", [0.3, 1.0])
 def test_forms_agree_where_the_clamp_binds(clamp, dtype):
     q, k, v, weight = tokens(200, batch=2)
     expected = with_gradients(naive_flow_attention, q, k, v, weight, clamp=clamp)
     unclamped = with_gradients(naive_flow_attention, q, k, v, weight, clamp=1e9)
-    assert (expected[0] - unclamped[0]).abs().max() > 1e-3 or clamp == 100.0
+    assert (expected[0] - unclamped[0]).abs().max() > 1e-3
     cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
     assert_all_close(with_gradients(flow_attention, *cast, clamp=clamp), expected, TOLERANCE[dtype])
     outputs = stepped(*cast[:3], clamp=clamp)
     assert (outputs.double() - expected[0]).abs().max() <= TOLERANCE[dtype]
-
-
-def test_recurrent_form_has_the_gradients_of_the_naive_one():
-    q, k, v, weight = tokens(40)
-    expected = with_gradients(naive_flow_attention, q, k, v, weight)
-    assert_all_close(with_gradients(stepped, q, k, v, weight), expected, 1e-10)
 
 
 def use_short_blocks(monkeypatch, block):
@@ -127,20 +119,13 @@ def use_short_blocks(monkeypatch, block):
     monkeypatch.setattr(blocks, "SHORTEST_BLOCK", block)
 
 
-@pytest.mark.parametrize("length", [3, 4, 5, 8, 12, 13, 36, 47])
+@pytest.mark.parametrize("length", [3, 4, 5, 12, 47])
 def test_state_carries_over_blocks(monkeypatch, length):
     use_short_blocks(monkeypatch, 4)
     q, k, v, weight = tokens(length, batch=2, head_dim=4)
     for clamp in (0.5, 10.0):
         expected = with_gradients(naive_flow_attention, q, k, v, weight, clamp=clamp)
         assert_all_close(with_gradients(flow_attention, q, k, v, weight, clamp=clamp), expected, 1e-10)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_gradients_agree_with_finite_differences(monkeypatch, causal):
-    use_short_blocks(monkeypatch, 2)
-    inputs = [tensor.requires_grad_() for tensor in tokens(5, heads=1, head_dim=2, value_dim=1)[:3]]
-    assert torch.autograd.gradcheck(lambda *x: flow_attention(*x, causal=causal), inputs)
 
 
 def test_eps_and_value_width_are_honoured():
@@ -193,12 +178,10 @@ def extreme_inputs(length, head_dim):
     one_sided = torch.tensor([1e4, -1e4]).repeat(head_dim // 2).expand(1, length, head_dim)
     return {
         "spread": spread,
-        "both on": (full(1e4), full(1e4)),
         "both off": (full(-1e4), full(-1e4)),
         "queries off": (full(-1e4), full(1e4)),
         "keys off": (full(1e4), full(-1e4)),
         "near zero": (full(-30.0), full(-30.0)),
-        "off, then on": (halves(-1e4, 1e4), halves(-1e4, 1e4)),
         "crossing": (halves(-1e4, 1e4), halves(1e4, -1e4)),
         "orthogonal": (one_sided, -one_sided),
     }
@@ -213,19 +196,6 @@ def test_extreme_inputs_stay_finite_at_length_65536():
         assert all(result[row].isfinite().all() for result in results), case
     last_steps = [tensor[:, :, -300:] for tensor in (queries, keys, values)]
     assert stepped(*last_steps).isfinite().all()
-
-
-def test_bfloat16_inputs_are_summed_in_float32():
-    rounded = [tensor.bfloat16() for tensor in tokens(1000)]
-    exact = with_gradients(naive_flow_attention, *(tensor.double() for tensor in rounded))
-    actual = with_gradients(flow_attention, *rounded)
-    for value, reference in zip(actual, exact, strict=True):
-        assert value.dtype == torch.bfloat16
-        # Nothing but the final rounding to 8 bits; sums in bfloat16 would be off by percents.
-        assert ((value.double() - reference).abs() <= 2**-8 * reference.abs() + 1e-5).all()
-    outputs = stepped(*rounded[:3])
-    assert outputs.dtype == torch.bfloat16
-    assert ((outputs.double() - exact[0]).abs() <= 2**-8 * exact[0].abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -255,16 +225,6 @@ def test_memory_is_linear_in_length():
     assert largest <= 3 * 4096 * head_dim  # nor made on the way; nor one of (length, length)
 
 
-def test_step_state_is_constant_in_size():
-    q, k, v, _ = tokens(300, batch=3)
-    sizes = []
-    state = None
-    for token in range(300):
-        _, state = flow_attention_step(q[:, :, token], k[:, :, token], v[:, :, token], state)
-        sizes.append(sum(tensor.numel() for tensor in state))
-    assert set(sizes) == {3 * 2 * (2 + 4 * 8 + 8 * 5)}
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_softmax_step_equals_its_parallel_form(dtype):
     inputs = tokens(200, batch=2, head_dim=8, value_dim=8, dtype=dtype)[:3]
@@ -277,41 +237,14 @@ def test_softmax_step_equals_its_parallel_form(dtype):
     assert (stepped(*inputs, step=softmax_attention_step) - expected).abs().max() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", list(ATTENTION_KINDS))
-def test_rows_restart_and_move_on_their_own(name):
-    """Rows that began at different times, with one dropped, equal sequences run one by one."""
-    kind = ATTENTION_KINDS[name]
-    inputs = tokens(150, batch=3, head_dim=8, value_dim=8)[:3]
-    starts, rows, state = [0, 0, 0], [0, 1, 2], None
-    outputs = {}
-    for token in range(150):
-        if token in (10, 70, 71):  # row 1 starts anew, then rows 0 and 1, then row 2
-            restarted = {10: [1], 70: [0, 1], 71: [2]}[token]
-            state = clear_rows(state, torch.tensor([row in restarted for row in rows]))
-            starts = [token if row in restarted else start for row, start in enumerate(starts)]
-        if token == 100:  # row 1 leaves, the others change places
-            state, rows = select_rows(state, torch.tensor([2, 0])), [2, 0]
-        output, state = kind.step(*(tensor[rows][:, :, token] for tensor in inputs), state)
-        for place, row in enumerate(rows):
-            outputs.setdefault((row, starts[row]), []).append(output[place])
-    assert sorted(outputs) == [(0, 0), (0, 70), (1, 0), (1, 10), (1, 70), (2, 0), (2, 71)]
-    for (row, start), actual in outputs.items():
-        part = [tensor[row : row + 1, :, start : start + len(actual)] for tensor in inputs]
-        assert (torch.stack(actual, dim=1) - kind.parallel(*part)[0]).abs().max() < 1e-10
-
-
 @pytest.mark.parametrize(
     ("queries", "keys", "values", "causal"),
     [
         ((2, 3, 8), (2, 3, 8), (2, 3, 8), True),
         ((1, 2, 3, 8), (1, 2, 3, 4), (1, 2, 3, 8), True),
         ((1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8), True),
-        ((2, 2, 3, 8), (1, 2, 3, 8), (1, 2, 3, 8), True),
-        ((1, 2, 3, 8), (1, 2, 3, 8), (1, 2, 4, 8), True),
-        ((1, 2, 3, 8), (1, 2, 3, 8), (1, 1, 3, 8), True),
         ((1, 2, 3, 8), (1, 2, 4, 8), (1, 2, 4, 8), True),
         ((1, 2, 0, 8), (1, 2, 0, 8), (1, 2, 0, 8), True),
-        ((1, 2, 3, 8), (1, 2, 0, 8), (1, 2, 0, 8), False),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(queries, keys, values, causal):
@@ -319,16 +252,7 @@ def test_shapes_that_do_not_fit_are_refused(queries, keys, values, causal):
         flow_attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values), causal=causal)
 
 
-@pytest.mark.parametrize(
-    ("query", "key", "value"),
-    [
-        ((1, 2, 3, 8), (1, 2, 3, 8), (1, 2, 3, 8)),
-        ((2, 3, 8), (2, 3, 4), (2, 3, 8)),
-        ((2, 3, 8), (2, 1, 8), (2, 3, 8)),
-        ((2, 3, 8), (1, 3, 8), (2, 3, 8)),
-        ((2, 3, 8), (2, 3, 8), (2, 1, 8)),
-    ],
-)
-def test_step_refuses_shapes_that_do_not_fit(query, key, value):
-    with pytest.raises(ValueError, match="flow_attention_step"):
-        flow_attention_step(torch.zeros(query), torch.zeros(key), torch.zeros(value))
+def test_step_refuses_shapes_that_do_not_fit():
+    for query, value in (((1, 2, 3, 8), (1, 2, 3, 8)), ((2, 3, 8), (2, 1, 8))):
+        with pytest.raises(ValueError, match="flow_attention_step"):
+            flow_attention_step(torch.zeros(query), torch.zeros(query), torch.zeros(value))

@@ -1,12 +1,10 @@
 """The exponential moving average of the weights: what it is, who uses it, and that it survives a stop."""
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
-from tiny_training import resume_here, train_here
+from tiny_training import train_here
 
 import flowrl
-from flowrl.training import trainer
 from flowrl.training.trainer import Trainer
 
 
@@ -37,27 +35,6 @@ def test_the_average_is_the_recursion_over_all_updates(tiny_dataset, tmp_path, m
         assert not torch.equal(loaded.double(), last)
 
 
-def test_without_a_decay_the_agent_acts_with_the_last_weights(tiny_dataset, tmp_path, monkeypatch):
-    weights = recorded_training(tiny_dataset, tmp_path / "run", monkeypatch, steps=10, ema_decay=0)
-    agent = flowrl.load_agent(tmp_path / "run")
-    for loaded, last in zip(agent.model.parameters(), weights[-1], strict=True):
-        assert torch.equal(loaded.double(), last)
-
-
-def test_evaluation_uses_the_average(tiny_dataset, tmp_path, monkeypatch):
-    acted = []
-    evaluate = trainer.evaluate
-
-    def recording_evaluate(agent, *arguments):
-        acted.append([p.detach().clone() for p in agent.model.parameters()])
-        return evaluate(agent, *arguments)
-
-    monkeypatch.setattr(trainer, "evaluate", recording_evaluate)
-    train_here(tiny_dataset, tmp_path / "run", steps=20)
-    agent = flowrl.load_agent(tmp_path / "run")
-    assert all(map(torch.equal, acted[-1], agent.model.parameters()))
-
-
 def test_the_average_never_changes_what_updates_compute(tiny_dataset, tmp_path):
     for decay in (0, 0.999):
         train_here(tiny_dataset, tmp_path / str(decay), steps=20, ema_decay=decay)
@@ -65,11 +42,3 @@ def test_the_average_never_changes_what_updates_compute(tiny_dataset, tmp_path):
     without = load_file(tmp_path / "0/checkpoints/step-00000020/model.safetensors")
     for name in (name for name in with_average if name.startswith("model.")):
         assert torch.equal(with_average[name], without[name.removeprefix("model.")])
-
-
-def test_a_run_from_before_averages_continues_from_its_only_weights(tiny_dataset, tmp_path):
-    train_here(tiny_dataset, tmp_path / "run", steps=20, ema_decay=0)
-    config = tmp_path / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("ema_decay: 0.0\n", ""))
-    results = resume_here(tmp_path / "run", steps=30)
-    assert np.isfinite(results[0].returns).all()

@@ -18,9 +18,7 @@ from rollouts import (
     evaluate_one_by_one,
     record_episodes,
 )
-from sampling import LoopSampler
 from speed import BenchmarkConfig, run_benchmarks
-from timing import peak_memory
 from update import use_authors_attention
 from workload import HOPPER, Sizes, make_agent, make_episodes, paper_config
 
@@ -67,33 +65,6 @@ def test_a_model_with_the_authors_form_predicts_the_same():
     torch.testing.assert_close(model(window), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sums_returns", [True, False])
-def test_the_loop_samples_the_same_windows(sums_returns):
-    dataset = make_episodes(3_000, seed=3)
-    drawn = torch.tensor([0, 5, 1, 2_999, 1_500, int(dataset.episode_starts[1]), 777])
-    context = 250  # longer than some of the episodes
-    episodes = np.searchsorted(dataset.episode_starts, drawn.numpy(), side="right") - 1
-    before = np.cumsum(
-        np.where(dataset.episode_lengths > context, context - 1, 0)
-    )  # windows that begin early
-    numbers = drawn + torch.from_numpy(before[episodes])
-    all_at_once = WindowSampler(dataset, context, len(drawn), seed=0).gather(numbers.numpy())
-    expected = all_at_once.window
-    offsets = drawn.numpy() - dataset.episode_starts[episodes]
-    loop = LoopSampler(dataset, context, len(drawn), 0, sums_returns=sums_returns)
-    batch = loop.gather(episodes.tolist(), offsets.tolist())
-    assert batch.num_timesteps == all_at_once.num_timesteps
-    assert batch.window.valid.equal(expected.valid)
-    assert batch.spans.equal(all_at_once.spans)
-    valid = expected.valid
-    assert batch.window.observations[valid].equal(expected.observations[valid])
-    assert batch.window.actions[valid].equal(expected.actions[valid])
-    assert batch.window.timesteps[valid].equal(expected.timesteps[valid])
-    torch.testing.assert_close(batch.window.returns_to_go[valid], expected.returns_to_go[valid])
-    later = valid & (expected.timesteps > 0)
-    assert batch.window.previous_actions[later].equal(expected.previous_actions[later])
-
-
 def test_every_contender_steps_through_the_recorded_episodes():
     episodes = record_episodes(5, "random")
     agent = make_agent(TINY, paper_config(TINY))
@@ -107,15 +78,6 @@ def test_every_contender_steps_through_the_recorded_episodes():
         for action in episodes.actions[episode, :length]:
             env.step(action)
         np.testing.assert_array_equal(final[episode], env.unwrapped.data.qpos)
-
-
-def _hold(count: int) -> float:
-    return float(np.ones(count, dtype=np.uint8).sum())
-
-
-def test_peak_memory_counts_what_a_call_holds():
-    megabytes = peak_memory(_hold, 200 << 20, warm_up=(1 << 10,)) / 2**20
-    assert 190 < megabytes < 260
 
 
 def test_a_tiny_run_writes_json_and_table(tmp_path, monkeypatch):

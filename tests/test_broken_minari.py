@@ -77,10 +77,6 @@ def change_metadata(data: Path, **changes: Any) -> None:
     (data / "metadata.json").write_text(json.dumps({**metadata, **changes}))
 
 
-def test_the_whole_one_is_read() -> None:
-    assert load().episode_lengths.tolist() == list(LENGTHS)
-
-
 # What minari itself stumbles over is reported in its words, with the folder.
 BROKEN: dict[str, tuple[str, Callable[[h5py.File, str], None], str]] = {
     **{

@@ -44,14 +44,7 @@ def test_an_option_given_twice_or_misspelt_is_refused(preset: Path, option: str)
     for text in (f"{option}: 1\n{option}: 1", f"{option}: 1\n'{option}': 1", f"{option}: 1\n? {option}\n: 2"):
         preset.write_text(text)
         assert f"'{option}' is given twice" in refusal(lambda: read_options(preset))
-    for name in (
-        f"{option}_",
-        option.upper(),
-        f"--{option}",
-        f"{option} x",
-        f"!!str {option}z",
-        f"<<: {option}",
-    ):
+    for name in (f"{option}_", f"--{option}", f"{option} x", f"!!str {option}z", f"<<: {option}"):
         preset.write_text(f"{name}: 1")
         assert str(preset) in refusal(lambda: read_options(preset))
     preset.write_text(f"<<: {{{option}: 1}}")  # merged in, past the check for duplicates
@@ -102,9 +95,3 @@ def test_a_truncated_or_flipped_preset_gives_a_configuration_or_one_line(preset:
             tried += 1
     assert tried == 2 * len(whole) > 150
     assert refused > 80
-
-
-def test_paths_that_cannot_be(preset: Path) -> None:
-    for name in ("a" * 300, "\0", "absent", ".", "/dev/null/x", "../" * 100):
-        refusal(lambda name=name: parse_train_config(["--config", name]))
-        refusal(lambda name=name: parse_train_config(["--resume", name]))

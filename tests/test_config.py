@@ -1,9 +1,7 @@
 """Presets, flags and resumed runs: what wins, what is refused, and how it is said."""
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -38,10 +36,6 @@ def write_run(folder, **options):
     return config
 
 
-def test_without_a_preset_the_defaults_hold():
-    assert parse_train_config(["--env", "hopper-random"]) == TrainConfig(env="hopper-random")
-
-
 def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
     preset = tmp_path / "mine.yaml"
     preset.write_text(
@@ -61,14 +55,6 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
         assert parse_train_config(arguments) == replace(
             config, targets=(-5.0,), learning_rate=3e-4, compile=False, env="walker2d-medium"
         )
-
-
-def test_env_picks_the_preset_of_its_name_and_config_another():
-    assert parse_train_config(["--env", "walker2d-medium"]).targets == (5000.0, 2500.0)
-    long = parse_train_config(["--env", "walker2d-medium", "--config", "walker2d-medium-long"])
-    assert long.context_length == "episode"
-    with pytest.raises(UserError, match=r"--config hoper-medium: .*did you mean 'hopper-medium'"):
-        parse_train_config(["--env", "hopper-medium", "--config", "hoper-medium"])
 
 
 TARGETS = {"hopper": (3600.0, 1800.0), "halfcheetah": (12000.0, 6000.0), "walker2d": (5000.0, 2500.0)}
@@ -97,15 +83,9 @@ def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, r
         assert parse_train_config(["--env", env, "--config", name]) == replace(expected, config=name)
 
 
-def test_a_recipe_serves_other_data_too():
-    config = parse_train_config(["--env", "Hopper-v4", "--dataset", "x.hdf5", "--config", "long"])
-    assert (config.context_length, config.token_layout, config.batch_size) == ("episode", "fused", 4)
-    assert (config.env, config.targets, config.return_scale) == ("Hopper-v4", (), None)
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1.0e-4", 1e-4), ("0.0001", 1e-4), ("1", 1.0), ("5e+2", 500.0)],
+    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1", 1.0), ("5e+2", 500.0)],
 )
 def test_numbers_in_yaml_are_numbers(tmp_path, text, expected):
     """YAML 1.1 takes 1e-4 for a string; a learning rate must not."""
@@ -117,51 +97,26 @@ def test_numbers_in_yaml_are_numbers(tmp_path, text, expected):
     assert config.targets == (expected, -expected)
 
 
-REFUSED = {
+REFUSED = {  # more in test_broken_yaml.py
     "stepz: 5": "'stepz': unknown option; did you mean 'steps'",
     "batch-size: 5": "'batch-size': unknown option; did you mean 'batch_size'",
-    "5: 5": "'5': unknown option",
     "~: 5": "'None': unknown option",
     "resume: runs/x": "'resume': this is for the command line alone",
     "steps: 1\nseed: 2\nsteps: 3": "key 'steps' is given twice",
-    "steps: 1.5": "'steps' 1.5: should be a valid integer",
     "steps: 1e3": "'steps' 1000.0: should be a valid integer",
-    "steps: true": "'steps' True: should be a valid integer",
     "steps: '5'": "'steps' '5': should be a valid integer",
-    "steps: [1, 2]": "'steps' [1, 2]: should be a valid integer",
-    "steps: ~": "'steps' None: should be a valid integer",
-    "steps: many": "'steps' 'many': should be a valid integer",
     "steps: 0": "'steps' 0: should be greater than or equal to 1",
-    "learning_rate: fast": "'learning_rate' 'fast': should be a valid number",
     "learning_rate: .inf": "'learning_rate' inf: should be a finite number",
-    "learning_rate: {a: 1}": "'learning_rate' {'a': 1}: should be a valid number",
-    "compile: 'yes'": "'compile' 'yes': should be a valid boolean",
     "compile: 1": "'compile' 1: should be a valid boolean",
     "attention: lineal": "'attention' 'lineal': should be 'flow', 'softmax', 'linear'",
     "context_length: all": "'context_length' 'all': should be a valid integer or should be 'episode'",
-    "acting: 5": "'acting' 5: should be 'recurrent' or 'window'",
-    "targets: [1, x]": "'targets' [1, 'x']: should be a valid number",
-    "targets: [[1, 2]]": "'targets' [[1, 2]]: should be a valid number",
     "targets: ['5', '--steps', '7']": "'targets' ['5', '--steps', '7']: should be a valid number",
     "env: [a, b]": "'env' ['a', 'b']: should be a valid string",
-    "env: {a: b}": "'env' {'a': 'b'}: should be a valid string",
-    "env: 2024-01-01": "'env' datetime.date",
-    "run_dir: 5": "'run_dir' 5: is not a valid path",
     f"env: [{'a' * 100_000}, b]": "'env' ['aaa",
-    "? [steps]\n: 5": "a key must be a name",
-    "? {steps: 5}\n: 5": "a key must be a name",
     "targets: &x [1]\nenv: *x": "references",
-    "a: &a [x]\nb: &b [*a, *a]\ntargets: [*b, *b]": "references",
-    "- steps": "expected a mapping",
     "steps": "expected a mapping",
-    "": "expected a mapping",
     "steps: [": "not plain YAML",
-    "steps: 5\n---\nsteps: 6": "not plain YAML",
-    "\0": "not plain YAML",
-    "[" * 50_000: "not plain YAML",
-    "!!python/object/apply:os.mkdir [exploded]": "not plain YAML",
     "steps: !!python/object/apply:os.mkdir [exploded]": "not plain YAML",
-    "steps: !!python/name:os.mkdir": "not plain YAML",
 }
 
 
@@ -176,14 +131,6 @@ def test_yaml_that_is_wrong_is_refused_by_file_and_key(tmp_path, monkeypatch, ca
     assert len(str(caught.value)) < 1000
     assert capfd.readouterr() == ("", "")  # the message is all there is
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x80\x04\x95\x00", None])
-def test_yaml_that_is_not_text_is_refused(tmp_path, content):
-    path = tmp_path / "x.yaml"
-    path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: (cannot be read as text|not plain YAML)"):
-        read_options(path)
 
 
 def flag(name):
@@ -209,22 +156,12 @@ FROM_0 += ("seed",)
                 float("nan"): "a finite number", float("inf"): "a finite number",
             }.items()
         ),
-        *(({"top_fraction": x}, f"--top-fraction {x}: should be greater than 0") for x in (0.0, -0.1)),
         ({"top_fraction": 1.01}, "--top-fraction 1.01: should be less than or equal to 1"),
-        ({"top_fraction": float("nan")}, "--top-fraction nan: should be a finite number"),
         ({"dropout": 1.0}, "--dropout 1.0: should be less than 1"),
-        ({"ema_decay": 1.0}, "--ema-decay 1.0: should be less than 1"),
-        ({"dropout": float("nan")}, "--dropout nan: should be a finite number"),
-        ({"weight_decay": float("inf")}, "--weight-decay inf: should be a finite number"),
-        ({"eval_episodes": 100_001}, "--eval-episodes 100001: should be less than or equal to 100000"),
         ({"embed_dim": 65}, "--embed-dim 65: must be a multiple of --num-heads 4"),
-        ({"num_layers": 1001}, "--num-layers 1001: should be less than or equal to 1000"),
         ({"embed_dim": 10**30}, "--embed-dim 10+.*: should be less than"),
-        ({"batch_size": 10**15}, "--batch-size 10{15}: should be less than"),
         ({"seed": 1 << 64}, "--seed 18446744073709551616: should be less than"),
         ({"targets": (1.0, float("nan"))}, r"--targets \(1.0, nan\): should be a finite number"),
-        ({"targets": (float("-inf"),)}, r"--targets \(-inf,\): should be a finite number"),
-        ({"attention": "lineal"}, "--attention 'lineal': should be 'flow', 'softmax'"),
         ({"env": None}, "give --env .* or --dataset"),
     ],
     ids=str,
@@ -232,15 +169,6 @@ FROM_0 += ("seed",)
 def test_values_that_make_no_sense_name_their_flag(options, message):
     with pytest.raises(UserError, match=message):
         check_values(TrainConfig(**{"env": "hopper-medium", **options}))
-
-
-def test_values_at_their_limits_pass():
-    check_values(
-        TrainConfig(
-            env="x", context_length=1, num_layers=1, embed_dim=4, steps=1, batch_size=1, eval_every=0,
-            eval_episodes=0, warmup_steps=0, weight_decay=0.0, dropout=0.0, seed=0, targets=(0.0, -1e5),
-        )
-    )  # fmt: skip
 
 
 def test_written_configuration_reads_back_the_same(tmp_path):
@@ -288,13 +216,6 @@ def test_resume_never_lengthens_the_warm_up(tmp_path, saved, resumed):
         assert (config.warmup_steps, config.steps) == (resumed, 100_000)
 
 
-def test_resume_keeps_the_precision_that_the_first_device_had(tmp_path):
-    write_run(tmp_path / "run", precision="bfloat16", device="cuda")
-    for more in ([], ["--precision", "auto"]):
-        config = parse_train_config(["--resume", str(tmp_path / "run"), "--device", "cpu", *more])
-        assert config.precision == "bfloat16"
-
-
 def another(value):
     """A valid value other than this one, for any field."""
     choices = {
@@ -327,22 +248,11 @@ def test_resume_cannot_change_what_was_computed(tmp_path, name):
         assert parse_train_config(["--resume", str(run), flag(name), str(same)]) == replace(saved, resume=run)
 
 
-def test_resume_of_something_else_is_refused(tmp_path):
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match=r"not a run folder, it has no config\.yaml"):
-            parse_train_config(["--resume", str(folder)])
-    (tmp_path / "config.yaml").write_text("steps: x")
-    with pytest.raises(UserError, match=r"config\.yaml: 'steps' 'x': should be"):
-        parse_train_config(["--resume", str(tmp_path)])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--env", "hoper-medium", "--device", "cpu"], "did you mean 'hopper-medium'?"),
-        (["--dataset", "absent.hdf5"], "absent.hdf5: no such file"),
         (["--env", "hopper-medium", "--device", "tpu"], "--device tpu: expected auto, cpu, cuda or cuda:N"),
-        (["--env", "hopper-medium", "--steps", "0"], "--steps 0: should be greater than or equal to 1"),
         (["--resume", "absent"], "--resume absent: not a run folder"),
         ([], "nothing to train on: give --env"),
     ],
@@ -358,27 +268,6 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(
     assert line.startswith("error: ")
     assert message in line
     assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_flags_and_wrong_types_are_tyro_s_to_explain(tmp_path, monkeypatch, capsys):
-    for arguments, named in ((["--stepz", "5"], "--stepz"), (["--steps", "five"], "five")):
-        assert run_main(tmp_path, monkeypatch, arguments) == 2
-        assert named in capsys.readouterr().err
-    assert run_main(tmp_path, monkeypatch, ["--help"]) == 0
-    helped = capsys.readouterr().out
-    for field in fields(TrainConfig):
-        assert flag(field.name) in helped
-
-
-def test_a_mistake_in_a_real_process(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "--env", "hoper-medium"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert re.fullmatch("error: .*did you mean 'hopper-medium'.*\n", result.stderr)
 
 
 def run_main(folder, monkeypatch, arguments):

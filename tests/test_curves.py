@@ -61,11 +61,3 @@ def test_scores_are_drawn_and_returns_where_a_run_has_none(
     labels = [text.get_text() for text in score_axes.get_legend().get_texts()]
     assert labels[:2] == ["run0, target 60", "run0, target 30"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_line_cut_off_by_a_crash_is_left_out(drawn: list[Figure], tmp_path: Path) -> None:
-    run = write_metrics(tmp_path / "run", scored=True)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "step": 150, "lo')
-    draw_curves(CurvesConfig((run,), tmp_path / "curves.png"))
-    assert list(drawn[0].axes[0].lines[0].get_xdata()) == [50, 100]

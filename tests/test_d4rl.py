@@ -75,19 +75,6 @@ def test_episodes_end_at_terminals_and_timeouts_and_the_unfinished_tail_is_kept(
     assert dataset.reference is None
 
 
-def test_finished_data_has_no_note_and_one_without_flags_is_one_episode(tmp_path: Path) -> None:
-    data = columns()
-    data["timeouts"][-1] = True
-    dataset = read_d4rl_file(write(tmp_path / "a.hdf5", data))
-    assert_matches(dataset, data)
-    assert dataset.notes == ()
-    unflagged = columns(7)
-    dataset = read_d4rl_file(write(tmp_path / "b.hdf5", unflagged))
-    assert_matches(dataset, unflagged)
-    assert dataset.episode_lengths.tolist() == [7]
-    assert "the last 7 steps" in dataset.notes[0]
-
-
 def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path: Path) -> None:
     data = columns(60_000, 17, 6)
     data["timeouts"][499::500] = True

@@ -99,12 +99,6 @@ def test_a_server_that_fails_is_reported_and_the_mirror_is_used(
     assert path.read_bytes() == CONTENT
 
 
-def test_redirects_are_followed(server: Server, tmp_path: Path) -> None:
-    target = server.url("/mirror", sends(CONTENT))
-    download([server.url("/moved", status(302, Location=target))], tmp_path / "data.bin", SHA256, accept)
-    assert (tmp_path / "data.bin").read_bytes() == CONTENT
-
-
 def test_without_a_known_hash_the_content_decides(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "data.bin"
     page = server.url("/page", sends(b"<html>sign in</html>"))
@@ -134,22 +128,6 @@ def test_a_full_disk_leaves_nothing_behind(server: Server, tmp_path: Path) -> No
             download([server.url("/data", sends(CONTENT))], tmp_path / "data.bin", SHA256, accept)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert left_in(tmp_path) == set()
-
-
-def test_a_folder_that_cannot_be_made_is_named(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DownloadError, match=r"file/data\.bin: cannot be written: "):
-        download([server.url("/data", sends(CONTENT))], tmp_path / "file" / "data.bin", SHA256, accept)
-    assert server.requests == []
-
-
-def test_an_interrupt_leaves_nothing_behind(server: Server, tmp_path: Path) -> None:
-    def interrupted(file: Path) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        download([server.url("/data", sends(CONTENT))], tmp_path / "data.bin", SHA256, interrupted)
     assert left_in(tmp_path) == set()
 
 

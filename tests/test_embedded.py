@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flowrl.behavior.shipped import behavior_assets
-from flowrl.data import embedded, load_episodes
+from flowrl.data import load_episodes
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
 from flowrl.data.embedded import CUED_TASKS, EMBEDDED, Embedded, embedded_id, load_embedded
 from flowrl.data.minari import check_minari_id
@@ -41,14 +41,6 @@ def test_the_table_names_nine_datasets_of_shipped_policies(monkeypatch: pytest.M
         assert recipe.steps == 200_000
         assert {part.policy for part in recipe.parts} <= set(behavior_assets(recipe.environment))
         check_minari_id(embedded_id(name))
-
-
-def test_the_medium_and_expert_levels_are_what_their_names_say() -> None:
-    medium = {"hopper": (35, 50), "halfcheetah": (35, 45), "walker2d": (50, 70)}
-    for environment, (low, high) in medium.items():
-        assets = behavior_assets(environment)
-        assert low <= assets["medium"].normalized_score <= high
-        assert assets["expert"].normalized_score >= EXPERT_AT_LEAST[environment]
 
 
 def test_without_file_and_network_the_embedded_data_stands_in(
@@ -87,23 +79,6 @@ def test_d4rls_file_comes_first_and_flowrls_data_can_be_forced(folders: Path) ->
         load_episodes("hopper-medium")
 
 
-def test_it_is_collected_once(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load_embedded("hopper-medium")
-
-    def collect_again(*_: object) -> None:
-        raise AssertionError("collected again")
-
-    monkeypatch.setattr("flowrl.data.writers.collect", collect_again)
-    assert load_embedded("hopper-medium").sha256 == first.sha256
-
-
-@pytest.mark.parametrize("name", ["hopper-mediun", "hoper-medium", "", None])
-def test_unknown_names_are_refused(name: str | None) -> None:
-    with pytest.raises(UserError, match=r"did you mean 'hopper-medium'|known: .*hopper-medium") as error:
-        load_episodes("flowrl", name)
-    assert "\n" not in str(error.value)
-
-
 def test_stored_data_that_changed_is_refused(folders: Path) -> None:
     load_embedded("hopper-medium")
     folder = folders / "minari" / ID
@@ -131,13 +106,3 @@ def test_data_of_another_recipe_is_refused(folders: Path) -> None:
     path.write_text(json.dumps(metadata))
     with pytest.raises(UserError, match="not collected by this version's recipe and policies"):
         load_embedded("hopper-medium")
-
-
-def test_other_last_digits_than_published_are_only_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    sha256 = load_embedded("hopper-medium").sha256
-    monkeypatch.setitem(embedded.EMBEDDED, "hopper-medium", Embedded(SMALL, sha256))
-    assert len(load_embedded("hopper-medium").notes) == 1
-    monkeypatch.setitem(embedded.EMBEDDED, "hopper-medium", Embedded(SMALL, "0" * 64))
-    notes = load_embedded("hopper-medium").notes
-    assert len(notes) == 2
-    assert f"has SHA-256 {sha256}, where it was published {'0' * 64}" in notes[1]

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from gymnasium.envs.classic_control import PendulumEnv
-from gymnasium.wrappers import RecordEpisodeStatistics, RescaleAction, TimeAwareObservation
+from gymnasium.wrappers import RescaleAction, TimeAwareObservation
 from tiny_training import arguments, train_here
 
 from flowrl.envs.options import EvaluationOptions
@@ -54,17 +54,6 @@ def test_environments_outside_the_table_have_none() -> None:
         assert reference_scores(env_id) is None
 
 
-def test_gymnasium_json_gives_id_kwargs_limit_and_wrappers() -> None:
-    env = gymnasium.make("Pendulum-v1", g=1.5, max_episode_steps=77, render_mode="rgb_array")
-    env = RecordEpisodeStatistics(TimeAwareObservation(env))
-    assert env.spec is not None
-    spec = EnvironmentSpec.from_gymnasium_json(env.spec.to_json())
-    arguments = {"flatten": True, "normalize_time": False, "dict_time_key": "time"}
-    assert spec == EnvironmentSpec(
-        "Pendulum-v1", {"g": 1.5}, 77, wrappers=(("TimeAwareObservation", arguments),)
-    )
-
-
 @pytest.mark.filterwarnings("ignore:.*precision lowered")
 def test_recorded_wrappers_are_applied_innermost_first() -> None:
     recorded = TimeAwareObservation(RescaleAction(gymnasium.make("Pendulum-v1"), -5.0, 5.0))
@@ -102,18 +91,6 @@ def test_an_entry_point_in_a_file_is_never_used() -> None:
 def test_broken_gymnasium_json_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="environment"):
         EnvironmentSpec.from_gymnasium_json(text)
-
-
-def test_dimensions_bounds_and_limit_are_the_environments() -> None:
-    hopper = EnvironmentSpec("Hopper-v4")
-    assert check_environment(hopper, 11, 3).max_episode_steps == 1000
-    for observation_dim, action_dim in ((12, 3), (11, 2), (3, 11)):
-        with pytest.raises(UserError, match=r"Hopper-v4 has observations of 11 and actions of 3 numbers"):
-            check_environment(hopper, observation_dim, action_dim)
-    facts = environment_facts(EnvironmentSpec("Pendulum-v1", max_episode_steps=7))
-    low, high = facts.action_bounds
-    assert (low.tolist(), high.tolist(), low.dtype) == ([-2.0], [2.0], np.float32)
-    assert facts.max_episode_steps == 7
 
 
 @pytest.mark.parametrize(
@@ -181,20 +158,6 @@ def test_options_lie_over_what_was_recorded() -> None:
     assert EvaluationOptions(reference_scores=(-5.0, 5.0)).reference() == ReferenceScores(-5.0, 5.0)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (EvaluationOptions(env_kwargs="{"), "--env-kwargs {: Invalid JSON"),
-        (EvaluationOptions(env_kwargs="[1]"), "--env-kwargs .*: Input should be an object"),
-        (EvaluationOptions(env_kwargs='{"id": "x"}'), "'id' is not an argument of an environment"),
-        (EvaluationOptions(reference_scores=(5.0, 5.0)), "--reference-scores 5 5: the second must be"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(options: EvaluationOptions, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        (options.apply(EnvironmentSpec("Pendulum-v1")), options.reference())
-
-
 def pendulum_data(path: Path) -> Path:
     """Two episodes of 8 steps with Pendulum's dimensions, in D4RL's layout."""
     random = np.random.default_rng(0)
@@ -240,16 +203,6 @@ def test_a_run_remembers_how_its_environment_is_made(
     forget(module)
     with pytest.raises(UserError, match="has no time limit: give --max-episode-steps"):
         evaluate_run(EvaluateConfig(run=run, episodes=2, env=f"{module}:{env_id}"))
-
-
-def test_training_without_evaluation_needs_no_environment(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, run = pendulum_data(tmp_path / "data.hdf5"), tmp_path / "run"
-    train_here(data, run, env="Pendulum-v1", env_kwargs='{"bogus":1}', eval_episodes=0, steps=5)
-    assert "note: environment Pendulum-v1 cannot be made" in capsys.readouterr().out
-    assert load_agent(run).environment == EnvironmentSpec("Pendulum-v1", {"bogus": 1})
-    evaluate_run(EvaluateConfig(run=run, episodes=1, env="Pendulum-v1"))
 
 
 def test_an_environment_that_fails_costs_no_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +10,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+from tiny_training import Command, finish, wait_for
 
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec
@@ -21,7 +18,7 @@ from flowrl.errors import UserError
 from flowrl.evaluation import command
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.evaluation.evaluate import TargetResult, episode_seeds, evaluate, format_table
-from flowrl.evaluation.video import check_video, make_rendered_env, write_video
+from flowrl.evaluation.video import write_video
 from flowrl.report import compare
 
 HOPPER = EnvironmentSpec("Hopper-v5", max_episode_steps=13)
@@ -119,48 +116,6 @@ def test_success_is_in_figures_and_tables():
     assert (header.split()[-1], row.split()[-1]) == ("success_rate", "0.75")
 
 
-class SucceedingEnv(gym.Env):
-    """Succeeds at its second step where its action is above 0.4."""
-
-    observation_space = action_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        self.steps = 0
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        return (
-            np.zeros(3, np.float32),
-            0.0,
-            False,
-            False,
-            {"is_success": float(self.steps == 2 and action[0] > 0.4)},
-        )
-
-
-def test_successes_belong_to_their_targets():
-    gym.register("flowrl-test/Succeeding-v0", SucceedingEnv, max_episode_steps=4)
-    environment = EnvironmentSpec("flowrl-test/Succeeding-v0")
-    results = evaluate(ConstantAgent(), environment, [600.0, 0.0], 2, 0, None)
-    assert [result.successes.tolist() for result in results] == [[True, True], [False, False]]
-    assert evaluate(ConstantAgent(), HOPPER, [0.0], 1, 0, None)[0].successes is None
-    del gym.registry["flowrl-test/Succeeding-v0"]
-
-
-def test_what_does_not_exist_is_left_out():
-    """The spread of one episode, and scores without a reference."""
-    assert TargetResult(5.0, np.array([2.5]), np.array([7]), None).to_dict() == {
-        "target_return": 5.0, "episodes": 1, "return_mean": 2.5, "length_mean": 7.0,
-        "returns": [2.5], "lengths": [7],
-    }  # fmt: skip
-
-
-def test_a_target_given_twice_is_evaluated_once():
-    results = evaluate(ConstantAgent(), HOPPER, [600.0, 0.0, 600.0, -0.0], 1, 0, None)
-    assert [result.target_return for result in results] == [600.0, 0.0]
-
-
 @pytest.mark.parametrize(
     ("targets", "episodes", "message"),
     [([], 1, "--targets"), ([1.0, float("nan")], 1, "--targets 1.0 nan"), ([1.0], 0, "--episodes 0")],
@@ -243,25 +198,6 @@ def test_two_agents_are_compared_episode_by_episode(monkeypatch):
         compare.compare(compare.CompareConfig(Path("first"), Path("second")))
 
 
-def test_unusable_files_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_agent", lambda *_, **__: pytest.fail("loaded"))
-    (tmp_path / "file").write_text("")
-    for config in (
-        EvaluateConfig(tmp_path, json=tmp_path),
-        EvaluateConfig(tmp_path, json=tmp_path / "file" / "x.json"),
-        EvaluateConfig(tmp_path, video=tmp_path / "file" / "x.mp4"),
-        EvaluateConfig(tmp_path, video=tmp_path / "film.gif"),
-    ):
-        with pytest.raises(UserError, match=r"--json|--video"):
-            evaluate_run(config)
-
-
-def test_a_run_without_an_environment_is_a_user_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_agent", lambda *_, **__: ConstantAgent(environment=None))
-    with pytest.raises(UserError, match="names no environment"):
-        evaluate_run(EvaluateConfig(tmp_path))
-
-
 def test_video_holds_one_episode_per_target(tmp_path):
     import imageio_ffmpeg
 
@@ -284,39 +220,9 @@ def test_video_holds_one_episode_per_target(tmp_path):
     assert frame.std() > 10  # a picture, not one colour
 
 
-def test_the_camera_follows_the_robot():
-    env = make_rendered_env(HOPPER)
-    env.reset(seed=0)
-    robot = env.unwrapped
-    robot.set_state(robot.init_qpos + np.array([20.0, 0, 0, 0, 0, 0]), robot.init_qvel)
-    red, _, blue = np.moveaxis(env.render().astype(int), -1, 0)
-    env.close()
-    assert (red - blue > 40).sum() > 1000  # the floor and the sky have no warm colours
-
-
-def test_video_without_moviepy_is_a_user_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "moviepy.video.io.ffmpeg_writer", None)
-    with pytest.raises(UserError, match=r"pip install 'flowrl\[video\]'"):
-        check_video(tmp_path / "film.mp4")
-
-
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # moviepy leaves its pipes open
-def test_a_failed_video_leaves_no_file(tmp_path):
-    class Failing(ConstantAgent):
-        def act(self, observations, rewards=None):
-            raise RuntimeError("no more actions")
-
-    with pytest.raises(RuntimeError, match="no more actions"):
-        write_video(tmp_path / "film.mp4", Failing(), HOPPER, [600.0], seed=1)
-    assert list(tmp_path.iterdir()) == []
-
-
 SLOW_EVALUATION = """
-import runpy, sys, time
+import sys, time
 from flowrl.evaluation import command
-sys.path.insert(0, {tests!r})
 from test_evaluate import ConstantAgent
 
 class Slow(ConstantAgent):
@@ -326,32 +232,14 @@ class Slow(ConstantAgent):
         return super().act(*arguments)
 
 command.load_agent = lambda *_, **__: Slow()
-sys.argv = ["evaluate.py", "run", "--targets", "0", "--json", {results!r}]
-runpy.run_path({script!r}, run_name="__main__")
 """
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_an_evaluation_and_leave_nothing(tmp_path, number, code):
-    tests = Path(__file__).parent
-    program = SLOW_EVALUATION.format(
-        tests=str(tests),
-        results=str(tmp_path / "results.json"),
-        script=str(tests.parent / "scripts" / "evaluate.py"),
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while process.stdout.readline() != "acting\n":
-        assert process.poll() is None, process.stderr.read()
-    sent = time.monotonic()
+    words = ["evaluate", "run", "--targets", "0", "--json", str(tmp_path / "results.json")]
+    process = Command(words, SLOW_EVALUATION)
+    wait_for(lambda: "acting" in process.output, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert time.monotonic() - sent < 10
-    assert "Traceback" not in errors
+    assert finish(process)[0] == code
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_training import arguments, assert_same_end, figures, finish, start, steps_on_disk, train_here
+from tiny_training import (
+    Command,
+    arguments,
+    assert_same_end,
+    figures,
+    finish,
+    steps_on_disk,
+    train_here,
+    wait_for,
+)
 
 UPDATES_PER_LIFE = 60  # more than a life of LONGEST_LIFE can do with slow writes: no life reaches the end
 LONGEST_LIFE = 1.0  # seconds after the first output
@@ -55,17 +64,17 @@ for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink"):
 def kill_at_a_change(words: list[str], random: np.random.Generator) -> None:
     """One life, ended by its own hand in the middle of a write."""
     hook = KILLED_AT_CHANGE.format(changes=random.integers(1, 80), before=bool(random.integers(2)))
-    code, output, errors = finish(start(words, hook))
+    code, output, errors = finish(Command(words, hook))
     assert code == -signal.SIGKILL, (output + errors)[-2000:]
 
 
 def kill_from_outside(words: list[str], random: np.random.Generator) -> None:
     """One life, ended at a random time after its first output, or before any."""
-    process = start(words, SLOW_WRITES)
+    process = Command(words, SLOW_WRITES)
     if random.random() < 0.8:
-        process.stdout.readline()
+        wait_for(lambda: bool(process.output), process)
     time.sleep(random.uniform(0, LONGEST_LIFE))
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     code, output, errors = finish(process)
     assert code == -signal.SIGKILL, (output + errors)[-2000:]
 
@@ -75,13 +84,13 @@ def train_through_kills(dataset: Path, folder: Path, kills: int, seed: int) -> i
     steps = UPDATES_PER_LIFE * kills
     reference, run = folder / "reference", folder / "run"
     train_here(dataset, reference, steps=steps, **OPTIONS)
-    first, random = arguments(dataset, run, steps=steps, **OPTIONS), np.random.default_rng(seed)
+    first, random = ["train", *arguments(dataset, run, steps=steps, **OPTIONS)], np.random.default_rng(seed)
     inside_a_save = 0
     for life in range(kills):
-        words = ["--resume", str(run)] if (run / "config.yaml").exists() else first
+        words = ["train", "--resume", str(run)] if (run / "config.yaml").exists() else first
         (kill_at_a_change, kill_from_outside)[life % 2](words, random)
         inside_a_save += any((run / "checkpoints").glob(".step-*.tmp"))
-    code, output, errors = finish(start(["--resume", str(run)]))
+    code, output, errors = finish(Command(["train", "--resume", str(run)]))
     assert code == 0, (output + errors)[-2000:]
     assert_same_end(run, reference)
     assert steps_on_disk(run) == steps_on_disk(reference)

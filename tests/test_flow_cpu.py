@@ -19,7 +19,7 @@ from attention_forms import (
     with_gradients,
 )
 
-from flowrl.attention import flow_attention, flow_attention_step, naive_flow_attention
+from flowrl.attention import flow_attention, naive_flow_attention
 from flowrl.attention.flow import cpu
 from flowrl.attention.flow.cpu import WIDTHS
 
@@ -29,7 +29,7 @@ pytestmark = [
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 cpp_flow_attention = computed_by(cpu)
-LENGTHS = (1, 2, 5, 20, 60, 63, 64, 65, 127, 129, 300)
+LENGTHS = (1, 2, 63, 64, 65, 129, 300)
 
 
 def inputs_of(length, width, *, dtype=torch.float64, batch=2, heads=2, seed=0):
@@ -57,18 +57,6 @@ def test_every_width_of_heads(width):
     assert_all_close(actual, expected, 1e-5)
 
 
-def test_long_sequences_do_not_drift():
-    inputs = inputs_of(3000, 32, batch=1, heads=1)
-    expected = with_gradients(naive_flow_attention, *inputs)
-    actual = with_gradients(cpp_flow_attention, *(tensor.float() for tensor in inputs))
-    assert_all_close(actual, expected, 1e-5)
-
-
-def test_gradients_agree_with_finite_differences():
-    inputs = [tensor.requires_grad_() for tensor in inputs_of(66, 16, batch=1, heads=1)[:3]]
-    assert torch.autograd.gradcheck(flow_attention, inputs, fast_mode=True)
-
-
 def test_slices_of_one_projection_and_any_other_layout_give_the_same():
     inputs = inputs_of(70, 16)
     expected = with_gradients(cpp_flow_attention, *inputs)
@@ -93,45 +81,6 @@ def test_neither_threads_nor_other_sequences_change_a_bit():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(cpu.forward(*inputs[:3], 10.0, 1e-6, False)[0], expected[0])  # nothing kept
-
-
-@pytest.mark.parametrize("changed", [0, 63, 64, 100, 199])
-def test_a_change_alters_nothing_before_it(changed):
-    inputs = inputs_of(200, 16, dtype=torch.float32)[:3]
-    before = cpp_flow_attention(*inputs)
-    for index in range(3):
-        altered = [tensor.clone() for tensor in inputs]
-        altered[index][:, :, changed] += 3
-        after = cpp_flow_attention(*altered)
-        assert torch.equal(after[:, :, :changed], before[:, :, :changed])
-        assert not torch.equal(after, before)
-
-
-@pytest.mark.parametrize("key", [-1e4, -30.0, 0.0, 1e4])
-@pytest.mark.parametrize("query", [-1e4, -30.0, 0.0, 1e4])
-def test_vanishing_flows_stay_finite(query, key):
-    """As in the torch form; outputs equal the recurrent form, which divides by the same small flows."""
-    q, k = (torch.full((1, 1, 2000, 16), value) for value in (query, key))
-    value = 1e4 * torch.randn(1, 1, 2000, 16)
-    results = with_gradients(cpp_flow_attention, q, k, value, 1.0)
-    assert all(result.isfinite().all() for result in results)
-    state, outputs = None, []
-    for token in range(100):
-        output, state = flow_attention_step(q[:, :, token], k[:, :, token], value[:, :, token], state)
-        outputs.append(output)
-    assert torch.allclose(results[0][:, :, :100], torch.stack(outputs, 2), rtol=1e-3, atol=1e-3)
-
-
-def test_what_is_not_a_number_is_not_hidden():
-    inputs = inputs_of(100, 16, dtype=torch.float32)
-    for index in range(3):
-        spoilt = [tensor.clone() for tensor in inputs]
-        spoilt[index][1, 0, 70, 3] = float("nan")
-        output, *gradients = with_gradients(cpp_flow_attention, *spoilt)
-        assert output[1, 0, 70:].isnan().any()
-        assert output[0].isfinite().all()
-        assert output[1, 1].isfinite().all()
-        assert any(gradient[1, 0].isnan().any() for gradient in gradients)
 
 
 def test_memory_is_linear_in_length():
@@ -211,12 +160,6 @@ def test_without_a_folder_for_libraries_a_temporary_one_serves(tmp_path, home):
     assert build(CXX=quick_compiler(tmp_path), **places) == ""
     assert f"-o {tmp_path}/temporary/flowrl-" in (tmp_path / "calls").read_text()
     assert list((tmp_path / "temporary").iterdir()) == []  # removed at the end
-
-
-def test_kernels_switched_off_are_not_even_built(tmp_path):
-    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path)}
-    assert build(FLOWRL_KERNELS="off", **environment) == ""
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):

@@ -27,7 +27,7 @@ def naive_without_the_invalid(queries, keys, values, *, mask, **options):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("length", [9, 60, 200])
+@pytest.mark.parametrize("length", [9, 200])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", MASKS)
 def test_masked_tokens_are_as_good_as_absent(name, causal, length, dtype):
@@ -40,16 +40,6 @@ def test_masked_tokens_are_as_good_as_absent(name, causal, length, dtype):
     actual = with_gradients(flow_attention, *spoilt, inputs[3].to(dtype), **options)
     assert_all_close(actual, expected, TOLERANCE[dtype])
     assert not actual[0].masked_select(~mask[:, None, :, None]).any()
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_masks_have_second_derivatives_without_nan(causal):
-    mask = torch.as_tensor(MASKS["left padding"](9))
-    inputs = [x.requires_grad_() for x in tokens(9, batch=2, heads=1, head_dim=2, value_dim=1)[:3]]
-    outputs = flow_attention(*inputs, causal=causal, mask=mask)
-    first = torch.autograd.grad(outputs.square().sum(), inputs, create_graph=True)
-    second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
-    assert all(x.isfinite().all() and x.any() for x in second)
 
 
 def in_parts(queries, keys, values, *, lengths, **options):
@@ -110,15 +100,6 @@ def test_rows_of_masked_prompts_continue_each_from_its_own_end():
     assert torch.equal(state.num_tokens, mask.sum(1, keepdim=True).expand(2, 2).double())
 
 
-def test_bfloat16_states_are_float32():
-    inputs = [x.bfloat16() for x in tokens(90, head_dim=16, value_dim=16)[:3]]
-    outputs, state = flow_attention(*inputs, return_state=True)
-    assert outputs.dtype == torch.bfloat16
-    assert {x.dtype for x in state} == {torch.float32}
-    few = [x[:, :, :3] for x in inputs]
-    assert flow_attention(*few, initial_state=state).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -128,16 +109,11 @@ def test_bfloat16_states_are_float32():
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
+    x, longer = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8)
     with pytest.raises(ValueError, match=message):
-        flow_attention(*(torch.zeros(1, 2, 3, 8) for _ in range(3)), **options)
-
-
-def test_sets_of_tokens_that_do_not_fit_are_refused():
-    queries, keys = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 5, 8)
+        flow_attention(x, x, x, **options)
     with pytest.raises(ValueError, match="a longer past is given by initial_state"):
-        flow_attention(queries, keys, keys)
-    with pytest.raises(ValueError, match="as many queries as keys"):
-        flow_attention(queries, keys, keys, causal=False, mask=torch.ones(1, 5, dtype=torch.bool))
-    _, state = flow_attention(keys, keys, keys, return_state=True)
+        flow_attention(x, longer, longer)
+    _, state = flow_attention(x, x, x, return_state=True)
     with pytest.raises(ValueError, match=r"initial_state has a memory \(1, 2, 8, 8\)"):
-        flow_attention(queries[..., :4], queries[..., :4], queries, initial_state=state)
+        flow_attention(x[..., :4], x[..., :4], x, initial_state=state)

@@ -9,7 +9,6 @@ from workload import Sizes, open_trainer, paper_config, training_data
 
 from flowrl.attention import flow_attention, naive_flow_attention
 from flowrl.attention.flow.triton import supports
-from flowrl.check import describe_device
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
@@ -38,14 +37,6 @@ def test_kernels_are_chosen_and_agree_with_the_naive_form(length, head_dim):
     assert_all_close(with_gradients(flow_attention, *rounded), exact, 1e-5)
 
 
-def test_kernels_pass_torchs_own_checks_and_are_shown_as_used():
-    inputs = [x.cuda().float() for x in tokens(70, head_dim=64, value_dim=64)[:3]]
-    forward = torch.ops.flowrl.flow_forward.default
-    torch.library.opcheck(forward, (*(x.requires_grad_() for x in inputs), 10.0, 1e-6, True))
-    (triton,) = (line for line in describe_device().splitlines() if line.startswith("  Triton"))
-    assert "largest difference from torch" in triton
-
-
 @pytest.mark.parametrize("length", [59, 3072])
 def test_bfloat16_kernels_are_as_exact_as_their_inputs(length):
     inputs = [x.cuda().bfloat16() for x in tokens(length, batch=2, head_dim=64, value_dim=64)]
@@ -53,11 +44,6 @@ def test_bfloat16_kernels_are_as_exact_as_their_inputs(length):
     for value, reference in zip(with_gradients(flow_attention, *inputs), exact, strict=True):
         allowed = 2**-7 * reference.abs() + (2**-9 if length < 64 else 2**-7) * reference.abs().max()
         assert ((value.double() - reference).abs() <= allowed).all()
-
-
-def test_bfloat16_stays_finite_over_65536_tokens():
-    inputs = [1e3 * x.cuda().bfloat16() for x in tokens(65_536, heads=1, head_dim=16, value_dim=16)]
-    assert all(x.isfinite().all() for x in with_gradients(flow_attention, *inputs))
 
 
 @pytest.mark.parametrize("context_length", [6, "episode"])

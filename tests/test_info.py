@@ -8,7 +8,6 @@ from conftest import EPISODE_LENGTHS
 
 from flowrl.__main__ import main
 from flowrl.data.d4rl import read_d4rl_file
-from flowrl.data.info import histogram
 from flowrl.errors import EXIT_BAD_INPUT
 
 
@@ -45,13 +44,3 @@ def test_what_would_be_noted_and_refused_is_shown(
         with pytest.raises(SystemExit) as ended:
             main(["info", *words])
         assert ended.value.code == EXIT_BAD_INPUT
-
-
-def test_histograms_count_every_value() -> None:
-    values = np.random.default_rng(0).normal(size=1000)
-    rows = [line.split() for line in histogram(values)]
-    assert sum(int(row[1]) for row in rows) == 1000
-    counts = np.array([int(row[1]) for row in rows])
-    bars = np.array([len(row[2]) if len(row) > 2 else 0 for row in rows])
-    np.testing.assert_array_equal(bars, np.ceil(50 * counts / counts.max()))
-    assert len(histogram(np.ones(3))) == 12  # equal values

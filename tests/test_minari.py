@@ -11,7 +11,6 @@ import minari
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.wrappers import RescaleAction
 from minari.data_collector import EpisodeBuffer
 
 from flowrl.data.minari import read_minari
@@ -158,13 +157,6 @@ def test_a_dataset_without_a_usable_environment_says_so(cache: Path) -> None:
     assert "the dataset's environment 'os:mkdir': 'env_id': String should match" in dataset.notes[0]
 
 
-def test_wrappers_of_the_recording_belong_to_the_environment() -> None:
-    env = RescaleAction(gymnasium.make("Hopper-v5"), -1, 1)
-    create(env=env.spec, eval_env=env.spec)
-    wrappers = (("RescaleAction", {"min_action": -1, "max_action": 1}),)
-    assert read_minari(ID).environment == EnvironmentSpec("Hopper-v5", {}, 1000, wrappers=wrappers)
-
-
 def test_its_own_reference_scores_win_over_the_table(cache: Path) -> None:
     create(env="Hopper-v5", ref_min_score=-3.0, ref_max_score=7.5)
     dataset = read_minari(ID)
@@ -177,16 +169,6 @@ def test_its_own_reference_scores_win_over_the_table(cache: Path) -> None:
         assert dataset.notes == (
             "the dataset has no reference scores of its own: D4RL's are used to normalize",
         )
-
-
-def test_flags_in_the_middle_of_an_episode_do_not_cut_it() -> None:
-    buffers = episodes(HOPPER_SPACE)
-    buffers[3].terminations[2] = True
-    create(buffers, env="Hopper-v5")
-    dataset = read_minari(ID)
-    assert dataset.episode_lengths.tolist() == list(LENGTHS)
-    assert dataset.terminated.tolist() == list(TERMINATED)
-    assert "1 episodes have a termination flag before their last step: kept whole" in dataset.notes
 
 
 # Broken input from here on.

@@ -1,13 +1,10 @@
 """The threaded MuJoCo vector environment against Gymnasium's single environments, bit for bit."""
 
-import subprocess
-import sys
-
 import gymnasium as gym
 import numpy as np
 import pytest
 
-from flowrl.envs.mujoco_vector import MUJOCO_VECTOR_IDS, MujocoVectorEnv
+from flowrl.envs.mujoco_vector import MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import StillVectorEnv, make_vector_env
 
@@ -16,10 +13,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning
 EVERY_ID = [
     f"{name}-v{version}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2d") for version in (4, 5)
 ]
-
-
-def test_the_ids_are_the_promised_ones():
-    assert sorted(MUJOCO_VECTOR_IDS) == EVERY_ID
 
 
 @pytest.mark.parametrize("env_id", EVERY_ID)
@@ -100,49 +93,3 @@ def test_other_environments_and_arguments_use_gymnasiums_class():
         envs = make_vector_env(spec, 2)
         assert isinstance(envs, StillVectorEnv)
         envs.close()
-
-
-def test_wrong_seeds_and_masks_are_refused():
-    envs = make_vector_env(EnvironmentSpec("Hopper-v5"), 3)
-    with pytest.raises(ValueError, match="3 seeds"):
-        envs.reset(seed=[1, 2])
-    with pytest.raises(ValueError, match="3 seeds"):
-        envs.reset(options={"reset_mask": np.ones(2, dtype=bool)})
-    envs.close()
-
-
-def test_robot_models_are_loaded_without_lines_on_stderr(capfd, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_vector_env(EnvironmentSpec("HalfCheetah-v5"), 2).close()
-    assert capfd.readouterr().err == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-TIMED = """
-import itertools, mujoco, numpy as np
-from flowrl.envs.mujoco_vector import stop_timers
-from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import make_vector_env
-
-ticks = itertools.count()
-if {user}:
-    mujoco.set_mjcb_time(lambda: float(next(ticks)))
-if {stops}:
-    stop_timers()
-envs = make_vector_env(EnvironmentSpec("Hopper-v5"), 4)
-envs.reset(seed=[0, 1, 2, 3])
-envs.step(np.zeros((4, 3), dtype=np.float32))
-print(envs._datas[0].timer[mujoco.mjtTimer.mjTIMER_STEP].duration > 0, next(ticks) > 0)
-envs.close()
-"""
-
-
-@pytest.mark.parametrize(
-    ("stops", "user", "expected"),
-    [(False, False, "True False"), (True, False, "False False"), (True, True, "True True")],
-)
-def test_only_stop_timers_disables_timers_and_never_the_users(stops, user, expected):
-    """Each in a process of its own, since timers belong to the whole process."""
-    words = [sys.executable, "-c", TIMED.format(stops=stops, user=user)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == expected

@@ -103,21 +103,6 @@ def test_neither_threads_nor_other_episodes_change_a_bit():
         torch.set_num_threads(before)
 
 
-def test_episodes_may_leave_and_restart():
-    outcomes = []
-    for accelerates in (False, True):
-        model = make_model()
-        if accelerates:
-            accelerate_acting(model)
-        _, state = act(model, timesteps_of(9, 4), model.start(9))
-        state = state.keep(torch.tensor([7, 0, 3]))
-        with torch.no_grad():
-            state = model.restart(state, torch.tensor([False, True, False]), torch.full((3,), 4))
-        outcomes.append(act(model, timesteps_of(3, 1, seed=2), state)[0])
-    assert torch.allclose(*outcomes, atol=2e-6)
-    assert outcomes[0].std() > 1e-3
-
-
 def gelu_for_relu(model):
     for block in model.blocks:
         block.mlp[1] = nn.GELU()

@@ -24,9 +24,15 @@ def extreme(tmp_path_factory: pytest.TempPathFactory) -> EpisodeDataset:
     return dataset
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "fused"])
-@pytest.mark.parametrize("attention", ["flow", "softmax"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layout", "attention", "precision"),
+    [
+        ("interleaved", "flow", "bfloat16"),
+        ("fused", "flow", "float32"),
+        ("fused", "flow", "bfloat16"),
+        ("interleaved", "softmax", "float32"),
+    ],
+)
 def test_300_updates_stay_finite(
     extreme: EpisodeDataset, layout: str, attention: str, precision: str
 ) -> None:

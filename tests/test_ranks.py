@@ -5,17 +5,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from tiny_training import (
     REPOSITORY,
+    Command,
     arguments,
     assert_same_end,
     figures,
     finish,
-    start,
     steps_on_disk,
     train_here,
     wait_for,
@@ -93,19 +92,6 @@ def test_a_killed_pair_resumes_exactly(tiny_dataset, tmp_path):
     assert "Traceback" not in alone.stderr
 
 
-def test_a_signal_saves_once_and_stops_both(tiny_dataset, tmp_path):
-    run = tmp_path / "run"
-    process = start_two(arguments(tiny_dataset, run, steps=100_000, eval_every=0, checkpoint_every=50_000))
-    wait_for(lambda: len(figures(run)) > 3 if (run / "metrics.jsonl").exists() else False, process)
-    started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=100)
-    assert process.returncode != 0
-    assert time.monotonic() - started < 60
-    (saved,) = steps_on_disk(run)[1:]  # after that of step 0
-    assert load_checkpoint(run, for_training=True).step == int(saved.removeprefix("step-")) > 0
-
-
 def test_a_signal_to_one_process_is_the_exit_code_of_all(tiny_dataset, tmp_path):
     """Without torchrun's own ways of ending its processes: it is given to the second alone."""
     run = tmp_path / "run"
@@ -115,7 +101,7 @@ def test_a_signal_to_one_process_is_the_exit_code_of_all(tiny_dataset, tmp_path)
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     both = [
-        start(words, hook=f"import os; os.environ.update({ {**group, 'RANK': str(rank)} })")
+        Command(["train", *words], f"import os; os.environ.update({ {**group, 'RANK': str(rank)} })")
         for rank in (0, 1)
     ]
     wait_for(lambda: len(figures(run)) > 3 if (run / "metrics.jsonl").exists() else False, both[0])
@@ -124,17 +110,9 @@ def test_a_signal_to_one_process_is_the_exit_code_of_all(tiny_dataset, tmp_path)
     assert load_checkpoint(run, for_training=True).step > 0
 
 
-def test_fewer_windows_than_processes_are_refused(tiny_dataset, tmp_path):
-    process = start_two(arguments(tiny_dataset, tmp_path / "run", batch_size=1))
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode != 0
-    assert "--batch-size 1: fewer windows than 2 processes" in errors
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_environment_of_torchrun_without_its_fellows_is_one_error(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, errors = finish(start(arguments(tiny_dataset, tmp_path / "run")))
+    code, _, errors = finish(Command(["train", *arguments(tiny_dataset, tmp_path / "run")]))
     assert code == 2
     assert "cannot find one another" in errors
 

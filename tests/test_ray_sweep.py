@@ -119,9 +119,3 @@ def test_a_finished_run_is_not_trained_again(tiny_dataset: Path, tmp_path: Path)
     before = log_path(run).read_text()
     assert train_on_node(run, threads=1) is None
     assert log_path(run).read_text() == before
-
-
-def test_an_address_without_ray_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
-    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
-    with pytest.raises(UserError, match="only --on ray has one"):
-        run_sweep(["--sweep", str(file), "--address", "127.0.0.1:6379"])

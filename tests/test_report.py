@@ -13,19 +13,13 @@ import yaml
 from matplotlib.figure import Figure
 
 from flowrl.errors import UserError
-from flowrl.evaluation.evaluate import standard_error
 from flowrl.report.command import ReportConfig, write_report
 from flowrl.report.runs import load_runs
 from flowrl.report.statistics import (
-    BANDIT_REPEATS,
     PULLS,
     bandit_scores,
-    correlation,
     improvement,
-    improvement_interval,
-    interquartile_mean,
     interquartile_mean_interval,
-    mean_interval,
     probability_of_improvement,
 )
 from flowrl.training.config import TrainConfig, to_yaml
@@ -99,12 +93,6 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowrl.report.command.draw_report", lambda *_: None)
 
 
-def test_interquartile_mean_cuts_a_quarter_rounded_down_at_each_end() -> None:
-    assert interquartile_mean(np.array([100.0, 1, 2, 3, 4, 5, 6, -50])) == (2 + 3 + 4 + 5) / 4
-    assert interquartile_mean(np.array([1.0, 2, 30])) == 11  # 3 // 4 == 0: nothing is cut
-    assert interquartile_mean(np.array([9.0, 1, 2, 3, 4, 0])) == (1 + 2 + 3 + 4) / 4  # 6 // 4 == 1
-
-
 def test_interval_of_the_interquartile_mean_is_that_of_all_resamples() -> None:
     tasks = [np.array([1.0, 4.0, 9.0]), np.array([20.0, 35.0, 60.0])]
     outcomes = []  # every way to draw three of three, in both tasks: 729, all equally likely
@@ -123,22 +111,6 @@ def test_probability_of_improvement_counts_pairs_and_halves_ties() -> None:
     other = (np.array([0.0]), np.array([1.0]))
     assert probability_of_improvement([first, other[0]], [second, other[1]]) == (4.5 / 6 + 0) / 2
     assert probability_of_improvement([second], [first]) == 1 - 4.5 / 6
-
-
-def test_interval_of_improvement_is_that_of_all_resamples() -> None:
-    first, second = np.array([3.0, 1.0, 2.5]), np.array([2.0, 1.0])
-    outcomes = [
-        np.mean([(a > b) + 0.5 * (a == b) for a in drawn for b in others])
-        for drawn in product(first, repeat=3)
-        for others in product(second, repeat=2)
-    ]
-    expected = np.quantile(outcomes, [0.025, 0.975])
-    np.testing.assert_allclose(improvement_interval([first], [second]), expected, atol=0.1)
-
-
-def test_standard_error() -> None:
-    assert standard_error(np.array([1.0, 3.0])) == 1.0  # sqrt(2) / sqrt(2)
-    assert np.isnan(standard_error(np.array([5.0])))
 
 
 def test_report_of_two_methods_on_two_datasets(tmp_path: Path) -> None:
@@ -270,14 +242,6 @@ def test_scores_of_different_units_are_never_averaged(tmp_path: Path, drawn: dic
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_unit_that_one_run_lacks_is_not_used(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "a", 10)
-    write_run(tmp_path / "runs" / "b", 7, config=seeded(0, attention="softmax"), unit="return")
-    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
-    assert row_of(text, "`flowrl/hopper/medium-v0` (return)")[2:] == ["**100.0** (1)", "70.0 (1)"]
-
-
-@pytest.mark.usefixtures("no_pictures")
 def test_an_evaluation_in_the_run_folder_gives_its_score(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10)
     targets = figures(50.0, 30), figures(100.0, 40)  # the run's first target is 100
@@ -311,32 +275,6 @@ def test_evaluations_stand_beside_runs(tmp_path: Path) -> None:
         load_runs([other])
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_targets_and_returns_that_rise_together_correlate(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", 10)
-    targets = figures(100.0, 40), figures(50.0, 30), figures(0.0, 30)
-    write_evaluation(run / "evaluation.json", *targets)
-    text = write_report(ReportConfig((run,), tmp_path / "out"))
-    expected = np.corrcoef([100, 100, 50, 50, 0, 0], [390, 410, 290, 310, 290, 310])[0, 1]
-    assert row_of(text.split("## Achieved")[1], "`flowrl")[1] == f"{expected:.2f} (1)"
-    assert correlation(np.ones(3), np.arange(3)) != correlation(np.ones(3), np.arange(3))  # NaN
-
-
-def test_a_bandit_among_equal_policies_finds_their_score() -> None:
-    scores = bandit_scores([np.array([20.0, 40.0]), np.array([30.0])])
-    assert scores.shape == (BANDIT_REPEATS, len(PULLS))
-    assert (scores == 30).all()
-
-
-def test_a_bandit_prefers_what_it_saw() -> None:
-    """After one pull the pulled policy; after two the better of two, as each is pulled once."""
-    policies = [np.full(4, 10.0), np.full(9, 60.0)]
-    scores = bandit_scores(policies)
-    assert abs(scores[:, 0].mean() - 35) < 3.5  # 35 ± 25 / sqrt(1000) times 4
-    assert set(scores[:, 0]) == {10.0, 60.0}
-    assert (scores[:, 1:] == 60).all()
-
-
 def test_a_bandit_is_that_of_a_plain_loop() -> None:
     """Three noisy policies: the mean score after each number of pulls, against one trial at a time."""
     random = np.random.default_rng(5)
@@ -356,47 +294,6 @@ def test_a_bandit_is_that_of_a_plain_loop() -> None:
     scores = bandit_scores(policies)
     error = (chosen.var(axis=0) / len(chosen) + scores.var(axis=0) / len(scores)) ** 0.5
     np.testing.assert_array_less(np.abs(scores.mean(axis=0) - chosen.mean(axis=0)), 4 * error + 1e-9)
-
-
-def test_mean_interval_is_that_of_a_normal_mean() -> None:
-    samples = np.random.default_rng(0).normal([0.0, 5.0], [1.0, 4.0], size=(1000, 2))
-    low, high = mean_interval(samples)
-    error = samples.std(axis=0) / 1000**0.5
-    np.testing.assert_allclose(low, samples.mean(axis=0) - 1.96 * error, atol=0.1 * error.max())
-    np.testing.assert_allclose(high, samples.mean(axis=0) + 1.96 * error, atol=0.1 * error.max())
-
-
-def test_online_episodes_of_returns_are_scored_in_their_own_unit(
-    tmp_path: Path, drawn: dict[str, Figure]
-) -> None:
-    for seed, score in ((0, 10.0), (1, 30.0)):
-        write_run(tmp_path / "runs" / str(seed), score, config=seeded(seed, targets=(9.0,)), unit="return")
-    write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
-    (axes,) = drawn["online-episodes"].axes
-    means = axes.lines[0].get_ydata()
-    assert 190 < means[0] < 210
-    assert means[-1] == 300
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_behaviour_cloning_on_the_best_episodes_is_of_the_same_row(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "a", 10)
-    config = seeded(0, agent="bc", top_fraction=0.1)
-    write_run(tmp_path / "runs" / "b", 20, config=config, dataset="flowrl/hopper/medium-v0 top 0.1")
-    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
-    assert row_of(text, "dataset")[2:] == ["flow-interleaved-20", "bc-top0.1"]
-    assert row_of(text, "`flowrl/hopper/medium-v0`")[2:] == ["10.0 (1)", "**20.0** (1)"]
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_runs_from_before_an_option_was_added_have_its_default(tmp_path: Path) -> None:
-    older = write_run(tmp_path / "runs" / "a", 10)
-    config = yaml.safe_load((older / "config.yaml").read_text())
-    del config["top_fraction"]
-    (older / "config.yaml").write_text(yaml.safe_dump(config))
-    write_run(tmp_path / "runs" / "b", 20, config=seeded(1))
-    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out"))
-    assert row_of(text, "`flowrl/hopper/medium-v0`")[2:] == ["**15.0 ± 5.0** (2)"]
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -183,17 +183,6 @@ def test_a_non_finite_value_names_the_slot_and_the_step(faulty, fault, step):
         rollout(LinearAgent(2, 1), EnvironmentSpec(faulty, {"fault": fault}), np.zeros(5), seeds)
 
 
-def test_a_non_finite_action_is_refused(faulty):
-    class BrokenAgent(LinearAgent):
-        def act(self, observations, rewards=None):
-            actions = super().act(observations, rewards)
-            actions[-1:] = np.nan if observations[-1, 0] == 2 else 0.0
-            return actions
-
-    with pytest.raises(NonFiniteError, match="environment 3, step 2: action "):
-        rollout(BrokenAgent(2, 1), EnvironmentSpec(faulty), np.zeros(5), np.array([1, 5, 2, 9, 1]))
-
-
 class WholeNumbersEnv(FaultyEnv):
     """Takes whole numbers and rewards each with itself; succeeds at its second step where the seed is odd."""
 

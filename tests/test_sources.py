@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import h5py
 import minari
 import numpy as np
@@ -16,8 +15,7 @@ from minari.data_collector import EpisodeBuffer
 
 from flowrl.data import EpisodeDataset, d4rl, load_episodes, sources
 from flowrl.data.d4rl import PublishedFile
-from flowrl.envs.options import EvaluationOptions
-from flowrl.envs.reference_scores import REFERENCE_SCORES, ReferenceScores
+from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.spaces import check_environment
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
@@ -147,22 +145,6 @@ def test_a_downloaded_file_is_used_only_if_its_content_is_right(
     assert list((tmp_path / "d4rl").glob("*hdf5")) == []
 
 
-def test_without_a_network_the_error_says_where_it_looked_and_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        d4rl.read_d4rl("hopper-medium")
-    text = str(caught.value)
-    for part in (
-        f"{FILE} is not in {tmp_path / 'd4rl'} or {tmp_path / 'home' / '.d4rl' / 'datasets'}",
-        f"http://127.0.0.1:9/{FILE}: [Errno 111] Connection refused",
-        f"http://127.0.0.1:9/mirror/{FILE}: [Errno 111] Connection refused",
-        "--dataset PATH.hdf5",
-        "D4RL_DATASET_DIR",
-    ):
-        assert part in text
-    assert "\n" not in text
-    assert list((tmp_path / "d4rl").glob("*.hdf5")) == []
-
-
 def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp_path: Path) -> None:
     path = tmp_path / "d4rl" / "ant_medium-v2.hdf5"
     path.parent.mkdir()
@@ -218,28 +200,6 @@ def test_minari_datasets_bring_their_environment_which_env_replaces() -> None:
     named = load_episodes("minari:test/nameless-v0", "Hopper-v5")
     assert named.environment == EnvironmentSpec("Hopper-v5")
     assert named.reference == REFERENCE_SCORES["hopper"]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_keywords_that_the_data_recorded_stay_with_its_own_environment() -> None:
-    spec = gymnasium.make("Hopper-v5", reset_noise_scale=0.1, max_episode_steps=300).spec
-    record("test/noisy-v0", spec)
-    own = EnvironmentSpec("Hopper-v5", {"reset_noise_scale": 0.1}, 300)
-    dataset = load_episodes("minari:test/noisy-v0", "Hopper-v5")
-    assert dataset.environment == own
-    assert not any("evaluated in" in note for note in dataset.notes)
-    options = EvaluationOptions(
-        env_kwargs='{"frame_skip": 2}', max_episode_steps=50, reference_scores=(0.0, 9.0)
-    )
-    for env in (None, "Hopper-v5"):
-        dataset = load_episodes("minari:test/noisy-v0", env, options)
-        assert dataset.environment == EnvironmentSpec(
-            "Hopper-v5", {"reset_noise_scale": 0.1, "frame_skip": 2}, 50
-        )
-        assert dataset.reference == ReferenceScores(0.0, 9.0)
-        assert dataset.notes[-1].startswith(
-            "evaluated in Hopper-v5(reset_noise_scale=0.1, frame_skip=2, max_episode_steps=50), not in"
-        )
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,11 +1,8 @@
 """The training loop in one process: what an update is, what is written, and what stops it."""
 
-import gc
 import json
 import math
-import os
 import signal
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium
@@ -13,22 +10,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_tiny_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import figures, resume_here, steps_on_disk, train_here
 
 import flowrl
-from flowrl.data import load_episodes
 from flowrl.data.dataset import build_episodes
 from flowrl.data.sampler import WindowSampler
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import episode_seeds, evaluate
-from flowrl.evaluation.rollout import NonFiniteError
 from flowrl.model.checkpoint import load_checkpoint
 from flowrl.model.transformer import SequenceModel
 from flowrl.native.accelerate import accelerate_training
-from flowrl.training import run, trainer
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import (
     Stream,
@@ -64,12 +57,6 @@ def test_learning_rate_follows_the_table():
     assert learning_rate_at(0, immediate) == 2.0
 
 
-def test_warm_up_is_a_tenth_of_the_updates_at_most_10_000():
-    assert TrainConfig(steps=500).warmup == 50
-    assert TrainConfig(steps=1_000_000).warmup == 10_000
-    assert TrainConfig(steps=500, warmup_steps=3).warmup == 3
-
-
 @pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "float32")])
 def test_automatic_bfloat16_is_for_gpus_that_compute_in_it(monkeypatch, native, precision):
     """Turing and Volta only emulate it."""
@@ -93,12 +80,6 @@ def test_the_run_folder_names_the_warm_up_and_precision_of_its_first_start(tiny_
     assert (config["steps"], config["warmup_steps"], config["precision"]) == (400, 4, "float32")
     last = figures(run, "train")[-1]
     assert last["learning_rate"] == pytest.approx(1e-3 * 0.1, rel=0.01)  # the cosine ends at the new end
-
-
-def test_streams_of_a_seed_and_of_its_neighbours_are_all_different():
-    seeds = [stream_seed(seed, stream, rank) for seed in range(9) for stream in Stream for rank in (0, 1)]
-    assert len(set(seeds)) == len(seeds)
-    assert stream_seed(3, Stream.DROPOUT, 1) == stream_seed(3, Stream.DROPOUT, 1)
 
 
 def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
@@ -138,13 +119,6 @@ def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
         assert (parameter - expected).abs().max() < 2e-5, name
 
 
-def test_training_learns(tiny_dataset, tmp_path):
-    run = tmp_path / "run"
-    train_here(tiny_dataset, run, steps=300, log_every=20, eval_episodes=0, learning_rate=0.01, dropout=0)
-    losses = [line["loss"] for line in figures(run, "train")]
-    assert losses[-1] < 0.7 * losses[0]
-
-
 def test_metrics_hold_every_figure(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in lines[:2]] == [("run", 0), ("train", 7)]
@@ -173,31 +147,16 @@ def test_metrics_hold_every_figure(finished):
 def test_tensorboard_shows_the_same_figures(finished):
     events = EventAccumulator(str(finished))
     events.Reload()
-    tags = events.Tags()
-    training = {f"train/{name}" for name in figures(finished, "train")[0] if name not in ("kind", "step")}
-    training |= {"train/tokens_per_second", "train/updates_per_second"}
-    names = ("target_return", "episodes", "return_mean", "return_std", "return_standard_error")
-    names += ("length_mean", "seed", "seconds")
-    names += tuple(f"normalized_score_{name}" for name in ("mean", "std", "standard_error"))
-    evaluation = {f"evaluation/target-{target}/{name}" for target in (30, 5) for name in names}
-    assert set(tags["scalars"]) == training | evaluation
-    assert set(tags["tensors"]) == {"config/text_summary", "dataset/text_summary"}
-    for line in figures(finished, "train"):
-        (event,) = (event for event in events.Scalars("train/loss") if event.step == line["step"])
-        assert event.value == pytest.approx(line["loss"], rel=1e-6)
-    scores = [event.value for event in events.Scalars("evaluation/target-5/normalized_score_mean")]
-    lines = [line for line in figures(finished, "evaluation") if line["target_return"] == 5.0]
-    assert scores == pytest.approx([line["normalized_score_mean"] for line in lines], rel=1e-6)
-
-
-def test_run_folder_holds_what_it_should(finished):
-    assert steps_on_disk(finished) == ["step-00000050", "step-00000060"]
-    names = sorted(path.name for path in finished.iterdir() if path.name != ".lock")
-    assert [name for name in names if not name.startswith("events.out.tfevents.")] == [
-        "checkpoints",
-        "config.yaml",
-        "metrics.jsonl",
-    ]
+    assert set(events.Tags()["tensors"]) == {"config/text_summary", "dataset/text_summary"}
+    lines = figures(finished, "train")
+    for name in set(lines[0]) - {"kind", "step"}:
+        shown = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    for target in (30, 5):
+        scores = events.Scalars(f"evaluation/target-{target}/normalized_score_mean")
+        lines = [line for line in figures(finished, "evaluation") if line["target_return"] == target]
+        expected = [pytest.approx(line["normalized_score_mean"], rel=1e-6) for line in lines]
+        assert [event.value for event in scores] == expected
 
 
 def test_the_logged_loss_is_the_mean_over_its_updates(tiny_dataset, tmp_path, monkeypatch):
@@ -272,58 +231,6 @@ def test_a_non_finite_loss_stops_the_run_with_its_batch(tiny_dataset, tmp_path, 
     assert figures(run) == figures(tmp_path / "other")
 
 
-def test_a_failing_environment_costs_no_update(tiny_dataset, tmp_path, monkeypatch):
-    def broken(*arguments):
-        raise NonFiniteError("environment 1, step 5: observation nan is not finite")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", broken)
-        with pytest.raises(NonFiniteError, match="environment 1"):
-            train_here(tiny_dataset, tmp_path / "run")
-    assert steps_on_disk(tmp_path / "run")[-1] == "step-00000025"
-
-
-def test_batches_are_not_kept(tiny_dataset, tmp_path, monkeypatch):
-    """Windows of whole episodes are large: only the one at work may live."""
-    alive, most, sample = [], [], WindowSampler.sample
-
-    def recorded(self):
-        gc.collect()
-        most.append(sum(reference() is not None for reference in alive))
-        batch = sample(self)
-        alive.append(weakref.ref(batch.window.observations))
-        return batch
-
-    monkeypatch.setattr(WindowSampler, "sample", recorded)
-    train_here(tiny_dataset, tmp_path / "run", steps=20, eval_episodes=0, log_every=100)
-    assert len(most) == 20
-    assert max(most) <= 1
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["interleaved", "fused"])
-def test_numbers_stay_finite(tmp_path, precision, layout):
-    """Whole episodes, returns of 1e5, a constant observation, actions at their bounds; 300 updates."""
-    write_tiny_dataset(tmp_path / "large.hdf5", reward_scale=2000.0)
-    dataset = load_episodes(str(tmp_path / "large.hdf5"))
-    assert dataset.returns_to_go.max() > 5e4
-    assert np.ptp(dataset.observations[:, 4]) == 0
-    assert (dataset.actions == 1).any()
-    options = {"context_length": "episode", "return_scale": 1.0, "token_layout": layout, "log_every": 10}
-    train_here(
-        tmp_path / "large.hdf5",
-        tmp_path / "run",
-        steps=300,
-        eval_every=0,
-        eval_episodes=1,
-        targets=1e5,
-        precision=precision,
-        **options,
-    )
-    assert all(math.isfinite(line["loss"]) for line in figures(tmp_path / "run", "train"))
-    assert flowrl.load_agent(tmp_path / "run").acting == "recurrent"
-
-
 def test_bfloat16_rounds_products_and_leaves_weights_alone(tiny_dataset, tmp_path):
     losses = {}
     for precision in ("auto", "float32", "bfloat16"):
@@ -393,9 +300,7 @@ def test_an_agent_learns_its_units_from_the_data():
     ("returns", "targets"),
     [
         ((-5.0, -30.0, -20.0), (-5.0, -20.0)),  # half of the best would be better than the best
-        ((-10.0, -20.0), (-10.0, -20.0)),
         ((0.0, 0.0, -1.0), (0.0,)),
-        ((4.0, 4.0, 4.0, 4.0), (4.0,)),
         ((1.0, 2.0, 3.0, 400.0), (400.0, 2.0)),
         ((7.0,), (7.0,)),
     ],
@@ -409,22 +314,6 @@ def test_default_targets_are_the_best_and_the_median_episode_s(returns, targets)
     assert default_targets(dataset) == targets
     given = TrainConfig(embed_dim=8, num_heads=2, targets=(3.0, 1.0, 3.0))
     assert build_agent(given, dataset).config.targets == (3.0, 1.0)
-
-
-def test_delayed_rewards_give_every_step_the_whole_return(tiny_dataset):
-    dataset = load_dataset(TrainConfig(dataset=str(tiny_dataset), env="Hopper-v4", reward_mode="delayed"))
-    np.testing.assert_array_equal(
-        dataset.returns_to_go, np.repeat(dataset.episode_returns.astype(np.float32), dataset.episode_lengths)
-    )
-
-
-def test_data_and_environment_must_fit(tiny_dataset, tmp_path):
-    with pytest.raises(UserError, match=r"environment Walker2d-v4 has observations of 17 .* data 11 and 3"):
-        train_here(tiny_dataset, tmp_path / "run", env="Walker2d-v4")
-    with pytest.raises(UserError, match="--eval-episodes 0"):
-        load_dataset(TrainConfig(dataset=str(tiny_dataset)))
-    assert not (tmp_path / "run").exists()
-    assert load_dataset(TrainConfig(dataset=str(tiny_dataset), eval_episodes=0)).environment is None
 
 
 def test_a_run_folder_is_never_overwritten(tiny_dataset, tmp_path):
@@ -446,13 +335,3 @@ def test_training_works_outside_the_main_thread(tiny_dataset, tmp_path):
         results = pool.submit(train_here, tiny_dataset, tmp_path / "run", steps=5).result()
     assert len(results) == 2
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-def test_the_default_folder_names_the_run(tiny_dataset, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for config, folder in (
-        (TrainConfig(env="hopper-medium", seed=3), "hopper-medium/flow-interleaved-20-seed3-"),
-        (TrainConfig(dataset="minari:a/hopper/medium-v0"), "a-hopper-medium-v0/flow-interleaved-20-seed0-"),
-        (TrainConfig(dataset="/data/../my.hdf5", attention="softmax"), "data-my/softmax-interleaved-20-"),
-    ):
-        assert str(run.default_run_dir(config)).startswith(os.path.join("runs", folder))

@@ -213,21 +213,6 @@ def test_what_an_action_depends_on(attention):
     assert changed_outputs(fused, window, "previous_actions", t) == from_t
 
 
-def test_fused_layout_starts_an_episode_with_the_start_token():
-    """In mid-episode the action just before the window counts; at the start there is none to look at."""
-    model, window = make_model("fused"), make_window()
-    previous = window.previous_actions.clone()
-    previous[:, 0] = 77.0
-    altered = model(window._replace(previous_actions=previous)) - model(window)
-    assert not altered[0].any()  # first_timesteps 0
-    assert altered[1:, 0].abs().min() > 0
-    before = model(window)
-    with torch.no_grad():
-        model.start_token += torch.randn(16)
-    moved = (model(window) - before).abs().amax((1, 2)) > 1e-9
-    assert moved.tolist() == [True, False, False]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_timesteps_past_the_embedding_use_its_last_row(layout):
     model, window = make_model(layout), make_window()
@@ -267,13 +252,3 @@ def test_initial_weights(layout):
             assert parameter.std().item() == pytest.approx(INIT_STD, rel=tolerance), name
             assert abs(parameter.mean().item()) < 5 * INIT_STD / math.sqrt(parameter.numel()), name
     assert ("start_token" in dict(model.named_parameters())) == (layout == "fused")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_bfloat16_autocast_gives_the_loss_of_float32(layout):
-    model, window = make_model(layout, dtype=torch.float32), make_window(dtype=torch.float32)
-    exact = model.loss(window)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = model.loss(window)
-    assert rounded.dtype == torch.float32
-    assert rounded.item() == pytest.approx(exact.item(), rel=0.03)

@@ -43,12 +43,9 @@ def on_device(*tensors):
     ("batch", "heads", "length", "head_dim"),
     [
         (1, 2, 1, 16),
-        (2, 1, 16, 32),
         (1, 2, 59, 64),  # a window of 20 timesteps
-        (1, 1, 64, 128),
         (2, 1, 65, 16),  # two blocks
-        (1, 2, 128, 32),
-        (1, 1, 131, 64),  # three
+        (1, 1, 131, 32),  # three
     ],
 )
 def test_outputs_and_gradients_are_the_naive_ones(batch, heads, length, head_dim):
@@ -61,8 +58,7 @@ def test_outputs_and_gradients_are_the_naive_ones(batch, heads, length, head_dim
         assert_all_close(actual, exact, 3e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length", [40, 70])
+@pytest.mark.parametrize(("length", "dtype"), [(40, torch.float16), (70, torch.bfloat16)])
 def test_half_precision_is_summed_in_float32(length, dtype):
     shape = {"heads": 1, "head_dim": 32, "value_dim": 32}
     inputs = on_device(*(x.to(dtype) for x in tokens(length, **shape)))
@@ -92,18 +88,6 @@ def test_slices_of_a_projection_are_read_in_place(length):
         torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-5)
 
 
-def test_a_change_alters_nothing_before_it():
-    inputs = on_device(*tokens(70, heads=1, head_dim=16, value_dim=16, dtype=torch.float32)[:3])
-    before = triton_flow_attention(*inputs)
-    for index in range(3):
-        for changed in (0, 63, 64):
-            altered = [tensor.clone() for tensor in inputs]
-            altered[index][:, :, changed] += 3
-            after = triton_flow_attention(*altered)
-            assert torch.equal(after[:, :, :changed], before[:, :, :changed])
-            assert not torch.equal(after[:, :, changed], before[:, :, changed])
-
-
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's: 1 / (1 + inf) is 0
 def test_extreme_inputs_stay_finite():
     cases = extreme_inputs(66, 16)
@@ -130,20 +114,17 @@ def shared_memory(cases, folder):
     return [{name: taken / 1024 for name, taken in case.items()} for case in json.loads(result.stdout)]
 
 
-def test_kernels_compile_and_take_no_more_shared_memory_than_there_is(tmp_path):
-    """Each once, and the hungriest at the limits of the devices."""
-    cases = [
-        (86, 16, "float32", None),
-        (86, 64, "float32", ["grad_inputs_kernel"]),
-        (90, 128, "float32", ["outputs_kernel"]),
-        (80, 128, "bfloat16", ["grad_window_kernel"]),
-    ]
-    taken = shared_memory(cases, tmp_path)
-    assert len(taken[0]) == 12
+def assert_fits(cases, taken):
+    """The kernels that are chosen for a device take no more than it has, and those left out would."""
     for (capability, width, *_), kernels in zip(cases, taken, strict=True):
-        assert triton.fits(divmod(capability, 10), width) == (
-            max(kernels.values()) <= SHARED_MEMORY[capability]
-        )
+        fit = max(kernels.values()) <= SHARED_MEMORY[capability]
+        assert triton.fits(divmod(capability, 10), width) == fit, (capability, width, kernels)
+
+
+def test_a_kernel_compiles_and_takes_no_more_shared_memory_than_there_is(tmp_path):
+    """The hungriest one."""
+    cases = [(86, 64, "float32", ["grad_inputs_kernel"])]
+    assert_fits(cases, shared_memory(cases, tmp_path))
 
 
 @pytest.mark.slow
@@ -151,21 +132,16 @@ def test_kernels_compile_and_take_no_more_shared_memory_than_there_is(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_every_kernel_at_every_width(tmp_path, capability, dtype):
-    widths = (16, 64, 128)
-    taken = shared_memory([(capability, width, dtype, None) for width in widths], tmp_path)
-    for width, kernels in zip(widths, taken, strict=True):
-        fit = max(kernels.values()) <= SHARED_MEMORY[capability]
-        assert triton.fits(divmod(capability, 10), width) == fit, (width, kernels)
+    cases = [(capability, width, dtype, None) for width in (16, 64, 128)]
+    taken = shared_memory(cases, tmp_path)
+    assert [len(kernels) for kernels in taken] == [12] * 3
+    assert_fits(cases, taken)
 
 
 def test_what_the_kernels_cannot_do_is_left_to_torch():
     on_cpu = torch.zeros(1, 2, 8, 64)
     assert not triton.supports(on_cpu, on_cpu, on_cpu)
-    for head_dim, value_dim, dtype in (
-        (64, 32, torch.float32),
-        (24, 24, torch.float32),
-        (64, 64, torch.float64),
-    ):
+    for head_dim, value_dim, dtype in ((64, 32, torch.float32), (64, 64, torch.float64)):
         x = torch.randn(1, 2, 8, head_dim, dtype=dtype, device=DEVICE)
         values = torch.randn(1, 2, 8, value_dim, dtype=dtype, device=DEVICE)
         assert not triton.supports(x, x, values)

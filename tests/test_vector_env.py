@@ -69,52 +69,6 @@ def test_finished_slots_stay_still_until_they_are_reset(counting):
     envs.close()
 
 
-def test_truncation_and_termination_are_told_apart(counting):
-    envs = make_vector_env(EnvironmentSpec(counting.env_id, max_episode_steps=3), 8)
-    envs.reset(seed=list(range(8)))
-    for _ in range(5):
-        _, _, terminations, truncations, _ = envs.step(np.zeros((8, 1), np.float32))
-    lengths = np.array([int(np.random.default_rng(seed).integers(1, 8)) for seed in range(8)])
-    np.testing.assert_array_equal(terminations, lengths <= 3)
-    np.testing.assert_array_equal(truncations, lengths >= 3)
-    envs.close()
-
-
-ODD_INFOS = (
-    {"path": np.zeros((2, 2)), "why": None, "detail": {"x": 1}},
-    {"path": np.zeros((5, 2)), "why": "text", "detail": 3, "success": "yes"},
-    {"path": [], "why": b"", "detail": object(), "is_success": [1, 2]},
-    {"success": np.zeros((2, 3)), 5: {}},
-)
-
-
-def test_infos_of_any_kind_are_dropped(counting):
-    envs = make_vector_env(EnvironmentSpec(counting.env_id, {"infos": ODD_INFOS}), 6)
-    envs.reset(seed=list(range(6)))
-    for _ in range(8):
-        *_, infos = envs.step(np.zeros((6, 1), np.float32))
-        assert infos == {}
-    envs.close()
-
-
-def test_success_at_any_step_of_an_episode_counts(counting):
-    infos = ({}, {"success": np.bool_(True)}, {"success": False})
-    envs = make_vector_env(EnvironmentSpec(counting.env_id, {"infos": infos}), 6)
-    lengths = [min(6, int(np.random.default_rng(seed).integers(1, 8))) for seed in range(6)]
-    for _ in range(2):  # a reset forgets
-        envs.reset(seed=list(range(6)))
-        for step in range(1, 9):
-            *_, reported = envs.step(np.zeros((6, 1), np.float32))
-            drawn = [int(np.random.default_rng(seed).integers(1, 8)) for seed in range(6)]
-            expected = [
-                any((taken + total) % 3 == 1 for taken in range(1, min(step, length) + 1))
-                for length, total in zip(lengths, drawn, strict=True)
-            ]
-            if any(expected):
-                assert reported["success"].tolist() == expected
-    envs.close()
-
-
 @pytest.mark.parametrize(
     ("info", "success"),
     [
@@ -135,28 +89,8 @@ def test_success_is_read_from_what_environments_report(info, success):
     assert reported_success(info) is success
 
 
-class OddRewardEnv(CountingEnv):
-    def step(self, action):
-        observation, reward, *rest = super().step(action)
-        return observation, np.array([reward]), *rest
-
-
-def test_rewards_of_one_number_in_an_array_are_taken():
-    gym.register("flowrl-test/OddReward-v0", OddRewardEnv, max_episode_steps=6)
-    envs = make_vector_env(EnvironmentSpec("flowrl-test/OddReward-v0"), 2)
-    envs.reset(seed=[3, 4])
-    assert envs.step(np.full((2, 1), 2.0, np.float32))[1].tolist() == [2.0, 2.0]
-    envs.close()
-    del gym.registry["flowrl-test/OddReward-v0"]
-
-
 def test_an_environment_that_cannot_be_made_is_a_user_error():
     with pytest.raises(UserError, match=r"Hopper-v4 cannot be made: .*bogus"):
         make_env(EnvironmentSpec("Hopper-v4", {"bogus": 1}))
     with pytest.raises(UserError, match="NoSuchThing-v0 cannot be made"):
         make_vector_env(EnvironmentSpec("NoSuchThing-v0"), 2)
-
-
-def test_old_versions_are_made_without_a_warning(recwarn):
-    make_env(EnvironmentSpec("Hopper-v4")).close()
-    assert not [warning for warning in recwarn if "out of date" in str(warning.message)]

@@ -1,14 +1,19 @@
 """Trainings that take a second: in this process, or in real ones that can be killed; and their comparison."""
 
+import io
 import json
+import multiprocessing
 import os
-import subprocess
+import resource
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
+from threading import Thread
 from typing import Any
 
+from flowrl.__main__ import main
 from flowrl.evaluation.evaluate import TargetResult
 from flowrl.training.config import parse_train_config
 from flowrl.training.metrics import METRICS_FILE
@@ -32,13 +37,9 @@ OPTIONS: dict[str, Any] = {
 }
 TIMES = ("tokens_per_second", "updates_per_second", "seconds")  # all that may differ between equal runs
 
-# Runs scripts/train.py after some lines that may replace parts of the program.
-PROGRAM = """
-import runpy, sys
-{hook}
-sys.argv[0] = "train.py"
-runpy.run_path({script!r}, run_name="__main__")
-"""
+# New processes are forked from one that has imported what a command needs.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["flowrl.training.run", "flowrl.evaluation.command", "flowrl.data.command"])
 
 
 def arguments(dataset: Path, run: Path, **options: Any) -> list[str]:
@@ -55,35 +56,75 @@ def train_here(dataset: Path, run: Path, **options: Any) -> list[TargetResult]:
 
 def resume_here(run: Path, **options: Any) -> list[TargetResult]:
     """Continue a run in this process."""
-    flags = [
-        word
-        for name, value in options.items()
-        for word in (f"--{name.replace('_', '-')}", *str(value).split())
-    ]
+    flags = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
     return train(parse_train_config(["--resume", str(run), *flags]))
 
 
-def start(words: list[str], hook: str = "", limit: Callable[[], None] | None = None) -> subprocess.Popen:
-    """Start ``python scripts/train.py`` with these arguments in a process of its own."""
-    program = PROGRAM.format(hook=hook, script=str(REPOSITORY / "scripts" / "train.py"))
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        preexec_fn=limit,
-    )
+class Command:
+    """``flowrl WORDS`` in a process of its own, after ``hook``, which may replace parts of the program."""
+
+    def __init__(self, words: list[str], hook: str = "", limit: int | None = None) -> None:
+        readers, writers = zip(*(PROCESSES.Pipe(duplex=False) for _ in range(2)), strict=True)
+        started = (words, hook, limit, dict(os.environ), os.getcwd(), *writers)
+        self.process = PROCESSES.Process(target=_run, args=started)
+        self.process.start()
+        self.output, self.errors = "", ""
+        self.threads = [
+            Thread(target=self._read, args=(name, reader))
+            for name, reader in zip(("output", "errors"), readers, strict=True)
+        ]
+        for writer, thread in zip(writers, self.threads, strict=True):
+            writer.close()
+            thread.start()
+
+    def _read(self, name: str, reader: Any) -> None:
+        with open(os.dup(reader.fileno())) as file:
+            for line in file:
+                setattr(self, name, getattr(self, name) + line)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it did not end"
+        for thread in self.threads:
+            thread.join()
+        return self.output, self.errors
 
 
-def finish(process: subprocess.Popen, timeout: float = 200) -> tuple[int, str, str]:
+def _run(
+    words: list[str], hook: str, limit: int | None, environment: dict[str, str], folder: str, *outputs: Any
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for descriptor, output in enumerate(outputs, 1):
+        os.dup2(output.fileno(), descriptor)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        raw = io.BufferedWriter(io.FileIO(descriptor, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, line_buffering=True))
+    if limit is not None:  # bytes, of any file that is written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    exec(hook, {})
+    sys.exit(main(words))
+
+
+def finish(process: Command | Popen[str], timeout: float = 200) -> tuple[int | None, str, str]:
     """Wait for the end of a process; its exit code, output and errors. Never a traceback."""
     output, errors = process.communicate(timeout=timeout)
     assert "Traceback" not in errors, errors
     return process.returncode, output, errors
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 200) -> None:
+def wait_for(condition: Callable[[], bool], process: Command | Popen[str], timeout: float = 200) -> None:
     """Wait until the condition holds while the process runs."""
     deadline = time.monotonic() + timeout
     while not condition():

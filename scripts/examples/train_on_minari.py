@@ -1,0 +1,28 @@
+"""Train an agent on a Minari dataset, which is downloaded when first used.
+
+python scripts/examples/train_on_minari.py mujoco/hopper/medium-v0 runs/hopper 10000
+"""
+
+import sys
+from pathlib import Path
+
+from flowrl import TrainConfig, train
+
+
+def train_on_minari(dataset: str, run_dir: str, updates: int) -> None:
+    """Train; the run folder then holds the agent, the metrics and the configuration."""
+    config = TrainConfig(
+        dataset=f"minari:{dataset}",
+        run_dir=Path(run_dir),
+        steps=updates,
+        context_length="episode",  # memory of the whole episode, at constant cost per timestep
+        token_layout="fused",  # one token per timestep
+        batch_size=4,
+        eval_episodes=5,
+    )
+    for result in train(config):
+        print(f"target {result.target_return:g}: mean return {result.returns.mean():.1f}")
+
+
+if __name__ == "__main__":
+    train_on_minari(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,63 @@
+"""The examples of scripts/examples, each run as a program."""
+
+import re
+import runpy
+import sys
+
+import minari
+import numpy as np
+import pytest
+import torch
+from tiny_training import REPOSITORY, train_here
+
+from flowrl import load_agent
+from flowrl.data.collect import Part, Recipe
+from flowrl.data.writers import collect_minari
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.evaluation.rollout import rollout
+
+EXAMPLES = REPOSITORY / "scripts" / "examples"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *words: object) -> dict:
+    """Run an example with these arguments; what it defines."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
+def test_train_on_a_minari_dataset(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    collect_minari(Recipe("hopper", (Part("25k"),), steps=300, seed=4), "mine/hopper-v0")
+    run(monkeypatch, "train_on_minari.py", "mine/hopper-v0", tmp_path / "run", 3)
+    agent = load_agent(tmp_path / "run")
+    assert (agent.checkpoint_step, agent.acting) == (3, "recurrent")
+    assert agent.config.dataset_id == "minari:mine/hopper-v0"
+    best = max(float(sum(episode.rewards)) for episode in minari.load_dataset("mine/hopper-v0"))
+    assert re.search(rf"^target {best:g}: mean return ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_act_in_a_vector_environment(tiny_dataset, tmp_path, monkeypatch, capsys):
+    train_here(tiny_dataset, tmp_path / "run", env="Hopper-v5", steps=2, eval_episodes=0)
+    capsys.readouterr()
+    act = run(monkeypatch, "act_in_vector_env.py", tmp_path / "run", "Hopper-v5", 30)["act"]
+    mean = float(capsys.readouterr().out.split()[2])
+    returns = act(str(tmp_path / "run"), "Hopper-v5", 30.0)
+    assert mean == pytest.approx(returns.mean(), abs=0.06)
+    seeds = np.arange(8)  # those that Gymnasium gives to environments next to one another
+    expected = rollout(load_agent(tmp_path / "run"), EnvironmentSpec("Hopper-v5"), np.full(8, 30.0), seeds)
+    np.testing.assert_allclose(returns, expected.returns, rtol=1e-3)
+
+
+def test_attention_in_a_module_of_ones_own(monkeypatch, capsys):
+    defined = run(monkeypatch, "attention_in_a_module.py", 50)
+    difference = float(capsys.readouterr().out.split()[-1])
+    assert difference < 1e-5
+    torch.manual_seed(0)
+    module = defined["FlowAttention"](width=8, heads=2)
+    tokens = torch.randn(2, 20, 8)
+    before = module(tokens)
+    tokens[:, 12] += 1
+    after = module(tokens)
+    assert torch.equal(after[:, :12], before[:, :12])  # causal
+    assert not torch.allclose(after[:, 12:], before[:, 12:])
