@@ -6,25 +6,17 @@ Timings decide nothing here.
 import json
 
 import attention
-import numpy as np
 import pytest
 import timing
 import torch
 import update
 from attention import authors_flow_attention, make_inputs
-from rollouts import (
-    RawPhysics,
-    evaluate_batch,
-    evaluate_one_by_one,
-    record_episodes,
-)
 from speed import BenchmarkConfig, run_benchmarks
 from update import use_authors_attention
-from workload import HOPPER, Sizes, make_agent, make_episodes, paper_config
+from workload import Sizes, make_episodes
 
 from flowrl.attention import naive_flow_attention
 from flowrl.data.sampler import WindowSampler
-from flowrl.envs.vector import make_env
 from flowrl.model.transformer import ModelConfig, SequenceModel
 
 TINY = Sizes(
@@ -63,21 +55,6 @@ def test_a_model_with_the_authors_form_predicts_the_same():
     expected = model(window)
     use_authors_attention(model)
     torch.testing.assert_close(model(window), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_every_contender_steps_through_the_recorded_episodes():
-    episodes = record_episodes(5, "random")
-    agent = make_agent(TINY, paper_config(TINY))
-    assert evaluate_batch(agent, episodes).tolist() == episodes.lengths.tolist()
-    assert evaluate_batch(None, episodes).tolist() == episodes.lengths.tolist()
-    assert evaluate_one_by_one(agent, episodes, 2).tolist() == episodes.lengths[:2].tolist()
-    final = RawPhysics(episodes).run()
-    env = make_env(HOPPER)
-    for episode, length in enumerate(episodes.lengths):
-        env.reset(seed=episode)
-        for action in episodes.actions[episode, :length]:
-            env.step(action)
-        np.testing.assert_array_equal(final[episode], env.unwrapped.data.qpos)
 
 
 def test_a_tiny_run_writes_json_and_table(tmp_path, monkeypatch):

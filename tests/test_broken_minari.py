@@ -10,13 +10,11 @@ from typing import Any
 
 import gymnasium
 import h5py
-import minari
 import numpy as np
 import pytest
 from broken_inputs import MARKER, PICKLES, ending, refusal
-from gymnasium import spaces
-from minari.data_collector import EpisodeBuffer
 from test_broken_data import claiming, linked, replaced, transformed
+from test_minari import HOPPER_SPACE, ID, change_metadata, create, episodes
 
 from flowrl.data import EpisodeDataset
 from flowrl.training.config import TrainConfig
@@ -24,8 +22,6 @@ from flowrl.training.setup import load_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
 
-ID = "test/hopper/tiny-v0"
-LENGTHS = (4, 1, 7)
 CONFIG = TrainConfig(dataset=f"minari:{ID}", eval_episodes=0)
 
 
@@ -37,27 +33,10 @@ def load() -> EpisodeDataset:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with one whole dataset; not to be changed."""
-    folder, random = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
-    buffers = [
-        EpisodeBuffer(
-            observations=random.normal(size=(length + 1, 11)),
-            actions=random.uniform(-1, 1, size=(length, 3)).astype(np.float32),
-            rewards=random.normal(size=length).tolist(),
-            terminations=[False] * (length - 1) + [True],
-            truncations=[False] * length,
-            infos={"extra": np.arange(length + 1)},
-        )
-        for length in LENGTHS
-    ]
+    folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        minari.create_dataset_from_buffers(
-            ID,
-            buffers,
-            env="Hopper-v5",
-            observation_space=spaces.Box(-np.inf, np.inf, (11,), np.float64),
-            action_space=spaces.Box(-1.0, 1.0, (3,), np.float32),
-        )
+        create(episodes(HOPPER_SPACE)[:3], env="Hopper-v5")  # of 4, 1 and 7 steps
     return folder
 
 
@@ -70,11 +49,6 @@ def data(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     return cache / ID / "data"
-
-
-def change_metadata(data: Path, **changes: Any) -> None:
-    metadata = json.loads((data / "metadata.json").read_text())
-    (data / "metadata.json").write_text(json.dumps({**metadata, **changes}))
 
 
 # What minari itself stumbles over is reported in its words, with the folder.
@@ -136,7 +110,7 @@ METADATA: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "message"), METADATA, ids=str)
 def test_metadata_that_is_wrong_is_refused(data: Path, changes: dict[str, Any], message: str) -> None:
-    change_metadata(data, **changes)
+    change_metadata(data.parents[3], **changes)
     line = refusal(load)
     assert ID in line
     assert re.search(message, line), line
@@ -155,7 +129,7 @@ TOLERATED = [
 def test_metadata_that_may_be_wrong_gives_a_result_or_one_line(data: Path, key: str, value: Any) -> None:
     """The data stays readable; what depends on the entry (environment, reference scores) may be lost."""
     expected = load().sha256
-    change_metadata(data, **{key: value})
+    change_metadata(data.parents[3], **{key: value})
     config = replace(CONFIG, env="Hopper-v5")
     if ending(lambda: load_dataset(config)) is None:
         assert load_dataset(config).sha256 == expected
@@ -167,9 +141,9 @@ def test_a_dataset_cannot_name_code_to_run(data: Path, tmp_path: Path) -> None:
     kwargs = {"path": str(tmp_path / "executed")}
     spec.update(entry_point="os:mkdir", kwargs=kwargs)
     space = json.loads((data / "metadata.json").read_text())["observation_space"]
-    change_metadata(data, env_spec=json.dumps(spec), observation_space=None)
+    change_metadata(data.parents[3], env_spec=json.dumps(spec), observation_space=None)
     assert "key 'observation_space' is missing" in refusal(load)
-    change_metadata(data, observation_space=space)
+    change_metadata(data.parents[3], observation_space=space)
     config = replace(CONFIG, eval_episodes=1)
     line = refusal(lambda: load_dataset(config))
     assert "Hopper-v5 cannot be made" in line  # Gymnasium's own Hopper takes no such argument

@@ -122,18 +122,11 @@ def entry(dtype: Any = "F32", shape: Any = (16,), offsets: Any = (0, 64)) -> dic
 
 HEADERS = {
     "nothing": b"",
-    "no header": safetensors(b"", b""),
     "a length of 2^64 - 1": safetensors(entry(), length=(1 << 64) - 1),
     "a length of 100 MB": safetensors(entry(), length=100_000_000),
-    "JSON of a list": safetensors([]),
     "JSON without end": safetensors(b"[" * 100_000),
     "a tensor of exabytes": safetensors(entry(shape=(1 << 61,), offsets=(0, 1 << 63))),
-    "a shape that overflows to the right size": safetensors(entry(shape=(1 << 62, 4, 16))),
-    "offsets of another size": safetensors(entry(offsets=(0, 60))),
-    "an unknown type": safetensors(entry("F33")),
     "an 8-bit type": safetensors(entry("F8_E8M0", (64,))),
-    "overlapping tensors": safetensors({**entry(), "v": entry()["w"]}),
-    "bytes behind the end": safetensors(entry(), bytes(100)),
     "a whole file of something else": safetensors(entry()),
     "a pickle": PICKLES[0],
 }

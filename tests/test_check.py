@@ -34,14 +34,6 @@ def test_everything_is_used_here():
     assert found["Acting in C++"] == "used"
 
 
-def test_the_switch_is_the_reason(monkeypatch):
-    monkeypatch.setenv("FLOWRL_KERNELS", "off")
-    found = shown()
-    assert found["FLOWRL_KERNELS"] == "off: kernels are off"
-    for name in ("C++", "Acting in C++", "Linear by oneDNN"):
-        assert found[name] == "not used: FLOWRL_KERNELS is off"
-
-
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = shown()

@@ -62,14 +62,6 @@ def test_a_file_arrives_with_nothing_beside_it(
     assert server.requests == ["/data"]
 
 
-def test_an_existing_file_is_kept_without_a_request(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "data.bin"
-    path.write_bytes(b"mine")
-    download([server.url("/data", sends(CONTENT))], path, SHA256, accept)
-    assert path.read_bytes() == b"mine"
-    assert server.requests == []
-
-
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -8,11 +8,9 @@ import h5py
 import numpy as np
 import pytest
 
-from flowrl.behavior.shipped import behavior_assets
 from flowrl.data import load_episodes
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
-from flowrl.data.embedded import CUED_TASKS, EMBEDDED, Embedded, embedded_id, load_embedded
-from flowrl.data.minari import check_minari_id
+from flowrl.data.embedded import EMBEDDED, Embedded, load_embedded
 from flowrl.data.writers import collect_minari
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec
@@ -29,18 +27,6 @@ def folders(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A hopper-medium that is quickly collected."""
     monkeypatch.setitem(EMBEDDED, "hopper-medium", Embedded(SMALL))
     return own_folders
-
-
-def test_the_table_names_nine_datasets_of_shipped_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    levels = ("medium", "medium-replay", "medium-expert")
-    nine = {f"{robot}-{level}" for robot in EXPERT_AT_LEAST for level in levels}
-    assert set(EMBEDDED) == nine | set(CUED_TASKS)
-    for name in nine:
-        recipe = EMBEDDED[name].recipe
-        assert recipe.steps == 200_000
-        assert {part.policy for part in recipe.parts} <= set(behavior_assets(recipe.environment))
-        check_minari_id(embedded_id(name))
 
 
 def test_without_file_and_network_the_embedded_data_stands_in(

@@ -158,12 +158,12 @@ def test_options_lie_over_what_was_recorded() -> None:
     assert EvaluationOptions(reference_scores=(-5.0, 5.0)).reference() == ReferenceScores(-5.0, 5.0)
 
 
-def pendulum_data(path: Path) -> Path:
+def pendulum_data(path: Path, largest_action: float = 0.5) -> Path:
     """Two episodes of 8 steps with Pendulum's dimensions, in D4RL's layout."""
     random = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         file["observations"], file["rewards"] = random.normal(size=(16, 3)), random.normal(size=16)
-        file["actions"] = random.uniform(-0.5, 0.5, (16, 1))
+        file["actions"] = random.uniform(-largest_action, largest_action, (16, 1))
         file["terminals"], file["timeouts"] = np.zeros(16, bool), np.arange(16) % 8 == 7
     return path
 
@@ -203,6 +203,13 @@ def test_a_run_remembers_how_its_environment_is_made(
     forget(module)
     with pytest.raises(UserError, match="has no time limit: give --max-episode-steps"):
         evaluate_run(EvaluateConfig(run=run, episodes=2, env=f"{module}:{env_id}"))
+
+
+def test_actions_of_another_scaling_are_refused(tmp_path: Path) -> None:
+    data = pendulum_data(tmp_path / "data.hdf5", largest_action=100.0)
+    with pytest.raises(UserError, match=r"9\d.*% of the actions .* another environment or scaling"):
+        train_here(data, tmp_path / "run", env="Pendulum-v1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_environment_that_fails_costs_no_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """What a process may use of its machine: the limits of containers and of other operating systems."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -35,12 +34,3 @@ def test_other_operating_systems_have_cores_but_may_not_tell_their_memory(monkey
     monkeypatch.delattr(os, "sysconf")
     assert machine.available_cores() == os.cpu_count()
     assert machine.available_memory() is None
-
-
-def test_without_a_home_files_go_to_the_working_directory(monkeypatch, tmp_path):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "home", no_home)
-    assert machine.home_folder() == tmp_path

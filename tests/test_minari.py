@@ -21,7 +21,7 @@ from flowrl.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
 
-LENGTHS = (4, 1, 3, 6)
+LENGTHS = (4, 1, 7, 2)
 TERMINATED = (True, False, True, False)
 ID = "test/hopper/tiny-v0"
 
@@ -77,7 +77,7 @@ def test_observations_are_aligned_with_the_actions_taken_on_them() -> None:
     buffers = create(env="Hopper-v5")
     dataset = read_minari(ID)
     assert dataset.episode_lengths.tolist() == list(LENGTHS)
-    assert dataset.episode_starts.tolist() == [0, 4, 5, 8]
+    assert dataset.episode_starts.tolist() == [0, 4, 5, 12]
     assert dataset.terminated.tolist() == list(TERMINATED)
     row = 0
     for buffer in buffers:

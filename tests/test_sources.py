@@ -3,15 +3,12 @@
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
 
 import h5py
-import minari
 import numpy as np
 import pytest
 from failing_server import Server, sends, status
-from gymnasium import spaces
-from minari.data_collector import EpisodeBuffer
+from test_minari import create
 
 from flowrl.data import EpisodeDataset, d4rl, load_episodes, sources
 from flowrl.data.d4rl import PublishedFile
@@ -167,36 +164,19 @@ def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp
     assert load_episodes(str(path)).observation_dim == 111
 
 
-def record(dataset_id: str, env: Any) -> None:
-    buffer = EpisodeBuffer(
-        observations=np.zeros((4, 11)),
-        actions=np.zeros((3, 3), np.float32),
-        rewards=[1.0, 2.0, 3.0],
-        terminations=[False, False, True],
-        truncations=[False] * 3,
-    )
-    minari.create_dataset_from_buffers(
-        dataset_id,
-        [buffer],
-        env=env,
-        observation_space=spaces.Box(-9, 9, (11,), np.float64),
-        action_space=spaces.Box(-1, 1, (3,), np.float32),
-    )
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_minari_datasets_bring_their_environment_which_env_replaces() -> None:
-    record("test/hopper-v0", "Hopper-v5")
+    create(dataset_id="test/hopper-v0", env="Hopper-v5")
     dataset = load_episodes("minari:test/hopper-v0")
     assert dataset.dataset_id == "minari:test/hopper-v0"
     assert dataset.environment == EnvironmentSpec("Hopper-v5", {}, 1000)
-    assert dataset.episode_returns.tolist() == [6.0]
+    assert dataset.episode_lengths.tolist() == [4, 1, 7, 2]
     replaced = load_episodes("minari:test/hopper-v0", "hopper-medium")
     assert replaced.environment == EnvironmentSpec("Hopper-v4")
     assert replaced.reference == REFERENCE_SCORES["hopper"]
     assert "evaluated in Hopper-v4, not in the data's own Hopper-v5(max_episode_steps=1000)" in replaced.notes
     assert replaced.sha256 == dataset.sha256
-    record("test/nameless-v0", None)
+    create(dataset_id="test/nameless-v0")
     named = load_episodes("minari:test/nameless-v0", "Hopper-v5")
     assert named.environment == EnvironmentSpec("Hopper-v5")
     assert named.reference == REFERENCE_SCORES["hopper"]
@@ -205,11 +185,11 @@ def test_minari_datasets_bring_their_environment_which_env_replaces() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_several_sources_are_taken_together(tmp_path: Path) -> None:
     files = [str(write(tmp_path / f"{seed}.hdf5", seed)) for seed in range(2)]
-    record("test/hopper-v0", "Hopper-v5")
+    create(dataset_id="test/hopper-v0", env="Hopper-v5")
     together = load_episodes([*files, "minari:test/hopper-v0"], "Hopper-v4")
     parts = [load_episodes(source, "Hopper-v4") for source in (*files, "minari:test/hopper-v0")]
     assert together.dataset_id == "file:0.hdf5 + file:1.hdf5 + minari:test/hopper-v0"
-    assert together.episode_lengths.tolist() == [5, 4, 5, 4, 3]
+    assert together.episode_lengths.tolist() == [5, 4, 5, 4, 4, 1, 7, 2]
     for name in ("observations", "actions", "rewards", "returns_to_go", "timesteps", "terminated"):
         expected = np.concatenate([getattr(part, name) for part in parts])
         np.testing.assert_array_equal(getattr(together, name), expected)
