@@ -62,26 +62,6 @@ print(*(name for name in {NOT_FOR_ACTING} if name in sys.modules))
     assert result.stdout.strip() == b""
 
 
-def test_threads_are_set_before_torch_reads_it():
-    program = """
-import os, sys
-from types import SimpleNamespace
-from flowrl import __main__
-def command():
-    assert "torch" not in sys.modules
-    return print(os.environ["GOMP_SPINCOUNT"]) or 0
-__main__.COMMANDS["command"] = SimpleNamespace(run=command)
-__main__.main(["command"])
-"""
-    assert run(["-c", program], GOMP_SPINCOUNT="7").stdout.strip() == b"7"  # the user's own stays
-    variables = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, check=False,
-        env={**variables, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
-    assert int(result.stdout) > 0
-
-
 def test_a_terminal_without_unicode(tiny_dataset: Path, tmp_path: Path):
     folder = tmp_path / "r\N{LATIN SMALL LETTER U WITH DIAERESIS}n"  # printed, and not ASCII
     words = arguments(tiny_dataset, folder, steps=4, eval_episodes=1)

@@ -1,8 +1,6 @@
 """Presets, flags and resumed runs: what wins, what is refused, and how it is said."""
 
 import re
-import runpy
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -23,9 +21,6 @@ from flowrl.training.config import (
     to_yaml,
 )
 from flowrl.training.setup import build_agent, load_dataset
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPT = REPOSITORY / "scripts" / "train.py"
 
 
 def write_run(folder, **options):
@@ -246,38 +241,6 @@ def test_resume_cannot_change_what_was_computed(tmp_path, name):
         parse_train_config(["--resume", str(run), flag(name), *words])
     if same not in (None, (), False):  # the value that holds anyway is no change
         assert parse_train_config(["--resume", str(run), flag(name), str(same)]) == replace(saved, resume=run)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--env", "hoper-medium", "--device", "cpu"], "did you mean 'hopper-medium'?"),
-        (["--env", "hopper-medium", "--device", "tpu"], "--device tpu: expected auto, cpu, cuda or cuda:N"),
-        (["--resume", "absent"], "--resume absent: not a run folder"),
-        ([], "nothing to train on: give --env"),
-    ],
-    ids=str,
-)
-def test_a_mistake_on_the_command_line_is_one_line_and_code_2(
-    tmp_path, monkeypatch, capsys, arguments, message
-):
-    assert run_main(tmp_path, monkeypatch, arguments) == 2
-    output, errors = capsys.readouterr()
-    assert output == ""
-    (line,) = errors.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
-    assert list(tmp_path.iterdir()) == []
-
-
-def run_main(folder, monkeypatch, arguments):
-    """The exit code of ``scripts/train.py`` in an empty folder, without any dataset in reach."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(folder))
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return caught.value.code
 
 
 @pytest.mark.parametrize("options", [{"embed_dim": 1 << 20}, {"embed_dim": 1 << 14, "num_layers": 1000}])

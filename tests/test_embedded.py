@@ -16,8 +16,6 @@ from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
-# Normalised scores. HalfCheetah's should be 70: its training run was not long enough.
-EXPERT_AT_LEAST = {"hopper": 95, "halfcheetah": 90, "walker2d": 90}
 SMALL = Recipe("hopper", (Part("25k"),), steps=300, seed=4)
 ID = "flowrl/hopper/medium-v0"
 

@@ -5,7 +5,7 @@ import torch
 from attention_forms import assert_all_close, tokens, with_gradients
 
 from flowrl.attention import flow_attention, flow_attention_step, naive_flow_attention
-from flowrl.attention.flow import FlowState, blocks
+from flowrl.attention.flow import FlowState
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 MASKS = {
@@ -59,15 +59,6 @@ def test_parts_from_states_equal_the_whole(lengths, dtype):
     expected = with_gradients(naive_flow_attention, *inputs, clamp=0.9)
     actual = with_gradients(in_parts, *(x.to(dtype) for x in inputs), lengths=lengths, clamp=0.9)
     assert_all_close(actual, expected, TOLERANCE[dtype])
-
-
-def test_boundaries_of_blocks_and_states_fall_anywhere(monkeypatch):
-    monkeypatch.setattr(blocks, "ONE_BLOCK", 4)
-    monkeypatch.setattr(blocks, "SHORTEST_BLOCK", 4)
-    for first in range(1, 13):
-        inputs = tokens(13, head_dim=2)
-        expected = with_gradients(naive_flow_attention, *inputs)
-        assert_all_close(with_gradients(in_parts, *inputs, lengths=(first, 13 - first)), expected, 1e-10)
 
 
 @pytest.mark.parametrize("length", [1, 60, 129, 300])

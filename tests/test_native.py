@@ -11,7 +11,6 @@ from flowrl.attention import ATTENTION_KINDS
 from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
 from flowrl.native import kernels, linear
 from flowrl.native.accelerate import accelerate_acting, accelerate_training
-from flowrl.native.acting import PackedBlocks
 from flowrl.native.dropout import FastDropout
 from flowrl.native.linear import OneDNNLinear
 
@@ -77,30 +76,6 @@ def test_actions_and_states_are_the_blocks_own(batch, options, layout):
     for layer, reference in zip(state.layers, expected_state.layers, strict=True):
         for name, a, b in zip(reference._fields, layer, reference, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), name
-
-
-def test_neither_threads_nor_other_episodes_change_a_bit():
-    """Of the blocks, that is: in torch's layers before and after them a row may depend on its neighbours."""
-    packed = PackedBlocks(make_model())
-    tokens = torch.randn(6, 70, 3, 64, generator=torch.Generator().manual_seed(2))
-
-    def run(tokens):
-        outputs, layers = [], (None, None)
-        with torch.no_grad():
-            for step in tokens:
-                last, layers = packed.read(step, layers)
-                outputs.append(last)
-        return torch.stack(outputs), *(tensor for layer in layers for tensor in layer)
-
-    expected = run(tokens)
-    assert torch.equal(run(tokens[:, [41]])[0], expected[0][:, [41]])
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, run(tokens), expected))
-    finally:
-        torch.set_num_threads(before)
 
 
 def gelu_for_relu(model):

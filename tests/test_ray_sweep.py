@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -72,19 +71,6 @@ def test_the_run_of_a_lost_node_resumes_elsewhere(tiny_dataset: Path, tmp_path: 
     train(parse_train_config(words))
     assert [line["step"] for line in figures(lost.run_dir, "train")] == list(range(5, STEPS + 1, 5))
     assert_same_end(lost.run_dir, tmp_path / "whole")
-
-
-def test_a_signal_stops_the_runs_of_a_cluster_started_here(tiny_dataset: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
-    run = plan_runs(read_sweep(str(file)), runs)[0]
-    process = start_sweep(file, runs, "--methods", run.method, "--on", "ray")
-    wait_for(lambda: last_step(run.run_dir) > 20, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert "continue with --resume" in log_path(run).read_text()
-    assert 20 < last_step(run.run_dir) < STEPS
 
 
 @pytest.mark.parametrize(

@@ -49,33 +49,6 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(Trainer, "update", interrupted)
 
 
-KILL_AFTER = """
-import os, signal
-from flowrl.training.trainer import Trainer
-update = Trainer.update
-def killed(self):
-    update(self)
-    if self.step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-Trainer.update = killed
-"""
-
-
-def test_200_updates_equal_100_a_kill_and_100_more(tiny_dataset, tmp_path):
-    options = {"attention": "softmax", "token_layout": "fused", "context_length": "episode"}
-    options |= {"steps": 200, "eval_every": 90, "checkpoint_every": 37}
-    train_here(tiny_dataset, tmp_path / "straight", **options)
-    run = tmp_path / "killed"
-    words = ["train", *arguments(tiny_dataset, run, **options)]
-    code, _, _ = finish(Command(words, KILL_AFTER.format(step=100)))
-    assert code == -signal.SIGKILL
-    assert load_checkpoint(run).step == 74
-    code, output, _ = finish(Command(["train", "--resume", str(run)]))
-    assert code == 0
-    assert f"resuming {run} at step 74" in output
-    assert_same_end(run, tmp_path / "straight")
-
-
 @pytest.mark.parametrize("step", [1, 7, 25])
 def test_stopped_at_any_update_a_run_goes_on_exactly(reference, tiny_dataset, tmp_path, monkeypatch, step):
     """On a checkpoint, a log line, an evaluation, or between them; dropout and batches go on in order."""
@@ -176,14 +149,6 @@ def test_tensorboard_goes_on_without_a_fold(reference, tiny_dataset, tmp_path, m
     events = EventAccumulator(str(run))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
-
-
-def test_a_longer_run_goes_on_where_the_shorter_one_ended(tiny_dataset, tmp_path):
-    options = {"schedule": "constant", "warmup_steps": 5, "eval_episodes": 0, "log_every": 10}
-    train_here(tiny_dataset, tmp_path / "straight", steps=60, **options)
-    train_here(tiny_dataset, tmp_path / "run", steps=30, **options)
-    resume_here(tmp_path / "run", steps=60)
-    assert_same_end(tmp_path / "run", tmp_path / "straight")
 
 
 def test_other_data_or_another_model_is_refused(reference, tiny_dataset, tmp_path):

@@ -3,16 +3,11 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium.spaces import Box
 
-from flowrl.envs.mujoco_vector import MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import StillVectorEnv, make_vector_env
 from flowrl.errors import UserError
-from flowrl.evaluation.rollout import failures_kept, rollout
-from flowrl.model.agent import Agent, AgentConfig
-from flowrl.model.transformer import ModelConfig, SequenceModel
+from flowrl.evaluation.rollout import NonFiniteError, failures_kept, rollout
 
 
 class LinearAgent:
@@ -98,46 +93,6 @@ def test_returns_and_lengths_equal_those_of_single_environments(environment, dim
         assert not terminated.all()
 
 
-class CoarseAgent(Agent):
-    """The real agent with its actions rounded to tenths.
-
-    Matrix products round differently for different numbers of slots; a robot would amplify that.
-    """
-
-    def act(self, observations, rewards=None):
-        return np.round(super().act(observations, rewards), 1)
-
-
-@pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
-@pytest.mark.parametrize("acting", ["recurrent", "window"])
-@pytest.mark.parametrize(
-    ("environment", "vector_class"),
-    [
-        (EnvironmentSpec("Hopper-v4", max_episode_steps=35), MujocoVectorEnv),
-        (EnvironmentSpec("Hopper-v5", {"reset_noise_scale": 0.02}, 35), StillVectorEnv),
-    ],
-    ids=["threads", "gymnasium"],
-)
-def test_both_acting_modes_agree_with_single_environments(environment, vector_class, acting):
-    envs = make_vector_env(environment, 1)
-    assert type(envs) is vector_class
-    envs.close()
-    torch.manual_seed(1)
-    model = SequenceModel(ModelConfig(11, 3, 1000, num_layers=2, embed_dim=16, num_heads=2))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8)  # an untrained model barely listens to its inputs
-    agent = CoarseAgent(model, AgentConfig(model.config, 5, False, ()), acting=acting)
-    targets = np.repeat([0.0, 2.0, -3.0, 5.0], 3)
-    seeds = np.tile([0, 1, 2], 4)
-    returns, lengths, terminated = loop_over_single_environments(agent, environment, targets, seeds)
-    result = rollout(agent, environment, targets, seeds)
-    np.testing.assert_array_equal(result.lengths, lengths)
-    np.testing.assert_allclose(result.returns, returns, rtol=0, atol=1e-9)
-    np.testing.assert_array_equal(result.terminated, terminated)
-    assert len(set(lengths)) > 2
-
-
 class FaultyEnv(gym.Env):
     """Runs for ``seed`` steps; fails at the third with a NaN where it was told to."""
 
@@ -174,6 +129,13 @@ def test_a_finished_slot_is_never_stepped_and_sums_are_exact(faulty):
     np.testing.assert_array_equal(result.lengths, seeds)
     np.testing.assert_array_equal(result.returns, seeds * (1e8 + seeds / 1024))  # float32 would lose these
     assert result.terminated.all()
+
+
+@pytest.mark.parametrize(("fault", "step"), [("observation", 3), ("reward", 2)])
+def test_a_non_finite_value_names_the_slot_and_the_step(faulty, fault, step):
+    seeds = np.array([1, 5, 2, 9, 6])  # slots 0 and 2 are gone when slot 3 breaks
+    with pytest.raises(NonFiniteError, match=f"environment 3, step {step}: {fault} "):
+        rollout(LinearAgent(2, 1), EnvironmentSpec(faulty, {"fault": fault}), np.zeros(5), seeds)
 
 
 class WholeNumbersEnv(FaultyEnv):

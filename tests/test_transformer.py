@@ -189,30 +189,6 @@ def test_loss_is_the_mean_square_over_valid_actions():
     assert loss == pytest.approx(total / count, rel=1e-6)  # computed in float32
 
 
-def changed_outputs(model, window, field, t):
-    """Which timesteps' actions move when ``field`` changes at timestep ``t``, as a list of bools."""
-    tensor = getattr(window, field).clone()
-    tensor[:, t] += 1
-    difference = (model(window._replace(**{field: tensor})) - model(window)).abs().amax((0, 2))
-    return (difference > 1e-9).tolist()
-
-
-@pytest.mark.parametrize("attention", KINDS)
-def test_what_an_action_depends_on(attention):
-    """Returns and observations reach their own action and later ones, actions the later ones only."""
-    window, t = make_window(), 3
-    from_t, after_t = [i >= t for i in range(7)], [i > t for i in range(7)]
-    interleaved, fused = make_model("interleaved", attention), make_model("fused", attention)
-    for model in (interleaved, fused):
-        assert changed_outputs(model, window, "returns_to_go", t) == from_t
-        assert changed_outputs(model, window, "observations", t) == from_t
-        assert changed_outputs(model, window, "timesteps", t) == from_t
-    assert changed_outputs(interleaved, window, "actions", t) == after_t
-    assert changed_outputs(interleaved, window, "previous_actions", t) == [False] * 7
-    assert changed_outputs(fused, window, "actions", t) == [False] * 7
-    assert changed_outputs(fused, window, "previous_actions", t) == from_t
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_timesteps_past_the_embedding_use_its_last_row(layout):
     model, window = make_model(layout), make_window()
