@@ -53,7 +53,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
 
 
 TARGETS = {"hopper": (3600.0, 1800.0), "halfcheetah": (12000.0, 6000.0), "walker2d": (5000.0, 2500.0)}
-SHAPES = {"": (20, "interleaved", 64), "-fused": (20, "fused", 64), "-long": ("episode", "fused", 4)}
+SHAPES = {"-paper": (20, "interleaved", 64), "-fused": (20, "fused", 64), "-long": ("episode", "fused", 4)}
 
 
 @pytest.mark.parametrize("recipe", SHAPES)
@@ -68,14 +68,14 @@ def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, r
     )  # fmt: skip
     assert env in D4RL_ENVIRONMENTS
     assert parse_train_config(["--config", expected.config]) == expected
-    if recipe == "":
-        assert parse_train_config(["--env", env]) == replace(expected, config=None)
-        assert parse_train_config(["--env", env, "--config", "windows"]) == replace(
-            expected, config="windows"
-        )
-    else:
-        name = recipe.removeprefix("-")
-        assert parse_train_config(["--env", env, "--config", name]) == replace(expected, config=name)
+    name = recipe.removeprefix("-")
+    assert parse_train_config(["--env", env, "--config", name]) == replace(expected, config=name)
+    default = TrainConfig(
+        env=env, return_scale=1000.0, context_length="episode", token_layout="fused", embed_dim=128,
+        timesteps_per_update=1280, steps=3000, conditioning="target", eval_every=1000, log_every=50,
+    )  # fmt: skip
+    assert parse_train_config(["--env", env]) == default
+    assert parse_train_config(["--config", env]) == replace(default, config=env)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def flag(name):
 
 
 FROM_1 = ("context_length", "num_layers", "embed_dim", "num_heads", "steps", "batch_size")
-FROM_1 += ("log_every", "checkpoint_every", "keep_checkpoints")
+FROM_1 += ("timesteps_per_update", "log_every", "checkpoint_every", "keep_checkpoints")
 FROM_0 = ("eval_every", "eval_episodes", "eval_seed", "warmup_steps", "weight_decay", "dropout", "ema_decay")
 FROM_0 += ("seed",)
 

@@ -31,7 +31,7 @@ from flowrl.training.config import (
     parse_train_config,
 )
 from flowrl.training.presets import PRESET_FOLDER
-from flowrl.training.setup import load_dataset
+from flowrl.training.setup import load_dataset, mean_window_length
 
 PLAN_FILE = "sweep.json"
 TIMESTEPS_PER_UPDATE = "timesteps_per_update"
@@ -187,25 +187,12 @@ def _cell_config(
         embedded_named(dataset)
     if wanted is None:
         return config, 0
-    if isinstance(config.context_length, int):
-        length = float(config.context_length)
-    else:
-        key = (config.env, config.dataset, config.top_fraction)
-        if key not in loaded:
-            loaded[key] = load_dataset(config)
-        length = mean_drawn_episode_length(loaded[key].episode_lengths)
-    config = parse_train_config(arguments, {**options, "batch_size": max(1, round(wanted / length))})
-    return config, round(config.batch_size * length)
-
-
-def mean_drawn_episode_length(episode_lengths: np.ndarray) -> float:
-    """Mean length of an episode drawn for training, from lengths (episodes,) in timesteps.
-
-    :class:`flowrl.data.sampler.WindowSampler` draws an episode with a probability in proportion to its
-    length, so that this is above the plain mean.
-    """
-    lengths = episode_lengths.astype(np.float64)
-    return float(np.square(lengths).sum() / lengths.sum())
+    key = (config.env, config.dataset, config.top_fraction)
+    if config.context_length == "episode" and key not in loaded:
+        loaded[key] = load_dataset(config)
+    length = mean_window_length(config, loaded[key].episode_lengths if key in loaded else np.ones(1))
+    size = max(1, round(wanted / length))
+    return parse_train_config(arguments, {**options, "batch_size": size}), round(size * length)
 
 
 def _data_options(dataset: str) -> dict[str, Any]:

@@ -93,8 +93,10 @@ class TrainConfig(EvaluationOptions):
 
     steps: PositiveCount = 100_000
     """Gradient updates."""
-    batch_size: Size = 64
-    """Windows per update."""
+    batch_size: Size | None = None
+    """Windows per update; by default by --timesteps-per-update, or 64."""
+    timesteps_per_update: PositiveCount | None = None
+    """Without --batch-size, as many windows per update as hold about this many timesteps, at least one."""
     learning_rate: Positive = 1e-3
     """AdamW's peak learning rate."""
     weight_decay: NotNegative = 1e-4
@@ -166,7 +168,7 @@ RESUMABLE = frozenset(
 )
 
 # Defaults that the first start replaces by what they stand for then, so that --resume does not change it.
-RESOLVED_AT_START = {"warmup_steps": None, "precision": "auto"}
+RESOLVED_AT_START = {"warmup_steps": None, "precision": "auto", "batch_size": None}
 
 # Where a run's options come from and go to; not what the run is.
 _WHERE = frozenset(("config", "resume", "run_dir"))

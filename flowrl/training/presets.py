@@ -10,7 +10,7 @@ from flowrl.plain_yaml import read_yaml_mapping
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Inside an installed package; beside it in the repository.
 PRESET_FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-DEFAULT_RECIPE = "windows"
+DEFAULT_RECIPE = "default"
 
 
 def preset_options(name: str | None, env: str | None) -> dict[str, Any]:

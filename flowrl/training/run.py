@@ -3,7 +3,7 @@
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from flowrl.process import prepare_process
 from flowrl.ranks import Ranks, joined_ranks
 from flowrl.signals import StopSignals
 from flowrl.training.config import TrainConfig, check_values, dataset_folder, method_name, parse_train_config
-from flowrl.training.setup import load_dataset
+from flowrl.training.setup import batch_size, load_dataset
 from flowrl.training.trainer import Trainer
 
 
@@ -46,7 +46,8 @@ def train(config: TrainConfig) -> list[TargetResult]:
             device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
             dataset = load_dataset(config)
         with joined_ranks() as ranks, open(os.devnull, "w") as nowhere:
-            if config.batch_size < ranks.size:
+            config = replace(config, batch_size=batch_size(config, dataset))
+            if batch_size(config, dataset) < ranks.size:
                 raise UserError(
                     f"--batch-size {config.batch_size}: fewer windows than {ranks.size} processes"
                 )

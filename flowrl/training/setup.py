@@ -28,6 +28,7 @@ _TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments
 _SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
 _HIDDEN_STD = 1e20  # scales what the agent must not see to less than float32 adds to anything
 _WITHOUT_OTHER_VELOCITIES = {"skipped_qpos", "qpos", "qvel", "cfrc_ext"}  # Humanoid has more, in "cvel"
+DEFAULT_BATCH_SIZE = 64
 _CPU = torch.device("cpu")
 
 
@@ -60,6 +61,25 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bfloat16" if native else "float32"
     return replace(config, warmup_steps=config.warmup, precision=precision)
+
+
+def batch_size(config: TrainConfig, dataset: EpisodeDataset) -> int:
+    """Windows per update: ``--batch-size``, or by ``--timesteps-per-update``, or 64."""
+    if config.batch_size is not None or config.timesteps_per_update is None:
+        return config.batch_size or DEFAULT_BATCH_SIZE
+    return max(1, round(config.timesteps_per_update / mean_window_length(config, dataset.episode_lengths)))
+
+
+def mean_window_length(config: TrainConfig, episode_lengths: np.ndarray) -> float:
+    """Mean timesteps of a training window, from the lengths (episodes,) of the episodes.
+
+    Of whole episodes :class:`flowrl.data.sampler.WindowSampler` draws each with a probability in proportion
+    to its length, so that this is above the plain mean.
+    """
+    if isinstance(config.context_length, int):
+        return config.context_length
+    lengths = episode_lengths.astype(np.float64)
+    return float(np.square(lengths).sum() / lengths.sum())
 
 
 def load_dataset(config: TrainConfig) -> EpisodeDataset:

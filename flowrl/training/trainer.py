@@ -30,7 +30,7 @@ from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.cuda_graph import CapturedStep
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
 from flowrl.training.run_state import RunState
-from flowrl.training.setup import Stream, build_agent, evaluation_seed, resolve, stream_seed
+from flowrl.training.setup import Stream, batch_size, build_agent, evaluation_seed, resolve, stream_seed
 from flowrl.window import Window
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
@@ -72,7 +72,7 @@ class Trainer:
         torch.manual_seed(stream_seed(config.seed, Stream.WEIGHTS))
         agent = build_agent(config, dataset, device)
         context, seed = agent.config.context_length, stream_seed(config.seed, Stream.BATCHES)
-        sampler = WindowSampler(dataset, context, config.batch_size, seed, device, ranks)
+        sampler = WindowSampler(dataset, context, batch_size(config, dataset), seed, device, ranks)
         self.state = RunState(config, agent, sampler, device, ranks)
         accelerate_training(self.state.model)
         torch.manual_seed(stream_seed(config.seed, Stream.DROPOUT, ranks.rank))

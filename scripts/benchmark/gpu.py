@@ -51,7 +51,8 @@ def _measure_updates(section: Section, sizes: Sizes, repetitions: int) -> None:
                     trainer.update()
                 contenders[attention] = trainer.update
             timings = interleaved(contenders, repetitions, wait=torch.cuda.synchronize)
-        windows, timesteps = config.batch_size, sizes.episode_length if full_episodes else 20
+        windows = trainer.state.sampler.batch_size
+        timesteps = sizes.episode_length if full_episodes else 20
         case = f"GPU update, {windows} x {timesteps:,} timesteps"
         for form, timing in timings.items():
             section.measurements.append(Measurement(form, case, windows * timesteps, timing))

@@ -12,7 +12,7 @@ from flowrl import TrainConfig, train
 def train_on_minari(dataset: str, run_dir: str, updates: int) -> None:
     """Train; the run folder then holds the agent, the metrics and the configuration."""
     config = TrainConfig(
-        dataset=f"minari:{dataset}",
+        dataset=(f"minari:{dataset}",),
         run_dir=Path(run_dir),
         steps=updates,
         context_length="episode",  # memory of the whole episode, at constant cost per timestep
