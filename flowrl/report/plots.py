@@ -1,19 +1,16 @@
-"""Pictures of a report, and learning curves of runs that need not be finished."""
+"""Pictures of a report."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
 from flowrl.atomic import atomic_path
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import standard_error
 from flowrl.report.statistics import PULLS, mean_interval
 from flowrl.report.table import Results
-from flowrl.training.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,60 +20,6 @@ if TYPE_CHECKING:
 
 _COLUMNS = 3  # of panels, one panel per dataset
 _MARKED: dict[str, Any] = {"marker": "o", "ms": 4, "capsize": 3}
-
-
-@dataclass(frozen=True)
-class CurvesConfig:
-    """Draw the training loss and the evaluated scores of runs over their updates.
-
-    Returns take the place of normalised scores where an environment has no reference scores.
-    """
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders that training wrote."""
-    output: Path
-    """Picture to write: .png or .svg."""
-
-
-def draw_curves(config: CurvesConfig) -> None:
-    """Draw what the configuration describes: a line per run and target return, errors over episodes.
-
-    Raises:
-        UserError: no run, a damaged one, another file format, or matplotlib is not installed.
-    """
-    if not config.runs:
-        raise UserError("give at least one run folder")
-    if config.output.suffix not in (".png", ".svg"):
-        raise UserError(f"--output {config.output}: must end in .png or .svg")
-    figure = new_figure(11, 4)
-    loss_axes, score_axes = figure.subplots(1, 2)
-    lines = [line for run in config.runs for line in read_metrics(run, "evaluation", ("target_return",))]
-    scored = all("normalized_score_mean" in line for line in lines)
-    name = "normalized_score" if scored else "return"
-    for run in config.runs:
-        train = read_metrics(run, "train", ("loss",))
-        loss_axes.plot([entry["step"] for entry in train], [entry["loss"] for entry in train], label=run.name)
-        evaluations = read_metrics(run, "evaluation", (f"{name}_mean",))
-        for target in sorted({entry["target_return"] for entry in evaluations}, reverse=True):
-            points = [entry for entry in evaluations if entry["target_return"] == target]
-            score_axes.errorbar(
-                [point["step"] for point in points],
-                [point[f"{name}_mean"] for point in points],
-                [point.get(f"{name}_standard_error", 0.0) for point in points],
-                label=f"{run.name}, target {target:g}",
-                **_MARKED,
-            )
-    loss_axes.set(xlabel="update", ylabel="loss", yscale="log", title="training loss")
-    score_axes.set(
-        xlabel="update",
-        ylabel="normalised score" if scored else "return",
-        title="evaluation (mean ± standard error)",
-    )
-    for axes in (loss_axes, score_axes):
-        axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend(fontsize="small")
-    _save(figure, config.output)
 
 
 def draw_report(results: Results, folder: Path, file_format: str) -> list[Path]:
