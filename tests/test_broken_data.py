@@ -125,7 +125,7 @@ def test_data_larger_than_memory_is_refused_before_anything_is_allocated(tmp_pat
     assert path.stat().st_size < 100_000
     tracemalloc.start()
     try:
-        assert "1000000000000 steps take 55,879.4 GiB of memory" in refusal(lambda: load(path))
+        assert "1000000000000 steps take 59,604.6 GiB of memory" in refusal(lambda: load(path))
         assert tracemalloc.get_traced_memory()[1] < 1 << 24
     finally:
         tracemalloc.stop()
@@ -174,7 +174,7 @@ def test_other_content_is_refused_and_never_unpickled(
         ("Hopper-v4", 12, 3),
         ("Ant-v4", 112, 8),
         ("hopper-medium", 17, 6),
-        ("CartPole-v1", 4, 1),
+        ("CartPole-v1", 4, 2),
         ("Hopper-v999", 11, 3),
         (None, 11, 3),
     ],

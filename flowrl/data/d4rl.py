@@ -2,18 +2,23 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
+from gymnasium.spaces import Space, flatdim
 
 from flowrl.atomic import file_sha256
-from flowrl.data.dataset import EpisodeDataset, build_episodes, check_fits_memory
+from flowrl.data.arrays import IN_MEMORY, Storage, chunks, release
+from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.download import DownloadError, download
 from flowrl.envs.reference_scores import reference_scores
+from flowrl.envs.spaces import EnvironmentFacts, choices_of, environment_facts, flat_rows
 from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import EnvironmentUnavailable
 from flowrl.errors import UserError, one_line
 from flowrl.machine import home_folder
 
@@ -60,6 +65,8 @@ PUBLISHED_FILES = {
         152_756_557, "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"
     ),
 }
+
+_CHUNK_CACHE = 1 << 26  # bytes; a compressed chunk is read in several pieces, but decompressed once
 
 # Ant's observation with contact forces, and the part of it that describes the body.
 _ANT_WITH_CONTACT_FORCES, _ANT_BODY = 111, 27
@@ -137,12 +144,14 @@ def read_d4rl_file(
     notes: tuple[str, ...] = (),
     max_episode_steps: int | None = None,
     split_at_timeouts: bool = False,
+    storage: Storage = IN_MEMORY,
 ) -> EpisodeDataset:
     """Read an HDF5 file in D4RL's layout; other keys (next_observations, infos, metadata) are ignored.
 
     An episode ends where ``terminals`` (or ``terminations``, ``dones``) or ``timeouts`` (or ``truncations``)
     is set; with both on one step it terminated. Steps after the last end are kept as one truncated episode,
-    with a note. Rewards and flags may be (N, 1), observations and actions of one number (N,).
+    with a note. Rewards and flags may be (N, 1), observations and actions of one number (N,). Where the
+    environment's are choices (Discrete, MultiDiscrete, MultiBinary), the numbers become one-hot vectors.
 
     Args:
         path: the file; numbers of any type and byte order, compressed or not.
@@ -152,6 +161,7 @@ def read_d4rl_file(
         max_episode_steps: where the file has no timeouts, an episode ends after so many steps at the latest.
         split_at_timeouts: let episodes end at timeouts alone, for files such as AntMaze's, whose terminal
             flag stays set while the robot is at its goal.
+        storage: where the arrays go.
 
     Raises:
         UserError: the file is missing, not HDF5, truncated, damaged or larger than memory; a key is missing
@@ -159,11 +169,20 @@ def read_d4rl_file(
     """
     with open_d4rl_file(path) as columns:
         steps = len(columns["rewards"])
-        numbers = sum(int(np.prod(columns[key].shape)) for key in ("observations", "actions", "rewards"))
-        check_fits_memory(str(path), f"{steps} steps", 4 * numbers)
-        observations, actions, rewards = (
-            _read_float32(columns[key]) for key in ("observations", "actions", "rewards")
-        )
+        environment, dropped, ant_notes = _match_ant(columns["observations"], environment)
+        facts = _facts(environment)
+        choices = {
+            "observations": _choices(facts.observation_space if facts else None, columns["observations"]),
+            "actions": _choices(facts.action_space if facts else None, columns["actions"]),
+            "rewards": None,
+        }
+        widths = {key: flatdim(each) if each else _width(columns[key]) for key, each in choices.items()}
+        widths["observations"] -= dropped
+        storage.require(str(path), f"{steps} steps", 4 * steps * (sum(widths.values()) + 1))
+        arrays = {}
+        for key, width in widths.items():
+            arrays[key] = storage.empty(key, (steps,) if key == "rewards" else (steps, width))
+            _read(path, key, columns[key], choices[key], arrays[key].reshape(steps, width))
         terminals = _read_flags(path, columns["terminals"])
         if "timeouts" in columns:
             timeouts = _read_flags(path, columns["timeouts"])
@@ -178,20 +197,17 @@ def read_d4rl_file(
                 "episode without a terminal ends"
             )
     ends, more_notes = _episode_ends(terminals, timeouts, split_at_timeouts)
-    notes = (*notes, *more_notes)
-    if environment is not None:
-        observations, environment, notes = _match_ant(observations.reshape(steps, -1), environment, notes)
     return build_episodes(
-        observations=observations.reshape(steps, -1),
-        actions=actions.reshape(steps, -1),
-        rewards=rewards.reshape(steps),
+        **arrays,
         episode_lengths=np.diff(ends, prepend=0),
         terminated=terminals[ends - 1],
         dataset_id=f"file:{path.name}" if dataset_id is None else dataset_id,
         where=str(path),
+        action_choices=choices_of(choices["actions"]),
         environment=environment,
         reference=reference_scores(environment.env_id) if environment else None,
-        notes=notes,
+        notes=(*notes, *ant_notes, *more_notes),
+        storage=storage,
     )
 
 
@@ -206,7 +222,7 @@ def open_d4rl_file(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
     if not path.is_file():
         raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE) as file:
             columns = {key: _column(path, file, key) for key in COLUMNS}
             present = {key: column for key, column in columns.items() if column is not None}
             _check_shapes(path, present)
@@ -217,23 +233,52 @@ def open_d4rl_file(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
         ) from error
 
 
+def _facts(environment: EnvironmentSpec | None) -> EnvironmentFacts | None:
+    if environment is not None:
+        with suppress(EnvironmentUnavailable):
+            return environment_facts(environment)
+    return None
+
+
+def _choices(space: Space[Any] | None, column: h5py.Dataset) -> Space[Any] | None:
+    """The space, if a column holds the numbers of its choices."""
+    return space if choices_of(space) and len(choices_of(space)) == _width(column) else None
+
+
+def _width(column: h5py.Dataset) -> int:
+    return int((*column.shape, 1)[1])
+
+
+def _read(path: Path, key: str, column: h5py.Dataset, choices: Space[Any] | None, array: np.ndarray) -> None:
+    """Fill (steps, width) from a column's first numbers, or from its choices."""
+    for rows in chunks(len(array)):
+        values = column[rows]
+        if choices is not None:
+            values = values.reshape(-1, *(choices.shape or ()))
+            array[rows] = flat_rows(str(path), key, choices, values, len(values))
+        else:
+            with np.errstate(over="ignore"):  # which is refused by name, as not finite
+                array[rows] = values.reshape(len(values), -1)[:, : array.shape[1]]
+        release(array)
+
+
 def _match_ant(
-    observations: np.ndarray, environment: EnvironmentSpec, notes: tuple[str, ...]
-) -> tuple[np.ndarray, EnvironmentSpec, tuple[str, ...]]:
-    """Make Ant's data and environment agree on contact forces.
+    observations: h5py.Dataset, environment: EnvironmentSpec | None
+) -> tuple[EnvironmentSpec | None, int, tuple[str, ...]]:
+    """Make Ant's data and environment agree on contact forces: the environment, columns to drop, and notes.
 
     D4RL's Ant observations reserve 84 numbers for contact forces, which the simulator of the time left at
     zero; Ant-v4 would fill them with forces that no agent has seen. Zero columns are dropped, as in Ant-v4's
     default; recorded forces switch them on in the environment.
     """
-    wide = observations.shape[1] == _ANT_WITH_CONTACT_FORCES
+    wide = _width(observations) == _ANT_WITH_CONTACT_FORCES
     if environment != EnvironmentSpec("Ant-v4") or not wide:
-        return observations, environment, notes
-    if observations[:, _ANT_BODY:].any():
-        return observations, EnvironmentSpec("Ant-v4", {"use_contact_forces": True}), notes
+        return environment, 0, ()
+    if any(observations[rows, _ANT_BODY:].any() for rows in chunks(len(observations))):
+        return EnvironmentSpec("Ant-v4", {"use_contact_forces": True}), 0, ()
     dropped = _ANT_WITH_CONTACT_FORCES - _ANT_BODY
     note = f"Ant's {dropped} contact-force columns are all zero: dropped, as Ant-v4 has none by default"
-    return np.ascontiguousarray(observations[:, :_ANT_BODY]), environment, (*notes, note)
+    return environment, dropped, (note,)
 
 
 def _episode_ends(
@@ -298,14 +343,6 @@ def _check_shapes(path: Path, columns: dict[str, h5py.Dataset]) -> None:
         raise UserError(f"{path}: keys differ in length: {listed}")
     if not len(columns["rewards"]):
         raise UserError(f"{path}: no episodes: the arrays are empty")
-
-
-def _read_float32(column: h5py.Dataset) -> np.ndarray:
-    if column.dtype.kind == "b":
-        return column[()].astype(np.float32)
-    values = np.empty(column.shape, dtype=np.float32)  # HDF5 converts as it reads: no float64 copy exists
-    column.read_direct(values)
-    return values
 
 
 def _read_flags(path: Path, column: h5py.Dataset) -> np.ndarray:

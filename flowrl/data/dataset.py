@@ -1,4 +1,4 @@
-"""The one in-memory form of offline data: flat arrays of transitions with episode offsets."""
+"""The one form of offline data: flat arrays of transitions with episode offsets."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,31 +6,43 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from flowrl.data.arrays import IN_MEMORY, Storage, chunks, release, row_chunks
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
-from flowrl.machine import available_memory
 
-_ROWS_PER_CHECK = 1 << 16  # bounds the temporary mask of the finiteness check
+_SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of each number of the observations and actions, over all transitions; float32."""
+
+    observation_mean: np.ndarray  # (observation_dim,)
+    observation_std: np.ndarray  # 1 where a number does not vary, so that it becomes 0 and stays finite
+    action_low: np.ndarray  # (action_dim,) the lowest in the data
+    action_high: np.ndarray
 
 
 @dataclass(frozen=True)
 class EpisodeDataset:
-    """N transitions of E episodes, stored one episode after another.
+    """N transitions of E episodes, stored one episode after another; large arrays may be mapped files.
 
     Episode e is the slice ``episode_starts[e] : episode_starts[e] + episode_lengths[e]``.
     """
 
     observations: np.ndarray  # (N, observation_dim) float32
-    actions: np.ndarray  # (N, action_dim) float32
+    actions: np.ndarray  # (N, action_dim) float32; one-hot vectors where there are action_choices
     rewards: np.ndarray  # (N,) float32
     returns_to_go: np.ndarray  # (N,) float32: sum of rewards from this step to the episode's end, inclusive
-    timesteps: np.ndarray  # (N,) int64: step inside the episode, from 0
     episode_starts: np.ndarray  # (E,) int64
     episode_lengths: np.ndarray  # (E,) int64
+    episode_returns: np.ndarray  # (E,) float64: undiscounted
     terminated: np.ndarray  # (E,) bool: ended in a terminal state; False: cut off (time limit, end of data)
+    statistics: Statistics
     dataset_id: str
     sha256: str  # of the data as read (see content_sha256); delayed_rewards and top_episodes keep it
+    action_choices: tuple[int, ...] = ()  # numbers of choices of discrete actions, none for continuous ones
     environment: EnvironmentSpec | None = None
     reference: ReferenceScores | None = None
     notes: tuple[str, ...] = ()  # sentences about this data for the user
@@ -52,9 +64,10 @@ class EpisodeDataset:
         return int(self.actions.shape[1])
 
     @property
-    def episode_returns(self) -> np.ndarray:
-        """Undiscounted return of each episode, (E,) float64."""
-        return np.add.reduceat(self.rewards, self.episode_starts, dtype=np.float64)
+    def timesteps(self) -> np.ndarray:
+        """Step inside its episode of each transition, from 0, (N,) int64; made anew at each access."""
+        starts = np.cumsum(self.episode_lengths) - self.episode_lengths
+        return np.arange(len(self.rewards)) - np.repeat(starts, self.episode_lengths)
 
     @property
     def max_episode_length(self) -> int:
@@ -70,11 +83,13 @@ def build_episodes(
     terminated: np.ndarray,
     dataset_id: str,
     where: str,
+    action_choices: tuple[int, ...] = (),
     environment: EnvironmentSpec | None = None,
     reference: ReferenceScores | None = None,
     notes: Sequence[str] = (),
+    storage: Storage = IN_MEMORY,
 ) -> EpisodeDataset:
-    """Check arrays and derive offsets, timesteps, returns-to-go and the content hash.
+    """Check arrays and derive offsets, returns, statistics and the content hash.
 
     Args:
         observations: (N, observation_dim); float32 C-contiguous arrays are kept without a copy.
@@ -84,9 +99,11 @@ def build_episodes(
         terminated: (E,) bool.
         dataset_id: name of the data in configurations, logs and score tables.
         where: file or dataset that error messages name.
+        action_choices: numbers of choices of discrete actions, whose one-hot vectors ``actions`` holds.
         environment: where agents trained on this data are evaluated.
         reference: returns that normalised scores are measured against.
         notes: sentences to show to the user.
+        storage: where returns-to-go go.
 
     Raises:
         UserError: no episodes, lengths that do not match, wrong number of dimensions, or a value that is
@@ -123,44 +140,37 @@ def build_episodes(
         _check_finite(where, key, array)
 
     episode_starts = np.cumsum(episode_lengths) - episode_lengths
-    returns_to_go = _returns_to_go(rewards, episode_starts, episode_lengths)
+    returns_to_go = storage.empty("returns_to_go", rewards.shape)
+    episode_returns = _fill_returns_to_go(returns_to_go, rewards, episode_starts, episode_lengths)
     _check_finite(where, "rewards summed to returns-to-go", returns_to_go)
     return EpisodeDataset(
         observations=observations,
         actions=actions,
         rewards=rewards,
         returns_to_go=returns_to_go,
-        timesteps=np.arange(len(rewards)) - np.repeat(episode_starts, episode_lengths),
         episode_starts=episode_starts,
         episode_lengths=episode_lengths,
+        episode_returns=episode_returns,
         terminated=terminated,
+        statistics=_statistics(observations, actions),
         dataset_id=dataset_id,
         sha256=content_sha256(observations, actions, rewards, episode_lengths, terminated),
+        action_choices=action_choices,
         environment=environment,
         reference=reference,
         notes=tuple(notes),
     )
 
 
-def check_fits_memory(where: str, what: str, needed: int) -> None:
-    """Raise UserError when ``needed`` bytes, which a file claims to hold, are more than this machine has."""
-    memory = available_memory()
-    if memory is not None and needed > memory:
-        raise UserError(
-            f"{where}: {what} take {needed / 2**30:,.1f} GiB of memory, this machine has "
-            f"{memory / 2**30:,.1f}: the data is too large, or its header is damaged"
-        )
-
-
-def concatenate(datasets: Sequence[EpisodeDataset]) -> EpisodeDataset:
-    """Return the episodes of all datasets, one dataset after another.
+def concatenate(datasets: Sequence[EpisodeDataset], storage: Storage = IN_MEMORY) -> EpisodeDataset:
+    """Return the episodes of all datasets, one dataset after another, in arrays of ``storage``.
 
     Raises:
         UserError: they differ in the sizes of observations or actions, or in their environments.
     """
     first = datasets[0]
     for other in datasets[1:]:
-        for what in ("observation_dim", "action_dim", "environment"):
+        for what in ("observation_dim", "action_dim", "action_choices", "environment"):
             ours, theirs = getattr(first, what), getattr(other, what)
             if ours != theirs:
                 remedy = "; give one with --env" if what == "environment" else ""
@@ -168,12 +178,25 @@ def concatenate(datasets: Sequence[EpisodeDataset]) -> EpisodeDataset:
                     f"{first.dataset_id} and {other.dataset_id} differ in {what.replace('_', ' ')}: "
                     f"{ours} and {theirs}{remedy}"
                 )
-    arrays = ("observations", "actions", "rewards", "episode_lengths", "terminated")
     dataset_id = " + ".join(dataset.dataset_id for dataset in datasets)
+    steps = sum(dataset.num_transitions for dataset in datasets)
+    arrays = {}
+    for name in ("observations", "actions", "rewards"):
+        parts = [getattr(dataset, name) for dataset in datasets]
+        arrays[name] = storage.empty(name, (steps, *parts[0].shape[1:]))
+        stop = 0
+        for rows in (rows for part in parts for rows in row_chunks(part)):
+            start, stop = stop, stop + len(rows)
+            arrays[name][start:stop] = rows
+            release(arrays[name])
     return build_episodes(
-        **{name: np.concatenate([getattr(dataset, name) for dataset in datasets]) for name in arrays},
+        **arrays,
+        episode_lengths=np.concatenate([dataset.episode_lengths for dataset in datasets]),
+        terminated=np.concatenate([dataset.terminated for dataset in datasets]),
         dataset_id=dataset_id,
         where=dataset_id,
+        action_choices=first.action_choices,
+        storage=storage,
         environment=first.environment,
         reference=first.reference,
         notes=[f"{dataset.dataset_id}: {note}" for dataset in datasets for note in dataset.notes],
@@ -215,16 +238,18 @@ def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
         f"{int(lengths[kept].sum())} of {dataset.num_transitions} transitions, returns from "
         f"{returns[kept].min():.1f} to {returns[kept].max():.1f}"
     )
+    observations, actions = dataset.observations[rows], dataset.actions[rows]
     return replace(
         dataset,
-        observations=dataset.observations[rows],
-        actions=dataset.actions[rows],
+        observations=observations,
+        actions=actions,
         rewards=dataset.rewards[rows],
         returns_to_go=dataset.returns_to_go[rows],
-        timesteps=dataset.timesteps[rows],
         episode_starts=np.cumsum(lengths[kept]) - lengths[kept],
         episode_lengths=lengths[kept],
+        episode_returns=returns[kept],
         terminated=dataset.terminated[kept],
+        statistics=_statistics(observations, actions),
         dataset_id=f"{dataset.dataset_id} top {fraction:g}",
         notes=(*dataset.notes, note),
     )
@@ -251,30 +276,50 @@ def content_sha256(
         ("terminated", terminated, "u1"),
     ):
         digest.update(f"{name}{list(array.shape)}".encode())
-        digest.update(np.ascontiguousarray(array, dtype=dtype).data)
+        for rows in row_chunks(array):
+            digest.update(np.ascontiguousarray(rows, dtype=dtype).data)
     return digest.hexdigest()
 
 
-def _returns_to_go(rewards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Suffix sums inside each episode: (N,) float32 from float64 sums.
+def _statistics(observations: np.ndarray, actions: np.ndarray) -> Statistics:
+    """Sums are in float64."""
+    mean = sum(rows.sum(axis=0, dtype=np.float64) for rows in row_chunks(observations)) / len(observations)
+    squares = sum(np.square(rows - mean).sum(axis=0) for rows in row_chunks(observations))
+    std = np.sqrt(squares / len(observations))
+    lowest = np.min([rows.min(axis=0) for rows in row_chunks(actions)], axis=0)
+    highest = np.max([rows.max(axis=0) for rows in row_chunks(actions)], axis=0)
+    return Statistics(
+        np.asarray(mean, dtype=np.float32),
+        np.where(std < _SMALLEST_STD, 1.0, std).astype(np.float32),
+        lowest,
+        highest,
+    )
 
-    One cumulative sum per episode, not one over all data: differences of a long running sum would
-    let the rewards of one episode round off those of another.
+
+def _fill_returns_to_go(
+    result: np.ndarray, rewards: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """Write each episode's suffix sums of rewards into ``result`` (N,); return the episodes' returns (E,).
+
+    One float64 sum per episode, not one over all data: differences of a long running sum would let the
+    rewards of one episode round off those of another.
     """
-    result = np.empty_like(rewards)
+    returns = np.empty(len(starts))
     with np.errstate(over="ignore"):  # the caller reports overflow by index
-        for start, stop in zip(starts.tolist(), (starts + lengths).tolist(), strict=True):
-            result[start:stop] = np.cumsum(rewards[start:stop][::-1], dtype=np.float64)[::-1]
-    return result
+        for episode, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            to_go = np.cumsum(rewards[start : start + length][::-1], dtype=np.float64)[::-1]
+            result[start : start + length] = to_go
+            returns[episode] = to_go[0]
+    return returns
 
 
 def _check_finite(where: str, key: str, array: np.ndarray) -> None:
-    for start in range(0, len(array), _ROWS_PER_CHECK):
-        finite = np.isfinite(array[start : start + _ROWS_PER_CHECK])
+    for start, rows in zip(chunks(len(array)), row_chunks(array), strict=True):
+        finite = np.isfinite(rows)
         if not finite.all():
             first = np.argwhere(~finite)[0]
-            index = ", ".join(str(i) for i in (first[0] + start, *first[1:]))
-            value = array[tuple(int(i) for i in (first[0] + start, *first[1:]))]
+            index = ", ".join(str(i) for i in (first[0] + start.start, *first[1:]))
             raise UserError(
-                f"{where}: '{key}'[{index}] is {value}: every value must be finite and within float32"
+                f"{where}: '{key}'[{index}] is {rows[tuple(first)]}: every value must be finite and within "
+                "float32"
             )

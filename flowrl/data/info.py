@@ -1,6 +1,7 @@
 """The command ``flowrl info``: what a dataset holds, and what training would note or refuse about it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tyro
@@ -25,6 +26,8 @@ class InfoConfig(EvaluationOptions):
     """Environment to compare the data with, if not the data's own: such as Hopper-v4."""
     split_at_timeouts: bool = False
     """Episodes of D4RL files end at timeouts alone."""
+    memory_map: Path | None = None
+    """As train's --memory-map."""
 
 
 def describe_dataset(config: InfoConfig) -> str:
@@ -33,7 +36,7 @@ def describe_dataset(config: InfoConfig) -> str:
     Raises:
         UserError: data that cannot be read, or an environment that is not known.
     """
-    dataset = load_episodes(config.dataset, config.env, config, config.split_at_timeouts)
+    dataset = load_episodes(config.dataset, config.env, config, config.split_at_timeouts, config.memory_map)
     refusal = ""
     if dataset.environment is None:
         refusal = "no environment to evaluate in: give one with --env, or train with --eval-episodes 0"
@@ -52,7 +55,7 @@ def describe_dataset(config: InfoConfig) -> str:
         *_scores(dataset),
         *(f"             {line}" for line in histogram(dataset.episode_returns)),
         f"observations {_numbers(dataset.observations)}",
-        f"actions      {_numbers(dataset.actions)}",
+        f"actions      {_choices(dataset) or _numbers(dataset.actions)}",
         f"rewards      {_quantiles(dataset.rewards)}",
         f"environment  {dataset.environment or 'none'}",
         *(f"note         {note}" for note in dataset.notes),
@@ -83,6 +86,16 @@ def _quantiles(values: np.ndarray) -> str:
     low, median, high = np.quantile(values, (0, 0.5, 1))
     mean = np.mean(values, dtype=np.float64)
     return f"from {low:.6g} to {high:.6g}, median {median:.6g}, mean {mean:.6g}"
+
+
+def _choices(dataset: EpisodeDataset) -> str:
+    """Describe discrete actions: the numbers of choices and how often each is taken; empty for others."""
+    if not dataset.action_choices:
+        return ""
+    shares = np.split(dataset.actions.mean(axis=0), np.cumsum(dataset.action_choices)[:-1])
+    return "choices of " + ", ".join(
+        f"{len(each)}, taken {' '.join(f'{share:.3g}' for share in each)} of the time" for each in shares
+    )
 
 
 def _numbers(values: np.ndarray) -> str:

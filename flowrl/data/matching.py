@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from flowrl.data.arrays import row_chunks
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.memory import check_corridor
 from flowrl.envs.spaces import check_environment
@@ -20,19 +21,28 @@ def match_environment(dataset: EpisodeDataset) -> EpisodeDataset:
 
     Raises:
         EnvironmentUnavailable: the environment cannot be made here.
-        UserError: other sizes of observations or actions than the data's, spaces that are not Box, or more
-            than half of the data's actions outside the bounds.
+        UserError: other sizes of observations or actions than the data's, spaces that no agent can be in, or
+            more than half of the data's actions outside the bounds.
     """
     environment = dataset.environment
     assert environment is not None
     check_corridor(dataset)
-    facts = check_environment(environment, dataset.observation_dim, dataset.action_dim)
+    facts = check_environment(
+        environment, dataset.observation_dim, dataset.action_dim, dataset.action_choices
+    )
     notes = list(dataset.notes)
+    if facts.left_out:
+        notes.append(f"{environment.env_id}: text is left out of observations: {', '.join(facts.left_out)}")
     low, high = facts.action_bounds
     margin = np.where(np.isfinite(high - low), _TOLERANCE * (high - low), 0.0)
-    outside = float(((dataset.actions < low - margin) | (dataset.actions > high + margin)).any(axis=1).mean())
-    if outside > 0:
-        reached = (_shortest(dataset.actions.min(axis=0)), _shortest(dataset.actions.max(axis=0)))
+    low_in_data, high_in_data = dataset.statistics.action_low, dataset.statistics.action_high
+    if (low_in_data < low - margin).any() or (high_in_data > high + margin).any():
+        counts = (
+            np.count_nonzero(((rows < low - margin) | (rows > high + margin)).any(axis=1))
+            for rows in row_chunks(dataset.actions)
+        )
+        outside = sum(counts) / dataset.num_transitions
+        reached = (_shortest(low_in_data), _shortest(high_in_data))
         beyond = (
             f"{100 * outside:.3g}% of the actions are outside the bounds of {environment.env_id}, "
             f"{_shortest(low)} to {_shortest(high)}; they reach from {' to '.join(reached)}"

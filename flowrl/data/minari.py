@@ -10,25 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
+from gymnasium.spaces import Box, Dict, Space, flatdim
 
 from flowrl.atomic import publish
-from flowrl.data.dataset import EpisodeDataset, build_episodes, check_fits_memory
+from flowrl.data.arrays import IN_MEMORY, Storage, release
+from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.download import require_answer
 from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
-from flowrl.envs.spaces import refuse_images
+from flowrl.envs.spaces import as_choices, check_spaces, choices_of, flat_rows
 from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import without_text
 from flowrl.errors import UserError, did_you_mean, one_line
 from flowrl.machine import home_folder
 
+_NUMBER = Box(-math.inf, math.inf, ())  # a timestep's reward or flag
 
-def read_minari(dataset_id: str) -> EpisodeDataset:
-    """Read the Minari dataset ``dataset_id``, for example ``mujoco/hopper/medium-v0``.
 
-    Observations and actions must be Box spaces (any shape, flattened) or, for observations, Dict spaces of
-    them, nested or not, flattened in the order of the recorded space's keys, as Gymnasium's
-    FlattenObservation does. Of an episode's T + 1 observations the last one has no action and is left out.
+def read_minari(dataset_id: str, storage: Storage = IN_MEMORY) -> EpisodeDataset:
+    """Read the Minari dataset ``dataset_id``, for example ``mujoco/hopper/medium-v0``, into ``storage``.
+
+    Observations are flattened as Gymnasium's FlattenObservation does it: boxes of any shape, one-hot vectors
+    of choices, and Dict and Tuple spaces of them, in the order of the recorded space's keys; text in a Dict
+    is left out. Actions are boxes or choices. Of an episode's T + 1 observations the last one has no action
+    and is left out.
 
     The evaluation environment is the one that the dataset names (``eval_env_spec``, else ``env_spec``);
     its ``ref_min_score`` and ``ref_max_score`` are the reference scores, D4RL's table where it has none.
@@ -39,41 +44,40 @@ def read_minari(dataset_id: str) -> EpisodeDataset:
     """
     import minari  # here: it takes a while to import and D4RL files do not need it
 
-    name = f"minari:{dataset_id}"
-    _ensure_local(dataset_id)
-    folder = datasets_folder() / dataset_id
-    with _named_errors(name, folder):
+    name, folder = f"minari:{dataset_id}", local_folder(dataset_id)
+    with _named_errors(name, folder), np.errstate(over="ignore"):  # what is not finite is refused by name
         metadata = _read_metadata(folder)
         dataset = minari.load_dataset(dataset_id)
-        space = dataset.action_space
-        if not isinstance(space, spaces.Box):
-            raise UserError(f"{name}: actions must be a Box space, not {space}")
-        refuse_images(name, dataset.observation_space)
-        leaves = _leaves(name, dataset.observation_space, json.loads(metadata["observation_space"]))
-        total_steps = int(dataset.total_steps)
-        dimensions = (sum(math.prod(leaf.shape) for _, leaf in leaves), math.prod(space.shape))
-        check_fits_memory(name, f"{total_steps} steps", 4 * total_steps * (sum(dimensions) + 1))
-        observations = np.empty((total_steps, dimensions[0]), dtype=np.float32)
-        actions = np.empty((total_steps, dimensions[1]), dtype=np.float32)
-        rewards = np.empty(total_steps, dtype=np.float32)
+        recorded = _in_recorded_order(dataset.observation_space, json.loads(metadata["observation_space"]))
+        observed, acted = without_text(recorded), as_choices(dataset.action_space)
+        check_spaces(name, observed, acted)
+        total_steps, widths = int(dataset.total_steps), (flatdim(observed), flatdim(acted))
+        storage.require(name, f"{total_steps} steps", 4 * total_steps * (sum(widths) + 2))
+        observations, actions = (
+            storage.empty(key, (total_steps, width))
+            for key, width in zip(("observations", "actions"), widths, strict=True)
+        )
+        rewards = storage.empty("rewards", (total_steps,))
         episode_lengths, terminated = [], []
         stop = early_flags = 0
         for episode in dataset.iterate_episodes():
-            length = _check_shapes(name, episode, leaves, space)
+            where, length = f"{name}: episode {episode.id}", len(episode.rewards)
+            if length == 0:
+                raise UserError(f"{where} has no steps")
+            seen = flat_rows(where, "observations", observed, episode.observations, length + 1)[:length]
+            done = flat_rows(where, "actions", acted, episode.actions, length)
+            earned = flat_rows(where, "rewards", _NUMBER, episode.rewards, length)[:, 0]
+            ends = flat_rows(where, "terminations", _NUMBER, episode.terminations, length)[:, 0]
+            flat_rows(where, "truncations", _NUMBER, episode.truncations, length)
             start, stop = stop, stop + length
             if stop > total_steps:
                 raise UserError(f"{name}: its episodes have more than the {total_steps} steps it states")
-            column = 0
-            for keys, leaf in leaves:
-                width = math.prod(leaf.shape)
-                values = _at(episode.observations, keys)[:length]
-                observations[start:stop, column : column + width] = values.reshape(length, width)
-                column += width
-            actions[start:stop] = episode.actions.reshape(length, -1)
-            rewards[start:stop] = episode.rewards
+            observations[start:stop], actions[start:stop], rewards[start:stop] = seen, done, earned
             episode_lengths.append(length)
-            terminated.append(bool(episode.terminations[-1]))
-            early_flags += bool(np.any(episode.terminations[:-1]))
+            terminated.append(bool(ends[-1]))
+            early_flags += bool(np.any(ends[:-1]))
+            for array in (observations, actions, rewards):
+                release(array)
         if stop != total_steps:
             raise UserError(f"{name}: its episodes have {stop} steps, it states {total_steps}")
 
@@ -90,9 +94,11 @@ def read_minari(dataset_id: str) -> EpisodeDataset:
         terminated=np.array(terminated, dtype=bool),
         dataset_id=name,
         where=name,
+        action_choices=choices_of(acted),
         environment=environment,
         reference=reference,
         notes=(*environment_notes, *reference_notes),
+        storage=storage,
     )
 
 
@@ -113,19 +119,23 @@ def flat_name(dataset_id: str) -> str:
     return dataset_id.replace("/", "--")
 
 
-def _ensure_local(dataset_id: str) -> None:
-    """Download the dataset unless it is in the local cache; whole or not at all."""
+def local_folder(dataset_id: str) -> Path:
+    """Return the dataset's folder in the local cache, downloaded first, as a whole, if it is not there.
+
+    Raises:
+        UserError: a malformed id, or neither here nor downloadable.
+    """
     import minari
 
     check_minari_id(dataset_id)
     root = datasets_folder()
     final = root / dataset_id
     if final.exists():
-        return
+        return final
     try:
         with staging(root, flat_name(dataset_id)) as folder:
             if final.exists():  # another process was faster
-                return
+                return final
             if os.environ.get("MINARI_REMOTE", "hf://").startswith("hf://"):
                 # huggingface_hub would retry for half a minute where there is no network.
                 require_answer(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
@@ -133,6 +143,7 @@ def _ensure_local(dataset_id: str) -> None:
                 minari.download_dataset(dataset_id)
             final.parent.mkdir(parents=True, exist_ok=True)
             publish(folder / dataset_id, final)
+            return final
     except Exception as error:  # whatever minari's remote storage and its HTTP library raise
         raise UserError(
             f"minari:{dataset_id} is not in {root}{_local_hint(dataset_id)}, and minari could not download "
@@ -184,55 +195,12 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def _leaves(name: str, space: spaces.Space[Any], recorded: Any) -> list[tuple[tuple[str, ...], spaces.Box]]:
-    """List an observation space's Box leaves with the keys that lead to each.
-
-    ``recorded`` is the space's JSON, which keeps the order of the environment's keys; minari's own
-    reading of it sorts them.
-    """
-    if isinstance(space, spaces.Box):
-        return [((), space)]
-    if not isinstance(space, spaces.Dict):
-        raise UserError(f"{name}: observations must be a Box or Dict of Box spaces, not {space}")
-    return [
-        ((key, *keys), leaf)
-        for key in recorded["subspaces"]
-        for keys, leaf in _leaves(name, space.spaces[key], recorded["subspaces"][key])
-    ]
-
-
-def _at(observations: Any, keys: tuple[str, ...]) -> np.ndarray:
-    for key in keys:
-        observations = observations[key]
-    return np.asarray(observations)
-
-
-def _check_shapes(
-    name: str, episode: Any, leaves: list[tuple[tuple[str, ...], spaces.Box]], action_space: spaces.Box
-) -> int:
-    """Return the number of steps T of an episode with T + 1 observations and T of everything else."""
-    length = len(episode.rewards)
-    if length == 0:
-        raise UserError(f"{name}: episode {episode.id} has no steps")
-    arrays = [
-        ("rewards", episode.rewards, (length,)),
-        ("actions", episode.actions, (length, *action_space.shape)),
-        ("terminations", episode.terminations, (length,)),
-        ("truncations", episode.truncations, (length,)),
-    ]
-    for keys, leaf in leaves:
-        key = "/".join(("observations", *keys))
-        arrays.append((key, _at(episode.observations, keys), (length + 1, *leaf.shape)))
-    for key, array, expected in arrays:
-        if np.asarray(array).dtype.kind not in "fiub":
-            raise UserError(
-                f"{name}: episode {episode.id}: '{key}' must hold numbers, not {np.asarray(array).dtype}"
-            )
-        if np.shape(array) != expected:
-            raise UserError(
-                f"{name}: episode {episode.id}: '{key}' has shape {np.shape(array)}, expected {expected}"
-            )
-    return length
+def _in_recorded_order(space: Space[Any], recorded: Any) -> Space[Any]:
+    """A Dict space with its keys in the order of its JSON, which minari's own reading of it sorts."""
+    if not isinstance(space, Dict):
+        return space
+    order = recorded["subspaces"]
+    return Dict([(key, _in_recorded_order(space.spaces[key], part)) for key, part in order.items()])
 
 
 def _environment(metadata: Mapping[str, Any]) -> tuple[EnvironmentSpec | None, list[str]]:

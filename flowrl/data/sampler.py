@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowrl.data.arrays import release
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.ranks import ALONE, Ranks
 from flowrl.window import Window
@@ -55,8 +56,8 @@ class WindowSampler:
         overhang = np.where(self._lengths <= context_length, 0, context_length - 1)
         self._windows_so_far = np.cumsum(self._lengths + overhang)  # (E,) of this episode and those before
         self.num_windows = int(self._windows_so_far[-1])
-        tables = (dataset.observations, dataset.actions, dataset.returns_to_go)
-        self._tables = [torch.from_numpy(table) for table in tables]
+        self._arrays = (dataset.observations, dataset.actions, dataset.returns_to_go)
+        self._tables = [torch.from_numpy(array) for array in self._arrays]
         if _fits(self._tables, self.device):
             self._tables = [table.to(self.device) for table in self._tables]
 
@@ -117,7 +118,10 @@ class WindowSampler:
             *(observations[index], actions[index], actions[(index - 1).clamp(min=0)], returns_to_go[index]),
             *(torch.from_numpy(timesteps), torch.from_numpy(valid)),
         )
-        return Window(*(self._on(tensor, self.device) for tensor in gathered))
+        window = Window(*(self._on(tensor, self.device) for tensor in gathered))
+        for array in self._arrays:
+            release(array)
+        return window
 
     @staticmethod
     def _on(tensor: Tensor, device: torch.device) -> Tensor:

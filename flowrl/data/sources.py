@@ -3,13 +3,15 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, find_d4rl_file, read_d4rl, read_d4rl_file
 from flowrl.data.dataset import EpisodeDataset, concatenate
 from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
+from flowrl.data.mapped import files_key, mapped_dataset
 from flowrl.data.memory import memory_dataset, memory_environment
-from flowrl.data.minari import read_minari
+from flowrl.data.minari import local_folder, read_minari
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment
@@ -25,6 +27,7 @@ def load_episodes(
     env: str | None = None,
     options: EvaluationOptions = _DEFAULTS,
     split_at_timeouts: bool = False,
+    memory_map: Path | None = None,
 ) -> EpisodeDataset:
     """Load offline data.
 
@@ -37,6 +40,7 @@ def load_episodes(
             or D4RL dataset brings its own, which this replaces.
         options: what differs from the environment as registered or recorded.
         split_at_timeouts: see :func:`flowrl.data.d4rl.read_d4rl_file`.
+        memory_map: folder in which the arrays of files and Minari datasets are kept, to be read as needed.
 
     Returns:
         The data; its ``environment`` is None when neither the source nor ``env`` names one, and its ``notes``
@@ -56,9 +60,9 @@ def load_episodes(
         import_modules(options.env_import)
     datasets = []
     for each in sources:
-        dataset = _load(each, env, named, options, split_at_timeouts)
+        dataset = _load(each, env, named, options, split_at_timeouts, memory_map)
         datasets.append(_evaluated_in(dataset, named, options))
-    dataset = datasets[0] if len(datasets) == 1 else concatenate(datasets)
+    dataset = datasets[0] if len(datasets) == 1 else _joined(datasets, memory_map)
     return dataset if reference is None else replace(dataset, reference=reference)
 
 
@@ -80,24 +84,34 @@ def _load(
     named: EnvironmentSpec | None,
     options: EvaluationOptions,
     split_at_timeouts: bool,
+    memory_map: Path | None,
 ) -> EpisodeDataset:
     path = Path(os.path.expanduser(source))  # unlike pathlib's, keeps the tilde of an unknown user
     suffix = path.suffix.lower()
     if source == SOURCE:
         return memory_dataset(env) if env and memory_environment(env) else load_embedded(env or "")
     if source.startswith(MINARI_PREFIX):
-        return read_minari(source.removeprefix(MINARI_PREFIX))
+        dataset_id = source.removeprefix(MINARI_PREFIX)
+        if memory_map is None:
+            return read_minari(dataset_id)
+        files = [each for each in local_folder(dataset_id).rglob("*") if each.is_file()]
+        return mapped_dataset(memory_map, files_key(files, dataset_id), partial(read_minari, dataset_id))
     if memory_environment(source) is not None:
         return memory_dataset(source)
     if source in D4RL_ENVIRONMENTS:
         return _d4rl_or_embedded(source)
     if suffix in FILE_SUFFIXES:
-        return read_d4rl_file(
+        read = partial(
+            read_d4rl_file,
             path,
             environment=named,
             max_episode_steps=options.max_episode_steps,
             split_at_timeouts=split_at_timeouts,
         )
+        if memory_map is None or not path.is_file():
+            return read()
+        key = files_key([path], named, options.max_episode_steps, split_at_timeouts)
+        return mapped_dataset(memory_map, key, lambda storage: read(storage=storage))
     if path.is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
         raise UserError(
             f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
@@ -107,6 +121,14 @@ def _load(
         f"unknown dataset '{source}'{did_you_mean(source, D4RL_ENVIRONMENTS)} "
         f"(or give {MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)})"
     )
+
+
+def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:
+    if memory_map is None:
+        return concatenate(datasets)
+    key = files_key([], *(dataset.sha256 for dataset in datasets))
+    joined = mapped_dataset(memory_map, key, lambda storage: concatenate(datasets, storage))
+    return replace(joined, environment=datasets[0].environment, reference=datasets[0].reference)
 
 
 def _d4rl_or_embedded(name: str) -> EpisodeDataset:

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
@@ -36,7 +36,8 @@ def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gy
     """Make one environment with its wrappers and flat observations.
 
     The modules of ``environment.imports`` are imported first. Observations other than a vector (Dict, Tuple,
-    matrices) are flattened as Gymnasium does it, Dict entries in the order of their keys.
+    matrices, choices) are flattened as Gymnasium does it, Dict entries in the order of their keys, without
+    those that are text.
 
     Raises:
         EnvironmentUnavailable: an unregistered id, a missing dependency, arguments that the environment does
@@ -63,9 +64,37 @@ def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gy
         raise EnvironmentUnavailable(
             f"environment {environment.env_id} cannot be made: {one_line(error)}"
         ) from error
+    if text_keys(env.observation_space):
+        env = WithoutText(env)
     if isinstance(env.observation_space, Box) and len(env.observation_space.shape) == 1:
         return env
     return FlattenObservation(env)
+
+
+class WithoutText(gym.ObservationWrapper[Any, Any, Any]):
+    """Leaves text, such as MiniGrid's missions, out of Dict observations."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.left_out = text_keys(env.observation_space)
+        self.observation_space = without_text(env.observation_space)
+
+    def observation(self, observation: Any) -> Any:
+        return {key: value for key, value in observation.items() if key not in self.left_out}
+
+
+def text_keys(space: gym.Space[Any]) -> tuple[str, ...]:
+    """The keys of a Dict space's text; none for other spaces."""
+    parts = space.spaces.items() if isinstance(space, Dict) else ()
+    return tuple(key for key, part in parts if part.dtype == np.dtype(str))
+
+
+def without_text(space: gym.Space[Any]) -> gym.Space[Any]:
+    """A Dict space without its text, in the same order; other spaces as they are."""
+    left_out = text_keys(space)
+    if not isinstance(space, Dict) or not left_out:
+        return space
+    return Dict([(key, part) for key, part in space.spaces.items() if key not in left_out])
 
 
 def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:

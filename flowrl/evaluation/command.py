@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import tyro
 
 from flowrl.atomic import write_text
@@ -21,7 +22,7 @@ from flowrl.evaluation.rollout import failures_kept
 from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting, Conditioning
 from flowrl.model.loading import load_agent
-from flowrl.options import Episodes, Seed, SourceClamp, checked, flag
+from flowrl.options import Episodes, NotNegative, Seed, SourceClamp, checked, flag
 from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.signals import StopSignals
 
@@ -49,6 +50,8 @@ class EvaluateConfig(EvaluationOptions):
     default as the run was configured."""
     source_clamp: SourceClamp | None = None
     """Flow-Attention's, in place of the run's own: 20 where episodes are of more than 20,000 timesteps."""
+    temperature: NotNegative = 0.0
+    """Discrete actions are drawn from the distribution of the logits divided by this; 0: the likeliest."""
     checkpoint: int | None = None
     """Step of the checkpoint to evaluate; by default the last one."""
     seed: Seed = 0
@@ -66,9 +69,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
     """Load, evaluate, print the table, write the files.
 
     The JSON file holds ``config`` (the options of the run), ``environment``, ``dataset_id``,
-    ``dataset_sha256``, ``acting``, ``checkpoint_step``, ``seed``, ``versions``, and in ``targets`` what
-    :meth:`flowrl.evaluation.evaluate.TargetResult.to_dict` gives for each target. ``flowrl report`` reads it
-    as ``evaluation.json`` in the run folder.
+    ``dataset_sha256``, ``acting``, ``checkpoint_step``, ``seed``, ``temperature``, ``versions``, and in
+    ``targets`` what :meth:`flowrl.evaluation.evaluate.TargetResult.to_dict` gives for each target.
+    ``flowrl report`` reads it as ``evaluation.json`` in the run folder.
 
     Raises:
         UserError: the run, a flag or the environment is unusable.
@@ -92,7 +95,9 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         conditioning=config.conditioning,
         device=config.device,
         source_clamp=config.source_clamp,
+        temperature=config.temperature,
     )
+    torch.manual_seed(config.seed)  # of actions that are drawn
     environment = agent.environment
     if config.env is not None:
         environment = environment_named(config.env, config.env_import)
@@ -102,7 +107,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     if environment.imports:
         print(f"importing {', '.join(environment.imports)} for {environment.env_id}")
     model = agent.config.model
-    facts = check_environment(environment, model.observation_dim, model.action_dim)
+    facts = check_environment(environment, model.observation_dim, model.action_dim, model.action_choices)
     if facts.max_episode_steps is None:
         raise UserError(f"environment {environment.env_id} has no time limit: give --max-episode-steps")
     reference = config.reference() or agent.config.reference or reference_scores(environment.env_id)
@@ -131,6 +136,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
             "conditioning": agent.conditioning,
             "checkpoint_step": agent.checkpoint_step,
             "seed": config.seed,
+            "temperature": config.temperature,
             "versions": {name: version(name) for name in ("flowrl", "torch", "gymnasium", "mujoco")},
             "targets": [result.to_dict() for result in results],
         }

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from gymnasium.spaces import Box
 from tqdm import tqdm
 
 from flowrl.atomic import write_text
+from flowrl.envs.spaces import environment_actions
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_vector_env
 from flowrl.errors import UserError, one_line
@@ -25,7 +25,7 @@ class BatchedAgent(Protocol):
         """Forget everything and get ready to act in ``num_envs`` slots with targets (num_envs,)."""
 
     def act(self, observations: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
-        """Actions (num_envs, action_dim) for observations (num_envs, observation_dim), inside the bounds."""
+        """Actions for observations (num_envs, observation_dim), a row each: in the bounds, or choices."""
 
     def keep(self, indices: np.ndarray) -> None:
         """Drop all slots but these, in this order."""
@@ -82,23 +82,20 @@ def rollout(
     infos: dict[str, np.ndarray] = {}
     envs = make_vector_env(environment, slots)
     try:
-        action_space = envs.action_space
-        if not isinstance(action_space, Box):
-            raise UserError(f"environment {environment.env_id}: actions must be a Box, not {action_space}")
         # Gymnasium's vector classes take a list; the base class' annotation says int.
         with _named_failure(environment, "reset"):
             observations, _ = envs.reset(seed=[int(seed) for seed in seeds])  # type: ignore[arg-type]
         agent.reset(slots, np.asarray(target_returns))
         running = np.arange(slots)  # (running,) slots still in their episode, in the agent's order
         rewards: np.ndarray | None = None  # (running,)
-        actions = np.zeros(action_space.shape, dtype=action_space.dtype)  # (slots, action_dim)
+        space: Any = envs.single_action_space
+        actions = np.zeros((slots, *space.shape), dtype=space.dtype)
         with tqdm(total=slots, desc="evaluate", unit="episode", leave=False, disable=None) as progress:
             for step in count():
                 _check_finite("observation", observations[running], running, step)
                 acted = agent.act(observations[running], rewards)
                 _check_finite("action", acted, running, step)
-                acted = acted.reshape(-1, *action_space.shape[1:])
-                actions[running] = taken_actions(acted, action_space.dtype)
+                actions[running] = environment_actions(space, acted)
                 with _named_failure(environment, f"step {step}"):
                     observations, step_rewards, terminations, truncations, infos = envs.step(actions)
                 rewards = step_rewards[running]
@@ -119,11 +116,6 @@ def rollout(
         envs.close()
     successes = infos.get("success")  # of every slot's episode, also of those that ended long before
     return Rollouts(np.asarray(target_returns, dtype=np.float64), returns, lengths, terminated, successes)
-
-
-def taken_actions(actions: np.ndarray, dtype: Any) -> np.ndarray:
-    """Return actions in an environment's own type, rounded where that is of whole numbers."""
-    return (np.rint(actions) if np.issubdtype(dtype, np.integer) else actions).astype(dtype)
 
 
 @contextmanager

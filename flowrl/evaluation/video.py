@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from flowrl.atomic import atomic_path
+from flowrl.envs.spaces import environment_actions
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import episode_seeds
-from flowrl.evaluation.rollout import BatchedAgent, taken_actions
+from flowrl.evaluation.rollout import BatchedAgent
 
 MAX_FRAMES_PER_SECOND = 64  # Hopper has 125 steps per second of physics: every second one is drawn
 
@@ -103,8 +104,8 @@ def _frames(agent: BatchedAgent, env: gym.Env, target: float, seed: int, stride:
     rewards, return_so_far, step, finished = None, 0.0, 0, False
     yield _captioned(_render(env), target, return_so_far, step)
     while not finished:
-        action = taken_actions(agent.act(observation[None], rewards)[0], env.action_space.dtype)
-        observation, reward, terminated, truncated, _ = env.step(action.reshape(env.action_space.shape or ()))
+        action = environment_actions(env.action_space, agent.act(observation[None], rewards))[0]
+        observation, reward, terminated, truncated, _ = env.step(action)
         rewards = np.asarray(reward, dtype=np.float64).reshape(1)
         return_so_far += rewards.item()
         step += 1

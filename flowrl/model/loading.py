@@ -32,6 +32,7 @@ def load_agent(
     conditioning: Conditioning | None = None,
     device: str = "cpu",
     source_clamp: float | None = None,
+    temperature: float = 0.0,
 ) -> Agent:
     """Load a trained agent from its run folder; the dataset is not needed.
 
@@ -43,6 +44,7 @@ def load_agent(
         conditioning: return-to-go or target, see :class:`AgentConfig`; by default as it was trained for.
         device: where it runs: auto, cpu, cuda, cuda:1, ...
         source_clamp: in place of the model's own, for acting longer than it was trained for.
+        temperature: of discrete actions, which are drawn above 0; at 0 the likeliest are taken.
 
     Raises:
         UserError: nothing there, damaged files, or tensors that do not fit the configuration.
@@ -57,7 +59,14 @@ def load_agent(
         config = replace(config, model=replace(config.model, source_clamp=source_clamp))
     model = build_model(config.model, loaded.model, where=f"{run}: {MODEL_TENSORS}")
     model.to(pick_device(device))
-    return Agent(model.eval(), config, acting=acting, conditioning=conditioning, checkpoint_step=loaded.step)
+    return Agent(
+        model.eval(),
+        config,
+        acting=acting,
+        conditioning=conditioning,
+        temperature=temperature,
+        checkpoint_step=loaded.step,
+    )
 
 
 def untrained_model(config: ModelConfig | BehaviorCloningConfig) -> SequenceModel | BehaviorCloningModel:

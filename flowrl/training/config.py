@@ -54,6 +54,9 @@ class TrainConfig(EvaluationOptions):
     D4RL's layout; several are trained on together."""
     split_at_timeouts: bool = False
     """Episodes of D4RL files end at timeouts alone: for AntMaze, whose terminal flag stays set at a goal."""
+    memory_map: FilePath | None = None
+    """Folder for copies of files and Minari datasets that are read from disk as needed: for data larger than
+    memory."""
     config: str | None = None
     """Preset to start from: DATASET-RECIPE, such as hopper-medium-long; RECIPE alone, such as long, for the
     dataset of --env; or a YAML file of these options."""
@@ -161,7 +164,7 @@ class TrainConfig(EvaluationOptions):
 # What --resume may change: none of it alters what one update computes, but for the schedule's length.
 RESUMABLE = frozenset(
     (
-        *("steps", "device", "compile", "resume", "run_dir"),
+        *("steps", "device", "compile", "resume", "run_dir", "memory_map"),
         *("targets", "eval_every", "eval_episodes", "eval_seed", "acting", "conditioning"),
         *("log_every", "checkpoint_every", "keep_checkpoints"),
     )

@@ -23,9 +23,7 @@ from flowrl.model.transformer import TOKENS_PER_TIMESTEP, ModelConfig, SequenceM
 from flowrl.options import LARGEST_DIMENSION
 from flowrl.training.config import TrainConfig
 
-_ROWS_AT_ONCE = 1 << 16  # bounds the float64 copies that the statistics need
 _TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments
-_SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
 _HIDDEN_STD = 1e20  # scales what the agent must not see to less than float32 adds to anything
 _WITHOUT_OTHER_VELOCITIES = {"skipped_qpos", "qpos", "qvel", "cfrc_ext"}  # Humanoid has more, in "cvel"
 DEFAULT_BATCH_SIZE = 64
@@ -85,7 +83,9 @@ def mean_window_length(config: TrainConfig, episode_lengths: np.ndarray) -> floa
 def load_dataset(config: TrainConfig) -> EpisodeDataset:
     """Load what ``--dataset`` or ``--env`` names and check it against its environment."""
     if config.dataset:
-        dataset = load_episodes(config.dataset, config.env, config, config.split_at_timeouts)
+        dataset = load_episodes(
+            config.dataset, config.env, config, config.split_at_timeouts, config.memory_map
+        )
     elif config.env is not None:
         dataset = load_episodes(config.env, options=config)
     else:
@@ -122,11 +122,11 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset, device: torch.devi
     model_config = _model_config(config, dataset, context_length)
     _check_memory(config, model_config, device)
     model = untrained_model(model_config)
-    mean, std = observation_statistics(dataset.observations)
+    mean, std = dataset.statistics.observation_mean, dataset.statistics.observation_std.copy()
     if config.mask_velocities:
         std[velocities(dataset.environment)] = _HIDDEN_STD
     low, high = _bounds(dataset)
-    largest_return = float(np.abs(dataset.returns_to_go).max())
+    largest_return = max(-float(dataset.returns_to_go.min()), float(dataset.returns_to_go.max()))
     with torch.no_grad():
         model.observation_mean.copy_(torch.from_numpy(mean))
         model.observation_std.copy_(torch.from_numpy(std))
@@ -158,6 +158,7 @@ def _model_config(
     values = asdict(config) | {
         "observation_dim": dataset.observation_dim,
         "action_dim": dataset.action_dim,
+        "action_choices": dataset.action_choices,
         "max_timesteps": max(dataset.max_episode_length, _time_limit(dataset)),
         "context_tokens": min(tokens, LARGEST_DIMENSION),
     }
@@ -186,19 +187,6 @@ def default_targets(dataset: EpisodeDataset) -> tuple[float, ...]:
     return tuple(dict.fromkeys((float(returns.max()), float(median))))
 
 
-def observation_statistics(observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return float32 mean and standard deviation (observation_dim,), summed in float64.
-
-    A component that does not vary gets standard deviation 1, so that it becomes 0 and stays finite.
-    """
-    parts = [observations[i : i + _ROWS_AT_ONCE] for i in range(0, len(observations), _ROWS_AT_ONCE)]
-    mean = sum(part.sum(axis=0, dtype=np.float64) for part in parts) / len(observations)
-    squares = sum(np.square(part - mean).sum(axis=0) for part in parts)
-    std = np.sqrt(squares / len(observations))
-    std = np.where(std < _SMALLEST_STD, 1.0, std)
-    return np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
-
-
 def velocities(environment: EnvironmentSpec | None) -> slice:
     """Return where observations hold velocities, which Gymnasium's -v5 robots describe, the same for others.
 
@@ -221,8 +209,10 @@ def velocities(environment: EnvironmentSpec | None) -> slice:
 
 def _bounds(dataset: EpisodeDataset) -> tuple[np.ndarray, np.ndarray]:
     """Action bounds of the environment, of the data where the environment has none (or is not known)."""
-    low, high = dataset.actions.min(axis=0), dataset.actions.max(axis=0)
-    if dataset.environment is not None:
+    low, high = dataset.statistics.action_low, dataset.statistics.action_high
+    if dataset.action_choices:  # one-hot vectors enter the model as they are
+        low, high = -np.ones_like(low), np.ones_like(high)
+    elif dataset.environment is not None:
         with suppress(EnvironmentUnavailable):
             env_low, env_high = environment_facts(dataset.environment).action_bounds
             low, high = (np.where(np.isfinite(e), e, d) for e, d in ((env_low, low), (env_high, high)))

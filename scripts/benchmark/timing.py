@@ -111,14 +111,14 @@ def _seconds(contender: Callable[[], object], calls: int, wait: Callable[[], obj
 def _peak_of(call: Callable[[], object], warm_up: Callable[[], object] | None) -> int:
     if warm_up is not None:
         warm_up()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     if _STATUS.exists():
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes of this process now (VmRSS) or at most (VmHWM).
 
     Not ``ru_maxrss`` where Linux has better: a child inherits its parent's there.

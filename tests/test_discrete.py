@@ -1,0 +1,232 @@
+"""Discrete actions and observations from the data to the score."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+from tiny_training import assert_same_end, resume_here, train_here
+
+from flowrl.data import load_episodes
+from flowrl.data.minari import read_minari
+from flowrl.envs.options import EvaluationOptions
+from flowrl.envs.spaces import environment_actions, environment_facts
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import make_env
+from flowrl.errors import UserError
+from flowrl.evaluation.command import EvaluateConfig, evaluate_run
+from flowrl.model.loading import load_agent
+
+STEPS = 2  # of an episode of the toys
+
+
+class Locks(gym.Env[Any, Any]):
+    """Pays for every wheel that is turned to the number shown for it; shows new numbers at each step."""
+
+    action_space = spaces.MultiDiscrete([2, 3], start=[0, 1])
+    observation_space = spaces.Dict(
+        [
+            ("wheels", spaces.MultiDiscrete([2, 3], start=[0, 1])),
+            ("lamp", spaces.Tuple([spaces.Discrete(2), spaces.MultiBinary(2)])),
+            ("hint", spaces.Text(10)),
+            ("noise", spaces.Box(-1, 1, (1, 2), np.float32)),
+        ]
+    )
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.observation_space.seed(int(self.np_random.integers(1000)))
+        self.shown = self.observation_space.sample()
+        return self.shown, {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(np.asarray(action)), action
+        reward = float((np.asarray(action) == self.shown["wheels"]).sum())
+        self.shown = self.observation_space.sample()
+        return self.shown, reward, False, False, {}
+
+
+class Binary(Locks):
+    """The same with three switches that want to be on."""
+
+    action_space = spaces.MultiBinary(3)
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action)
+        self.action_space = Locks.action_space
+        observation, _, *rest = super().step(np.array([0, 1]))
+        self.action_space = Binary.action_space
+        return observation, float(action.sum()), *rest
+
+
+@pytest.fixture(autouse=True)
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    gym.register("flowrl-test/Locks-v0", f"{__name__}:Locks", max_episode_steps=STEPS)
+    gym.register("flowrl-test/Binary-v0", f"{__name__}:Binary", max_episode_steps=STEPS)
+    yield
+    del gym.registry["flowrl-test/Locks-v0"], gym.registry["flowrl-test/Binary-v0"]
+
+
+def stacked(values: list[Any]) -> Any:
+    """Observations one after another, as minari stores them."""
+    if isinstance(values[0], dict):
+        return {key: stacked([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], tuple):
+        return tuple(stacked(list(parts)) for parts in zip(*values, strict=True))
+    return values if isinstance(values[0], str) else np.array(values)
+
+
+def episodes_of(env_id: str, count: int) -> list[EpisodeBuffer]:
+    """Random episodes."""
+    env = gym.make(env_id, disable_env_checker=True)
+    env.action_space.seed(0)
+    buffers = []
+    for number in range(count):
+        observations, actions, rewards = [env.reset(seed=number)[0]], [], []
+        for _ in range(STEPS):
+            actions.append(env.action_space.sample())
+            observation, reward, *_ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+        last = np.arange(STEPS) == STEPS - 1
+        taken, seen = np.array(actions), stacked(observations)
+        buffers.append(EpisodeBuffer(number, None, None, seen, taken, rewards, last & False, last, {}))
+    return buffers
+
+
+def store(env_id: str, count: int) -> list[EpisodeBuffer]:
+    buffers, env = episodes_of(env_id, count), gym.make(env_id, disable_env_checker=True)
+    minari.create_dataset_from_buffers("test/toy-v0", buffers, env=env)
+    return buffers
+
+
+@pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
+@pytest.mark.parametrize("env_id", ["flowrl-test/Locks-v0", "flowrl-test/Binary-v0"])
+def test_one_hot_vectors_are_gymnasiums_own(env_id: str) -> None:
+    buffers = store(env_id, 3)
+    dataset = read_minari("test/toy-v0")
+    env = gym.make(env_id, disable_env_checker=True)
+    seen = spaces.Dict([(key, part) for key, part in Locks.observation_space.items() if key != "hint"])
+    acted = env.action_space if env_id.endswith("Locks-v0") else spaces.MultiDiscrete([2, 2, 2])
+    row = 0
+    for buffer in buffers:
+        for step in range(STEPS):
+            observation = {
+                "wheels": buffer.observations["wheels"][step],
+                "lamp": tuple(part[step] for part in buffer.observations["lamp"]),
+                "noise": buffer.observations["noise"][step],
+            }
+            np.testing.assert_array_equal(dataset.observations[row], spaces.flatten(seen, observation))
+            np.testing.assert_array_equal(dataset.actions[row], spaces.flatten(acted, buffer.actions[step]))
+            row += 1
+    assert row == dataset.num_transitions
+    assert dataset.action_choices == ((2, 3) if env_id.endswith("Locks-v0") else (2, 2, 2))
+    facts = environment_facts(EnvironmentSpec(env_id))
+    assert (facts.observation_dim, facts.action_dim) == (dataset.observation_dim, dataset.action_dim)
+    assert (facts.action_choices, facts.left_out) == (dataset.action_choices, ("hint",))
+    reset = make_env(EnvironmentSpec(env_id)).reset(seed=1)[0]
+    np.testing.assert_array_equal(reset, dataset.observations[STEPS])
+
+
+def test_choices_become_the_environments_own_actions() -> None:
+    several = environment_actions(spaces.MultiDiscrete([2, 3], start=[0, 1]), np.array([[1, 0], [0, 2]]))
+    assert several.tolist() == [[1, 1], [0, 3]]
+    one = environment_actions(spaces.Discrete(3, start=-1), np.array([0, 2]))
+    assert (one.tolist(), one.shape) == ([-1, 1], (2,))
+    assert environment_actions(spaces.Box(-3, 3, (1, 1), np.int8), np.array([[-1.6]])).tolist() == [[[-2]]]
+    assert environment_actions(spaces.Box(-3, 3, (1,)), np.array([[-1.5]])).tolist() == [[-1.5]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("agent", ["transformer", "bc"])
+def test_choices_side_by_side_are_learned(tmp_path: Path, agent: str) -> None:
+    """At random a step pays 5/6 of 2; which choices are right depends on what is shown."""
+    store("flowrl-test/Locks-v0", 200)
+    options = {"steps": 150, "embed_dim": 32, "context_length": 2, "batch_size": 128, "eval_episodes": 20}
+    options |= {"learning_rate": 0.01, "agent": agent, "top_fraction": 0.1 if agent == "bc" else 1}
+    run = tmp_path / "run"
+    results = train_here("minari:test/toy-v0", run, env="flowrl-test/Locks-v0", targets="4 0", **options)
+    assert load_agent(run).config.model.action_choices == (2, 3)
+    assert results[0].returns.mean() > 1.5 * STEPS
+    assert agent == "bc" or results[1].returns.mean() < 0.5 * STEPS
+
+
+def noisy_cartpole(path: Path, column: bool) -> float:
+    """Write half-random data of CartPole; the mean return of its episodes."""
+    env, random = gym.make("CartPole-v1"), np.random.default_rng(0)
+    rows: list[tuple[Any, int, float, bool, bool]] = []
+    returns = []
+    while len(rows) < 2000:
+        observation, _ = env.reset(seed=len(rows))
+        start, ended = len(rows), False
+        while not ended:
+            angle, speed = observation[2:] + 0.05 * observation[:2]
+            action = int(random.integers(2)) if random.random() < 0.7 else int(angle + 0.3 * speed > 0)
+            following, reward, terminated, truncated, _ = env.step(action)
+            rows.append((observation, action, reward, terminated, truncated))
+            observation, ended = following, terminated or truncated
+        returns.append(len(rows) - start)
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    with h5py.File(path, "w") as file:
+        for name, values in zip(names, zip(*rows, strict=True), strict=True):
+            file[name] = np.array(values)[:, None] if name == "actions" and column else np.array(values)
+    return float(np.mean(returns))
+
+
+def test_cartpole_is_learned_from_poor_data_and_continues_when_resumed(tmp_path: Path, capsys: Any) -> None:
+    mean = noisy_cartpole(tmp_path / "cartpole.hdf5", column=False)
+    options: dict[str, Any] = {"env": "CartPole-v1", "steps": 150, "embed_dim": 32, "context_length": 5}
+    options |= {"eval_episodes": 4, "eval_every": 0, "targets": 500, "learning_rate": 0.003, "batch_size": 32}
+    results = train_here(tmp_path / "cartpole.hdf5", tmp_path / "run", **options)
+    assert results[0].returns.mean() > 1.5 * mean
+    options |= {
+        "schedule": "constant",
+        "warmup_steps": 2,
+        "eval_episodes": 0,
+        "log_every": 5,
+        "checkpoint_every": 5,
+    }
+    train_here(tmp_path / "cartpole.hdf5", tmp_path / "half", **options | {"steps": 10})
+    train_here(tmp_path / "cartpole.hdf5", tmp_path / "whole", **options | {"steps": 20})
+    resume_here(tmp_path / "half", steps=20)
+    assert_same_end(tmp_path / "half", tmp_path / "whole")
+
+    def scores(temperature: float) -> list[float]:
+        path = tmp_path / "scores.json"
+        evaluate_run(EvaluateConfig(tmp_path / "run", episodes=4, temperature=temperature, json=path))
+        return json.loads(path.read_text())["targets"][0]["returns"]
+
+    drawn = scores(3.0)
+    assert drawn == scores(3.0)
+    assert np.mean(drawn) < np.mean(scores(0.0))
+
+
+def test_columns_of_choices_and_what_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "cartpole.hdf5"
+    noisy_cartpole(path, column=True)
+    dataset = load_episodes(str(path), "CartPole-v1", EvaluationOptions())
+    with h5py.File(path, "a") as file:
+        taken = file["actions"][()]
+        np.testing.assert_array_equal(dataset.actions, np.eye(2)[taken[:, 0]])
+        del file["actions"]
+        file["actions"] = np.where(np.arange(len(taken)) == 7, 2, taken[:, 0])
+    with pytest.raises(UserError, match="'actions' holds choice 2, counted from 0, of 2"):
+        load_episodes(str(path), "CartPole-v1")
+    assert load_episodes(str(path)).actions.shape == (len(taken), 1)  # numbers, where nothing says otherwise
+
+
+def test_a_discrete_observation_of_a_file_becomes_one_hot(tmp_path: Path) -> None:
+    path = tmp_path / "lake.hdf5"
+    with h5py.File(path, "w") as file:
+        file["observations"], file["actions"] = np.array([0, 4, 15]), np.array([1.0, 2.0, 3.0])
+        file["rewards"], file["dones"] = np.zeros(3), np.array([0, 0, 1])
+    dataset = load_episodes(str(path), "FrozenLake-v1")
+    np.testing.assert_array_equal(dataset.observations, np.eye(16)[[0, 4, 15]])
+    np.testing.assert_array_equal(dataset.actions, np.eye(4)[[1, 2, 3]])
