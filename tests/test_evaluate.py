@@ -37,7 +37,7 @@ class ConstantAgent:
         dataset_id="hopper-medium",
         dataset_sha256="c0ffee",
         targets=(600.0, 0.0),
-        model=SimpleNamespace(observation_dim=11, action_dim=3),
+        model=SimpleNamespace(observation_dim=11, action_dim=3, action_choices=()),
     )
     targets: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
