@@ -171,7 +171,7 @@ def test_written_configuration_reads_back_the_same(tmp_path):
     other = TrainConfig(
         env="hopper-medium", dataset=("minari:a/b-v0", "c.hdf5"), config="x.yaml", run_dir=Path("runs/a b"),
         env_import=("a.b",), env_kwargs='{"x": [1, "y"]}', max_episode_steps=9, reference_scores=(-1.5, 2.0),
-        split_at_timeouts=True, memory_map=Path("map"), mask_velocities=True,
+        split_at_timeouts=True, memory_map=Path("map"), mask_velocities=True, conditioning="target",
         agent="bc", top_fraction=0.25,
         attention="softmax", token_layout="fused", context_length="episode", num_layers=2, embed_dim=64,
         num_heads=2, dropout=0.0, steps=7, batch_size=3, learning_rate=1e-05, weight_decay=1e-22,
