@@ -34,13 +34,6 @@ def test_everything_is_used_here():
     assert found["Acting in C++"] == "used"
 
 
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    found = shown()
-    assert found["compiler"] == "none; g++ or the one that CXX names"
-    assert found["C++"] == "not used: there is no compiler"
-
-
 def test_a_wrong_kernel_is_shown_with_its_error(monkeypatch):
     call = cpu._call
 

@@ -115,17 +115,6 @@ def test_no_flipped_byte_of_the_manifest_goes_unnoticed(tmp_path):
             load_checkpoint(tmp_path, for_training=True)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_refused_by_name(tmp_path, name):
-    save_checkpoint(tmp_path, make_checkpoint(12), keep=1)
-    (folder_of(tmp_path, 12) / name).unlink()
-    with pytest.raises(UserError, match=name):
-        load_checkpoint(tmp_path)
-    (folder_of(tmp_path, 12) / name).mkdir()
-    with pytest.raises(UserError, match=name):
-        load_checkpoint(tmp_path)
-
-
 def test_fall_back_to_the_newest_whole_one_and_say_so(tmp_path, capsys):
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, make_checkpoint(step), keep=4)

@@ -14,8 +14,7 @@ from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.wrappers import RescaleAction, TimeAwareObservation
 from tiny_training import arguments, train_here
 
-from flowrl.envs.options import EvaluationOptions
-from flowrl.envs.reference_scores import ReferenceScores, reference_scores
+from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.spaces import check_environment, environment_facts
 from flowrl.envs.specs import EnvironmentSpec, named_environment
 from flowrl.envs.vector import EnvironmentUnavailable, make_env
@@ -147,15 +146,6 @@ def test_an_environment_of_a_module_is_imported_when_it_is_named_or_made(module:
     forget(module)
     facts = environment_facts(EnvironmentSpec(env_id, {"torque": 3.0}, imports=(module,)))
     assert (facts.action_bounds[1].tolist(), facts.max_episode_steps) == ([3.0], None)
-
-
-def test_options_lie_over_what_was_recorded() -> None:
-    recorded = EnvironmentSpec("Pendulum-v1", {"g": 5.0, "x": 1}, 70, ("a",), (("ClipAction", {}),))
-    assert EvaluationOptions().apply(recorded) == recorded
-    options = EvaluationOptions(env_import=("a", "b"), env_kwargs='{"g": 9.0}', max_episode_steps=30)
-    expected = EnvironmentSpec("Pendulum-v1", {"g": 9.0, "x": 1}, 30, ("a", "b"), (("ClipAction", {}),))
-    assert options.apply(recorded) == expected
-    assert EvaluationOptions(reference_scores=(-5.0, 5.0)).reference() == ReferenceScores(-5.0, 5.0)
 
 
 def pendulum_data(path: Path, largest_action: float = 0.5) -> Path:

@@ -199,19 +199,6 @@ def _actions(agent: Agent) -> np.ndarray:
     return np.array(actions)
 
 
-def test_a_trained_agent_acts_ten_times_as_long_as_its_episodes(tmp_path: Path) -> None:
-    flags = "--env tmaze-6 --context-length episode --token-layout fused --num-layers 1 --embed-dim 16"
-    flags += (
-        f" --num-heads 2 --steps 4 --batch-size 4 --targets 1 --eval-episodes 2 --run-dir {tmp_path / 'r'}"
-    )
-    train(parse_train_config(flags.split()))
-
-    agent = load_agent(tmp_path / "r")
-    outcome = rollout(agent, environment_named("tmaze-60"), np.ones(4), np.arange(4))
-    assert outcome.lengths.tolist() == [60] * 4
-    assert np.isfinite(outcome.returns).all()
-
-
 @pytest.mark.parametrize("robot", ["HalfCheetah", "Walker2d", "Hopper"])
 def test_many_robots_with_a_cue_equal_single_ones(robot: str) -> None:
     environment, seeds = EnvironmentSpec(f"flowrl/{robot}Cued-v0"), [1, 2, 3]

@@ -296,18 +296,6 @@ def test_a_bandit_is_that_of_a_plain_loop() -> None:
     np.testing.assert_array_less(np.abs(scores.mean(axis=0) - chosen.mean(axis=0)), 4 * error + 1e-9)
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_methods_are_chosen_and_ordered(tmp_path: Path) -> None:
-    write_run(tmp_path / "runs" / "a", 10)
-    write_run(tmp_path / "runs" / "b", 20, config=seeded(0, attention="softmax"))
-    write_run(tmp_path / "runs" / "c", 20, config=seeded(0, attention="linear"))
-    chosen = ("softmax-interleaved-20", "flow-interleaved-20")
-    text = write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out", methods=chosen))
-    assert row_of(text, "dataset")[2:] == list(chosen)
-    with pytest.raises(UserError, match="did you mean 'flow-interleaved-20'"):
-        write_report(ReportConfig((tmp_path / "runs",), tmp_path / "out", methods=("flow-interleved-20",)))
-
-
 def test_learning_curves_are_what_the_metrics_say(drawn: dict[str, Figure], tmp_path: Path) -> None:
     write_report(ReportConfig((write_run(tmp_path / "run", 10),), tmp_path / "out"))
     (axes,) = drawn["learning-curves"].axes

@@ -4,7 +4,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
 from flowrl.data.dataset import build_episodes
 from flowrl.data.sampler import WindowSampler
@@ -89,21 +88,3 @@ def test_draws_are_uniform_over_windows(context_length):
     statistic = sum((counts[span] - count) ** 2 / count for span, count in expected.items())
     freedom = len(expected) - 1
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5  # mean and deviation of chi-square
-
-
-def test_generator_state_brings_the_same_batches_back():
-    sampler = WindowSampler(make_dataset(), 4, 8, seed=3)
-    sampler.sample()
-    state = sampler.generator_state
-    expected = [sampler.sample() for _ in range(3)]
-    torch.rand(5)  # the global random numbers have no part in it
-    for restored in (sampler, WindowSampler(make_dataset(), 4, 8, seed=99)):
-        restored.generator_state = state
-        for before in expected:
-            assert all(
-                torch.equal(a, b) for a, b in zip(before.window, restored.sample().window, strict=True)
-            )
-    same_seed, other_seed = (WindowSampler(make_dataset(), 4, 8, seed) for seed in (3, 4))
-    first = WindowSampler(make_dataset(), 4, 8, seed=3).sample().spans
-    assert torch.equal(same_seed.sample().spans, first)
-    assert not torch.equal(other_seed.sample().spans, first)
