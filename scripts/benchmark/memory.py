@@ -265,7 +265,7 @@ def main(config: MemoryConfig) -> None:
     if acted:
         print(acting_table(acted))
         draw(acted, config.output / "success.png")
-    elif not config.training_lengths:
+    elif not known and not config.training_lengths:
         raise UserError(f"{acting}: nothing to draw; give --runs")
 
 
