@@ -217,7 +217,7 @@ def draw(acted: list[Acted], path: Path) -> None:
         style = "o-" if clamp == SOURCE_CLAMP else "s--"
         successes = [[100 * entry.success for entry in some] for some in by_length]
         means = [float(np.mean(values)) for values in successes]
-        (line,) = success.plot(lengths, means, style, label=f"{label} ({len(by_length[0])} seeds)", alpha=0.8)
+        (line,) = success.plot(lengths, means, style, label=f"{label}, seeds: {len(by_length[0])}", alpha=0.8)
         lowest, highest = map(min, successes), map(max, successes)
         success.fill_between(lengths, list(lowest), list(highest), color=line.get_color(), alpha=0.12)
         milliseconds = [float(np.median([entry.last_ms for entry in some])) for some in by_length]
