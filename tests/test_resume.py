@@ -157,6 +157,9 @@ def test_other_data_or_another_model_is_refused(reference, tiny_dataset, tmp_pat
     write_tiny_dataset(tmp_path / "tiny.hdf5", seed=2)
     with pytest.raises(UserError, match=r"trained on file:tiny\.hdf5 .*now holds other data"):
         resume_here(tmp_path / "run")
+    write_tiny_dataset(tmp_path / "moved.hdf5", seed=1)
+    resume_here(tmp_path / "run", dataset=tmp_path / "moved.hdf5", steps=4)
+    assert steps_on_disk(tmp_path / "run")[-1].endswith("4")
     with pytest.raises(UserError, match=r"--embed-dim 16: .*--resume cannot change it"):
         resume_here(reference, embed_dim=16)
 

@@ -62,7 +62,7 @@ class TrainConfig(EvaluationOptions):
     dataset of --env; or a YAML file of these options."""
     resume: FilePath | None = None
     """Run folder to continue from its last checkpoint, exactly; other flags may only change how long, where
-    and how often to evaluate, log and save."""
+    and how often to evaluate, log and save, and where the data is now."""
     run_dir: FilePath | None = None
     """Folder of this run; by default runs/<dataset>/<method>-seed<k>-<time>."""
 
@@ -161,10 +161,11 @@ class TrainConfig(EvaluationOptions):
         return min(self.steps // 10, 10_000) if self.warmup_steps is None else self.warmup_steps
 
 
-# What --resume may change: none of it alters what one update computes, but for the schedule's length.
+# What --resume may change: none of it alters what one update computes, but for the schedule's length. The
+# content of a dataset is compared with what the run was trained on, wherever it is now.
 RESUMABLE = frozenset(
     (
-        *("steps", "device", "compile", "resume", "run_dir", "memory_map"),
+        *("steps", "device", "compile", "resume", "run_dir", "dataset", "memory_map"),
         *("targets", "eval_every", "eval_episodes", "eval_seed", "acting", "conditioning"),
         *("log_every", "checkpoint_every", "keep_checkpoints"),
     )
