@@ -39,18 +39,6 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(preset: Path, option: st
     assert list(preset.parent.iterdir()) == [preset]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_given_twice_or_misspelt_is_refused(preset: Path, option: str) -> None:
-    for text in (f"{option}: 1\n{option}: 1", f"{option}: 1\n'{option}': 1", f"{option}: 1\n? {option}\n: 2"):
-        preset.write_text(text)
-        assert f"'{option}' is given twice" in refusal(lambda: read_options(preset))
-    for name in (f"{option}_", f"--{option}", f"{option} x", f"!!str {option}z", f"<<: {option}"):
-        preset.write_text(f"{name}: 1")
-        assert str(preset) in refusal(lambda: read_options(preset))
-    preset.write_text(f"<<: {{{option}: 1}}")  # merged in, past the check for duplicates
-    assert "a key must be a name" in refusal(lambda: read_options(preset))
-
-
 @pytest.mark.parametrize("option", NUMBERS)
 def test_numbers_that_make_no_sense_are_refused(preset: Path, option: str) -> None:
     for value in NO_SENSE:

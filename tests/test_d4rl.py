@@ -89,37 +89,6 @@ def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path: Path) -> N
     assert raw < peak < 2 * raw
 
 
-LAYOUTS: dict[str, Any] = {
-    "rewards and flags of (N, 1)": lambda data: {
-        **data,
-        **{key: data[key][:, None] for key in ("rewards", "terminals", "timeouts")},
-    },
-    "terminations and truncations": lambda data: {
-        "terminations": data.pop("terminals"),
-        "truncations": data.pop("timeouts"),
-        **data,
-    },
-    "flags as numbers": lambda data: {
-        **data,
-        "terminals": data["terminals"].astype(np.uint8),
-        "timeouts": data["timeouts"].astype(np.float64),
-    },
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_other_layouts_hold_the_same_data(tmp_path: Path, layout: str) -> None:
-    dataset = read_d4rl_file(write(tmp_path / "a.hdf5", LAYOUTS[layout](columns())))
-    assert_matches(dataset, columns())
-
-
-def test_one_number_per_step_and_booleans_are_observations_and_actions(tmp_path: Path) -> None:
-    data = columns(observation_dim=3, action_dim=1)
-    data["observations"] = data["observations"] > 0
-    flat = {**data, "actions": data["actions"][:, 0]}
-    assert_matches(read_d4rl_file(write(tmp_path / "a.hdf5", flat)), data)
-
-
 def test_without_timeouts_episodes_end_after_the_given_steps(tmp_path: Path) -> None:
     data = columns()
     del data["timeouts"]

@@ -91,15 +91,6 @@ def test_a_server_that_fails_is_reported_and_the_mirror_is_used(
     assert path.read_bytes() == CONTENT
 
 
-def test_without_a_known_hash_the_content_decides(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "data.bin"
-    page = server.url("/page", sends(b"<html>sign in</html>"))
-    refuse(page, path, "an error page", None, complete)
-    refuse(server.url("/short", sends(CONTENT, SIZE // 2)), path, "an error page", None, complete)
-    download([page, server.url("/mirror", sends(CONTENT))], path, None, complete)
-    assert path.read_bytes() == CONTENT
-
-
 def test_an_unreachable_host_is_reported_at_once(server: Server, tmp_path: Path) -> None:
     unused = Server()
     dead = f"http://127.0.0.1:{unused.server_port}/data"

@@ -116,15 +116,6 @@ def test_success_is_in_figures_and_tables():
     assert (header.split()[-1], row.split()[-1]) == ("success_rate", "0.75")
 
 
-@pytest.mark.parametrize(
-    ("targets", "episodes", "message"),
-    [([], 1, "--targets"), ([1.0, float("nan")], 1, "--targets 1.0 nan"), ([1.0], 0, "--episodes 0")],
-)
-def test_bad_requests_are_user_errors(targets, episodes, message):
-    with pytest.raises(UserError, match=message):
-        evaluate(ConstantAgent(), HOPPER, targets, episodes, 0, None)
-
-
 def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
     calls = []
 

@@ -34,7 +34,7 @@ SLOW_WRITES = """
 import os, time
 fsync = os.fsync
 def slow_fsync(descriptor):
-    time.sleep(0.01)
+    time.sleep(0.05)
     fsync(descriptor)
 os.fsync = slow_fsync
 """

@@ -76,21 +76,6 @@ def test_a_prompt_read_at_once_leaves_the_state_of_its_steps(length):
     assert (output - naive_flow_attention(*inputs[:3])[:, :, -1]).abs().max() < 1e-10
 
 
-def test_rows_of_masked_prompts_continue_each_from_its_own_end():
-    """Prompts of different lengths in one batch, then new tokens, some of them padding too."""
-    inputs = tokens(150, batch=2, head_dim=16, value_dim=16)[:3]
-    mask = torch.rand(2, 150, generator=torch.Generator().manual_seed(3)) > 0.3
-    expected = naive_without_the_invalid(*inputs, mask=mask)
-    outputs, state = [], None
-    for part in (slice(0, 140), slice(140, 150)):
-        output, state = flow_attention(
-            *(x[:, :, part] for x in inputs), mask=mask[:, part], initial_state=state, return_state=True
-        )
-        outputs.append(output)
-    assert (torch.cat(outputs, dim=2) - expected).abs().max() < 1e-10
-    assert torch.equal(state.num_tokens, mask.sum(1, keepdim=True).expand(2, 2).double())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

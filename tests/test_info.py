@@ -8,7 +8,6 @@ from conftest import EPISODE_LENGTHS
 
 from flowrl.__main__ import main
 from flowrl.data.d4rl import read_d4rl_file
-from flowrl.errors import EXIT_BAD_INPUT
 
 
 def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
@@ -30,17 +29,3 @@ def test_a_dataset_is_described(tiny_dataset: Path, capsys: pytest.CaptureFixtur
     assert lines["environment"] == "Hopper-v4"
     assert lines["normalised"].endswith("returns of -20.2723 and 3234.3 are 0 and 100")
     assert "refused" not in lines
-
-
-def test_what_would_be_noted_and_refused_is_shown(
-    tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = lines_of(capsys, str(tiny_dataset), "--env", "Pendulum-v1")
-    assert lines["refused"].startswith("environment Pendulum-v1 has observations of 3 and actions of 1")
-    lines = lines_of(capsys, str(tiny_dataset), "--env", "Hopper-v4", "--env-kwargs", '{"bogus": 1}')
-    assert lines["refused"].startswith("environment Hopper-v4 cannot be made")
-    assert lines_of(capsys, str(tiny_dataset))["refused"].startswith("no environment to evaluate in")
-    for words in ([], ["absent.hdf5"], [str(tiny_dataset), "--env", "Hoper-v4"]):
-        with pytest.raises(SystemExit) as ended:
-            main(["info", *words])
-        assert ended.value.code == EXIT_BAD_INPUT

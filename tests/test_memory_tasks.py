@@ -12,7 +12,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from tiny_training import resume_here, train_here
 
-from flowrl import Agent, load_agent
+from flowrl import load_agent
 from flowrl.attention.flow.naive import naive_flow_attention
 from flowrl.attention.kinds import attention_kind
 from flowrl.behavior.shipped import load_behavior
@@ -27,9 +27,6 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env, make_vector_env
 from flowrl.errors import UserError
 from flowrl.evaluation.rollout import rollout
-from flowrl.model.transformer import ModelConfig
-from flowrl.training.config import parse_train_config
-from flowrl.training.run import train
 from flowrl.training.setup import velocities
 
 LEVELS = ["tmaze-20", "tmaze-1100", "tmaze-30-arms-4-distractors-3", "tmaze-5-arms-16", "tmaze-2"]
@@ -167,36 +164,6 @@ def test_the_source_clamp_bounds_how_far_a_timestep_stands_out(source_clamp: flo
     torch.testing.assert_close(outputs, plain, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(kind.parallel(keys, keys, values), plain, rtol=1e-3, atol=1e-6)
     assert math.exp(source_clamp) <= state.sum_exponentials.item() <= 41 * math.exp(source_clamp)
-
-
-def test_acting_takes_the_models_source_clamp_or_the_one_that_is_given(tmp_path: Path) -> None:
-    flags = "--env tmaze-6 --context-length episode --token-layout fused --num-layers 1 --embed-dim 64"
-    flags += " --steps 2 --batch-size 4 --targets 1 --eval-episodes 0 --source-clamp 0.5"
-    train(parse_train_config([*flags.split(), "--run-dir", str(tmp_path / "r")]))
-    agents = [load_agent(tmp_path / "r"), load_agent(tmp_path / "r", source_clamp=12.0)]
-    taken = []
-    for agent, expected in zip(agents, (0.5, 12.0), strict=True):
-        assert isinstance(agent.config.model, ModelConfig)
-        assert agent.config.model.source_clamp == expected
-        generator = torch.Generator().manual_seed(1)  # weights under which the clamp matters
-        for parameter in agent.model.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-        taken.append(_actions(agent))
-        agent.acting = "window"
-        np.testing.assert_allclose(taken[-1], _actions(agent), atol=1e-4)
-    assert np.abs(taken[0] - taken[1]).max() > 1e-3
-
-
-def _actions(agent: Agent) -> np.ndarray:
-    """Actions (6, 3, 1) of an episode that fits in the agent's window."""
-    envs = make_vector_env(environment_named("tmaze-6"), 3)
-    observations, _ = envs.reset(seed=[0, 1, 2])
-    agent.reset(3, 1.0)
-    actions = []
-    for _ in range(6):
-        actions.append(agent.act(observations, np.zeros(3)))
-        observations, *_ = envs.step(actions[-1])
-    return np.array(actions)
 
 
 @pytest.mark.parametrize("robot", ["HalfCheetah", "Walker2d", "Hopper"])

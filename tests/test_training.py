@@ -246,28 +246,6 @@ def test_bfloat16_rounds_products_and_leaves_weights_alone(tiny_dataset, tmp_pat
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
-def test_statistics_are_those_of_float64():
-    random = np.random.default_rng(0)
-    observations = (1e4 + random.normal(size=(70_000, 3))).astype(np.float32)  # over two parts
-    observations[:, 1] = -7.25
-    actions = random.normal(size=(70_000, 2))
-    statistics = build_episodes(
-        observations=observations,
-        actions=actions,
-        rewards=np.ones(70_000),
-        episode_lengths=np.array([70_000]),
-        terminated=np.array([True]),
-        dataset_id="test",
-        where="test",
-    ).statistics
-    mean, std = statistics.observation_mean, statistics.observation_std
-    np.testing.assert_allclose(mean, observations.mean(axis=0, dtype=np.float64), rtol=1e-7)
-    np.testing.assert_allclose(std[[0, 2]], observations.std(axis=0, dtype=np.float64)[[0, 2]], rtol=1e-5)
-    assert (mean[1], std[1]) == (-7.25, 1.0)
-    np.testing.assert_array_equal(statistics.action_low, actions.min(axis=0).astype(np.float32))
-    np.testing.assert_array_equal(statistics.action_high, actions.max(axis=0).astype(np.float32))
-
-
 def dataset_of(actions, environment=None, lengths=(3, 2)):
     rewards = np.array([1.0, 2.0, 3.0, -50.0, 10.0])
     return build_episodes(

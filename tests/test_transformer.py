@@ -189,15 +189,6 @@ def test_loss_is_the_mean_square_over_valid_actions():
     assert loss == pytest.approx(total / count, rel=1e-6)  # computed in float32
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_timesteps_past_the_embedding_use_its_last_row(layout):
-    model, window = make_model(layout), make_window()
-    at_the_end = window._replace(timesteps=torch.full((3, 7), 39))
-    far_past = window._replace(timesteps=torch.full((3, 7), 10**9))
-    assert torch.equal(model(far_past), model(at_the_end))
-    assert not torch.equal(model(far_past), model(window._replace(timesteps=torch.full((3, 7), 38))))
-
-
 def test_sinusoidal_time_continues_past_the_longest_episode_and_none_ignores_it():
     window = make_window()
     later = window._replace(timesteps=window.timesteps + 10_000)

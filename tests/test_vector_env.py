@@ -6,37 +6,31 @@ import pytest
 from gymnasium.spaces import Box, Dict
 
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import make_env, make_vector_env, reported_success
+from flowrl.envs.vector import make_env, make_vector_env
 from flowrl.errors import UserError
 
 
 class CountingEnv(gym.Env):
-    """Terminates after a drawn number of steps; counts its steps, and reports what it is given."""
+    """Terminates after a drawn number of steps, which it counts."""
 
     observation_space = Dict({"b": Box(-np.inf, np.inf, (2,)), "a": Box(-np.inf, np.inf, (1,))})
     action_space = Box(-10.0, 10.0, (1,))
-
-    def __init__(self, infos=()):
-        self.infos = infos
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.steps = 0
         self.length = int(self.np_random.integers(1, 8))
-        return self._observation(), self._info()
+        return self._observation(), {}
 
     def step(self, action):
         self.steps += 1
-        return self._observation(), float(action[0]), self.steps == self.length, False, self._info()
+        return self._observation(), float(action[0]), self.steps == self.length, False, {}
 
     def _observation(self):
         return {
             "b": np.array([self.steps, self.length], np.float32),
             "a": np.array([-self.steps], np.float32),
         }
-
-    def _info(self):
-        return self.infos[(self.steps + self.length) % len(self.infos)] if self.infos else {}
 
 
 @pytest.fixture
@@ -67,26 +61,6 @@ def test_finished_slots_stay_still_until_they_are_reset(counting):
     envs.step(np.ones((5, 1), np.float32))
     assert list(envs.get_attr("steps")) == [lengths[0], 1, lengths[2], lengths[3], 1]
     envs.close()
-
-
-@pytest.mark.parametrize(
-    ("info", "success"),
-    [
-        ({"success": True}, True),
-        ({"is_success": 0.0}, False),
-        ({"is_success": np.float32(1.0)}, True),
-        ({"success": np.array([True])}, True),
-        ({"success": float("nan")}, False),
-        ({"tasks_to_complete": []}, True),  # FrankaKitchen's
-        ({"tasks_to_complete": ["kettle"], "episode_task_completions": ["microwave"]}, False),
-        ({"success": None}, None),
-        ({}, None),
-        ([], None),
-        (None, None),
-    ],
-)
-def test_success_is_read_from_what_environments_report(info, success):
-    assert reported_success(info) is success
 
 
 def test_an_environment_that_cannot_be_made_is_a_user_error():
