@@ -178,7 +178,7 @@ def test_written_configuration_reads_back_the_same(tmp_path):
         warmup_steps=3, schedule="constant", gradient_clip=1e16, return_scale=123.456, reward_mode="delayed",
         ema_decay=0.5, seed=9, device="cpu", precision="float32", compile=True, targets=(-1.5, 1e-07),
         eval_every=0, eval_episodes=1, eval_seed=7, acting="window", log_every=2, checkpoint_every=3,
-        keep_checkpoints=4, time_encoding="sinusoidal", source_clamp=20.0,
+        keep_checkpoints=4, time_encoding="sinusoidal", source_clamp=20.0, timesteps_per_update=640,
     )  # fmt: skip
     default = TrainConfig(env="hopper-random")
     for field in fields(TrainConfig):

@@ -131,7 +131,7 @@ def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
     )
     evaluate_run(config)
     ((run, options),) = calls
-    assert (run, options.pop("source_clamp")) == (tmp_path, None)
+    assert (run, options.pop("source_clamp"), options.pop("temperature")) == (tmp_path, None, 0.0)
     assert options == {"checkpoint": 50, "acting": "recurrent", "conditioning": None, "device": "cpu"}
     printed = capsys.readouterr().out
     assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, conditioned on the" in printed
