@@ -43,7 +43,7 @@ void layer_norm(const T* x, int64_t rows, int64_t width, T eps, const T* weight,
 
 // to (rows, columns) = from (rows, terms) weight + bias. The weight (terms, columns) comes as panels, (terms, PANEL)
 // each, which are read in order.
-constexpr int64_t PANEL = 32;
+constexpr int64_t PANEL = BYTES == 64 ? 32 : 16;
 void linear_layer(T* to, const T* from, int64_t rows, int64_t terms, int64_t columns, const T* weight,
                   const T* bias) {
     for (int64_t first = 0; first < columns; first += PANEL) {
@@ -61,6 +61,10 @@ void add_to(T* x, const T* more, int64_t size) {
 }
 
 }  // namespace
+
+// For acting.py, which makes the panels.
+extern "C" const int64_t panel_columns;
+extern "C" const int64_t panel_columns = PANEL;
 
 // x (tokens, batch, width) -> last (batch, width), the last tokens after all blocks; changes the states.
 extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weights, T* const* states, const T* x,

@@ -21,7 +21,7 @@ from flowrl.native.kernels import is_trusted, largest_difference
 from flowrl.native.library import native_library
 
 SOURCE = Path(__file__).with_name("acting.cpp")
-PANEL = 32  # columns of a weight that are stored together, as in acting.cpp
+WIDTH_MULTIPLE = 32  # which every panel's width divides
 FLOW_EPS = 1e-6  # the default of flow_attention_step
 CHECK_BATCH, TOLERANCE = 3, 1e-4  # of an error relative to the largest number
 
@@ -41,7 +41,7 @@ def can_pack(model: SequenceModel) -> bool:
         config.attention == "flow"
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and config.embed_dim % PANEL == 0
+        and config.embed_dim % WIDTH_MULTIPLE == 0
         and head_dim in WIDTHS
         and all(_is_known(block) for block in model.blocks)
         and flow_library(torch.float32, head_dim) is not None
@@ -130,8 +130,11 @@ def _packed(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a module, flat."""
     assert isinstance(module, nn.Linear | nn.LayerNorm)
     weight = module.weight.detach()
-    if isinstance(module, nn.Linear):  # (outputs, inputs) -> panels (inputs, PANEL)
-        weight = weight.unflatten(0, (-1, PANEL)).mT
+    if isinstance(module, nn.Linear):  # (outputs, inputs) -> panels (inputs, columns)
+        library = acting_library()
+        assert library is not None
+        columns = ctypes.c_int64.in_dll(library, "panel_columns").value
+        weight = weight.unflatten(0, (-1, columns)).mT
     return weight.flatten(), module.bias.detach()
 
 

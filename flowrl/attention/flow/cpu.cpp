@@ -7,6 +7,8 @@
 // the pairs of tokens of a block and the memory matrix take matrix products. Sums run over a block first and
 // are then added to the past, which keeps them exact over long sequences.
 
+#include <initializer_list>
+
 #include "attention/flow/layout.h"
 #include "native/vector_math.h"
 
@@ -50,9 +52,23 @@ inline T dot(const Row& x, const Row& y) {
     for (int w = 1; w < W; w++) sum += x.v[w] * y.v[w];
     return total(sum);
 }
-void opened(const T* from, int64_t stride, int tokens, T* to) {  // rows after their sigmoid
-    for (int t = 0; t < tokens; t++)
+// Prefetch a row: those of one head are too far apart for the hardware prefetcher.
+inline void fetch(const T* from) {
+    for (int w = 0; w < W; w++) __builtin_prefetch(from + w * L, 0, 2);
+}
+inline void fetch(T* to) {  // about to be written
+    for (int w = 0; w < W; w++) __builtin_prefetch(to + w * L, 1, 2);
+}
+
+// Rows after their sigmoid; meanwhile the rows of ``next`` are asked for.
+void opened(const T* from, int64_t stride, int tokens, T* to, std::initializer_list<const T*> next = {},
+            int64_t next_stride = 0) {
+    constexpr int AHEAD = 8;
+    for (int t = 0; t < tokens; t++) {
+        if (t + AHEAD < tokens) fetch(from + (t + AHEAD) * stride);
+        for (const T* other : next) fetch(other + t * next_stride);
         for (int w = 0; w < W; w++) store(to + t * D + w * L, sigmoid(load(from + t * stride + w * L)));
+    }
 }
 void exponentials(const T* source, T clamp, int tokens, T* to) {  // buffers of BLOCK
     for (int t = 0; t < tokens; t += L) {
@@ -81,8 +97,8 @@ void forward(Buffer& buffer, const Layout& at, const T* queries, const T* keys, 
         const int tokens = std::min<int64_t>(BLOCK, at.length - start);
         const bool goes_on = start + BLOCK < at.length;
         const int64_t in = start * at.in_token;
-        opened(queries + in, at.in_token, tokens, q);
-        opened(keys + in, at.in_token, tokens, k);
+        opened(queries + in, at.in_token, tokens, q, {keys + in}, at.in_token);
+        opened(keys + in, at.in_token, tokens, k, {values + in}, at.in_token);
         if (sums)
             for (int s = 0; s < SUMS; s++) put(sums + (block * SUMS + s) * D, past[s]);
         if (memories) std::copy(memory, memory + D * D, memories + block * D * D);
@@ -111,6 +127,7 @@ void forward(Buffer& buffer, const Layout& at, const T* queries, const T* keys, 
             normaliser[t] = past_exps + own_exps;
             const T competition = (start + t + 1) * exps[t] / normaliser[t];
             const T* value = values + (start + t) * at.in_token;
+            fetch(outputs + (start + t) * at.out_token);
             for (int w = 0; w < W; w++) store(competed + t * D + w * L, competition * load(value + w * L));
         }
         past_exps += own_exps;
@@ -160,8 +177,8 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
                 *sink = flows + SINK * at.length + start, *source = flows + SOURCE * at.length + start,
                 *normaliser = flows + NORMALISER * at.length + start;
         const int64_t in = start * at.in_token, out = start * at.out_token;
-        opened(queries + in, at.in_token, tokens, q);
-        opened(keys + in, at.in_token, tokens, k);
+        opened(queries + in, at.in_token, tokens, q, {keys + in, values + in}, at.in_token);
+        opened(keys + in, at.in_token, tokens, k, {outputs + out, g_outputs + out}, at.out_token);
         std::copy(source, source + tokens, exps);
         exponentials(exps, clamp, tokens, exps);
         std::copy(sink, sink + tokens, allocation);
@@ -170,6 +187,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
             const T n = start + t + 1, scale = allocation[t] / incoming[t];
             const T* value = values + (start + t) * at.in_token;
             const Row g_output = row(g_outputs + (start + t) * at.out_token);
+            fetch(g_values + (start + t) * at.gradient_token);
             product_of[t] = dot(g_output, row(outputs + (start + t) * at.out_token));
             g_sink[t] = product_of[t] * (1 - allocation[t]) / n;  // of n times the conserved sink
             competition[t] = n * exps[t] / normaliser[t];
@@ -188,6 +206,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         for (int t = tokens - 1; t >= 0; t--) {  // C = n exp(S) / (past sum of exp(S))
             const T n = start + t + 1;
             const Row g = row(g_competed + t * D);
+            fetch(g_queries + (start + t) * at.gradient_token);
             const T g_competition = dot(g, row(values + (start + t) * at.in_token));
             T* g_value = g_values + (start + t) * at.gradient_token;
             for (int w = 0; w < W; w++) store(g_value + w * L, competition[t] * g.v[w]);
@@ -216,6 +235,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         for (int t = tokens - 1; t >= 0; t--) {
             const T n = start + t + 1, sink_weight = n / incoming[t], source_weight = n / outgoing[t];
             const Row qt = row(q + t * D), kt = row(k + t * D), qe = plus(qt, eps), ke = plus(kt, eps);
+            fetch(g_keys + (start + t) * at.gradient_token);
             add(own[WEIGHTED_QUERIES], g_source[t], ke);
             add(own[WEIGHTED_KEYS], g_sink[t], qe);
             const Row by_wq = plus(later[WEIGHTED_QUERIES], own[WEIGHTED_QUERIES]);
