@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from flowrl.data.arrays import row_chunks
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.matching import match_environment
 from flowrl.data.sources import load_episodes
@@ -100,7 +101,8 @@ def _choices(dataset: EpisodeDataset) -> str:
 
 def _numbers(values: np.ndarray) -> str:
     """Describe (N, dim) values: how many there are, their range, and how many of them never change."""
-    lows, highs = values.min(axis=0), values.max(axis=0)
+    lows = np.min([rows.min(axis=0) for rows in row_chunks(values)], axis=0)
+    highs = np.max([rows.max(axis=0) for rows in row_chunks(values)], axis=0)
     constant = int((lows == highs).sum())
     text = f"{values.shape[1]} numbers from {lows.min():g} to {highs.max():g}"
     return f"{text}, {constant} of them constant" if constant else text
