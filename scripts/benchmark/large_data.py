@@ -55,7 +55,7 @@ def train(
         print(f"first batch after {time.perf_counter() - start:.1f} s, {_memory()}")
         for _ in range(updates):
             mapped.update()
-        print(f"after {updates} updates of {config.batch_size} windows: {_memory()}")
+        print(f"after {updates} updates of {mapped.state.sampler.batch_size} windows: {_memory()}")
         for _ in range(100 * updates):
             mapped.state.sampler.sample()
         print(f"after {100 * updates} more batches: {_memory()}")
