@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import tyro
 from timing import interleaved, resident
+from tyro.conf import Positional
 from workload import open_trainer
 
 from flowrl.data import EpisodeDataset
@@ -27,7 +28,7 @@ ROWS = 1_000_000  # written at once
 GIB = 1 << 30
 
 
-def make(path: Path, transitions: int = 100_000_000) -> None:
+def make(path: Positional[Path], transitions: int = 100_000_000) -> None:
     """Write random transitions in D4RL's layout, in episodes of 1,000."""
     generator = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
@@ -44,7 +45,11 @@ def make(path: Path, transitions: int = 100_000_000) -> None:
 
 
 def train(
-    path: Path, memory_map: Path, updates: int = 500, rounds: int = 15, in_memory: int = 10_000_000
+    path: Positional[Path],
+    memory_map: Positional[Path],
+    updates: int = 500,
+    rounds: int = 15,
+    in_memory: int = 10_000_000,
 ) -> None:
     """Update the paper's model, windows of 20, from the disk; compare with some of it in memory."""
     config = TrainConfig(dataset=(str(path),), memory_map=memory_map, eval_episodes=0)
