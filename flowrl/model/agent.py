@@ -170,8 +170,9 @@ class Agent:
             observations: (num_envs, observation_dim).
             rewards: (num_envs,) earned by the last actions; ignored at an episode's first timestep, where it
                 may be None.
-            terminations, truncations: (num_envs,) bool, of the environments' last step; slots whose episode
-                ended start anew. Needed only where environments reset themselves.
+            terminations: (num_envs,) bool, of the environments' last step; slots whose episode ended start
+                anew. Needed only where environments reset themselves.
+            truncations: likewise.
 
         Raises:
             RuntimeError: before :meth:`reset`.

@@ -76,7 +76,8 @@ def flow_attention(
     """Flow-Attention of whole sequences, linear in length in time and memory (arXiv 2202.06258, Eq. 4-9).
 
     Args:
-        queries, keys: (batch, heads, length, head_dim), **before** the sigmoid.
+        queries: (batch, heads, length, head_dim), **before** the sigmoid.
+        keys: the same; without ``causal`` their length may differ.
         values: (batch, heads, length, value_dim).
         causal: sums over the past only, as in the paper's reinforcement-learning experiments; otherwise
             the bidirectional form, where queries and keys may differ in length.
