@@ -189,26 +189,27 @@ def test_two_agents_are_compared_episode_by_episode(monkeypatch):
         compare.compare(compare.CompareConfig(Path("first"), Path("second")))
 
 
-def test_video_holds_one_episode_per_target(tmp_path):
+def test_video_holds_one_episode_per_target_side_by_side(tmp_path):
     import imageio_ffmpeg
 
     path = tmp_path / "film.mp4"
     write_video(path, ConstantAgent(), HOPPER, [600.0, 0.0], seed=1)
     assert list(tmp_path.iterdir()) == [path]
     # The first picture, every second step and the last one of each episode.
-    drawn = sum(
-        len({*range(0, length + 1, 2), length})
-        for _, length in (
-            return_of_one_episode(target, int(episode_seeds(1, 1)[0])) for target in (600.0, 0.0)
-        )
-    )
+    lengths = [return_of_one_episode(target, int(episode_seeds(1, 1)[0]))[1] for target in (600.0, 0.0)]
+    drawn = len({*range(0, max(lengths) + 1, 2), *lengths})
     assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == drawn
     reader = imageio_ffmpeg.read_frames(str(path))
     size = next(reader)["size"]
-    frame = np.frombuffer(next(reader), np.uint8)
-    reader.close()
-    assert size == (480, 480)
-    assert frame.std() > 10  # a picture, not one colour
+    frames = [np.frombuffer(frame, np.uint8).reshape(480, 960, 3) for frame in reader]
+    assert size == (960, 480)
+    first, last = frames[0].astype(float), frames[-1].astype(float)
+    for half in (first[:, :480], first[:, 480:]):
+        assert half.std() > 10  # a picture, not one colour
+    robot, caption = slice(80, None), slice(0, 80)
+    assert abs(first[robot, :480] - first[robot, 480:]).mean() < 4  # the same start, compressed
+    assert abs(first[caption, :480] - first[caption, 480:]).max() > 100  # two targets
+    assert abs(last[robot, :480] - last[robot, 480:]).max() > 100  # two ways of acting
 
 
 SLOW_EVALUATION = """

@@ -1,16 +1,17 @@
-"""Film an agent: one episode per target return, one after the other, in one mp4 file."""
+"""Film an agent: one episode per target return, side by side, in one mp4 file."""
 
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from contextlib import ExitStack, closing
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import mujoco
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from flowrl.atomic import atomic_path
 from flowrl.envs.spaces import environment_actions
@@ -44,26 +45,24 @@ def write_video(
 ) -> None:
     """Render the first episode of each target, as :func:`evaluate` starts it, into one mp4 file at ``path``.
 
-    Frames go to the encoder as they are drawn, so memory does not grow with the episodes. Every frame
-    shows the target, the return so far and the step. The file appears whole or not at all.
+    Frames go to the encoder as they are drawn, so memory does not grow with the episodes. Every episode
+    has its picture in the frame, with its target, the return so far and the step. The file appears whole
+    or not at all.
 
     Raises:
         UserError: see :func:`check_video`; also when the environment cannot be rendered here.
     """
     check_video(path)
-    env = make_rendered_env(environment)
-    steps_per_second = env.metadata.get("render_fps") or 30
-    stride = -(-int(steps_per_second) // MAX_FRAMES_PER_SECOND)  # rounded up
     first = int(episode_seeds(seed, 1)[0])
-    frames = chain.from_iterable(_frames(agent, env, target, first, stride) for target in targets)
     try:
-        with atomic_path(path) as temporary:
-            _encode(temporary, frames, steps_per_second / stride)
+        with ExitStack() as stack, atomic_path(path) as temporary:
+            envs = [stack.enter_context(closing(make_rendered_env(environment))) for _ in targets]
+            steps_per_second = envs[0].metadata.get("render_fps") or 30
+            stride = -(-int(steps_per_second) // MAX_FRAMES_PER_SECOND)  # rounded up
+            _encode(temporary, _frames(agent, envs, targets, first, stride), steps_per_second / stride)
     except OSError as error:
         reason = str(error).split("\n\n")[-1].strip().splitlines()[-1]
         raise UserError(f"--video {path}: cannot be written: {reason}") from error
-    finally:
-        env.close()
 
 
 def make_rendered_env(environment: EnvironmentSpec) -> gym.Env:
@@ -97,21 +96,48 @@ def _encode(path: Path, frames: Iterator[np.ndarray], frames_per_second: float) 
         raise OSError(f"the encoder stopped with exit code {encoder.returncode}")
 
 
-def _frames(agent: BatchedAgent, env: gym.Env, target: float, seed: int, stride: int) -> Iterator[np.ndarray]:
-    """Act for one episode and yield every ``stride``-th frame and the last, (height, width, 3) uint8."""
-    observation, _ = env.reset(seed=seed)
-    agent.reset(1, np.array([target]))
-    rewards, return_so_far, step, finished = None, 0.0, 0, False
-    yield _captioned(_render(env), target, return_so_far, step)
-    while not finished:
-        action = environment_actions(env.action_space, agent.act(observation[None], rewards))[0]
-        observation, reward, terminated, truncated, _ = env.step(action)
-        rewards = np.asarray(reward, dtype=np.float64).reshape(1)
-        return_so_far += rewards.item()
-        step += 1
-        finished = terminated or truncated
-        if finished or step % stride == 0:
-            yield _captioned(_render(env), target, return_so_far, step)
+def _frames(
+    agent: BatchedAgent, envs: Sequence[gym.Env], targets: Sequence[float], seed: int, stride: int
+) -> Iterator[np.ndarray]:
+    """Act for one episode per target; yield every ``stride``-th frame of all of them, and each one's last.
+
+    Frames are (height, width, 3) uint8; an episode that is over stays at its last picture.
+    """
+    observations = [env.reset(seed=seed)[0] for env in envs]
+    agent.reset(len(envs), np.asarray(targets))
+    pictures = [_captioned(_render(env), target, 0.0, 0) for env, target in zip(envs, targets, strict=True)]
+    yield _side_by_side(pictures)
+    running, returns = list(range(len(envs))), np.zeros(len(envs))
+    rewards: np.ndarray | None = None  # (running,)
+    for step in count(1):
+        actions = agent.act(np.stack([observations[slot] for slot in running]), rewards)
+        earned, still = [], []
+        for slot, action in zip(running, environment_actions(envs[0].action_space, actions), strict=True):
+            observations[slot], reward, terminated, truncated, _ = envs[slot].step(action)
+            earned.append(np.asarray(reward, dtype=np.float64).item())
+            returns[slot] += earned[-1]
+            still.append(not (terminated or truncated))
+            if step % stride == 0 or not still[-1]:
+                pictures[slot] = _captioned(_render(envs[slot]), targets[slot], returns[slot], step)
+        if step % stride == 0 or not all(still):
+            yield _side_by_side(pictures)
+        if not any(still):
+            return
+        kept = np.flatnonzero(still)
+        agent.keep(kept)
+        running, rewards = [running[row] for row in kept], np.array(earned)[kept]
+
+
+def _side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Lay pictures of one size out in rows of at most four, the rest of the last row black."""
+    columns = min(len(pictures), 4)
+    rows = -(-len(pictures) // columns)
+    height, width, channels = pictures[0].shape
+    laid_out = np.zeros((rows * height, columns * width, channels), dtype=np.uint8)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        laid_out[row * height : (row + 1) * height, column * width : (column + 1) * width] = picture
+    return laid_out
 
 
 def _render(env: gym.Env) -> np.ndarray:
@@ -126,7 +152,12 @@ def _render(env: gym.Env) -> np.ndarray:
 
 
 def _captioned(frame: np.ndarray, target: float, return_so_far: float, step: int) -> np.ndarray:
+    """Write what is asked for, what was earned and when; readable at half the frame's size."""
     image = Image.fromarray(frame)
-    caption = f"target {target:g}   return {return_so_far:.0f}   step {step}"
-    ImageDraw.Draw(image).text((8, 8), caption, fill="white", stroke_width=1, stroke_fill="black")
+    size = max(frame.shape[0] // 16, 10)  # pixels
+    caption = f"target {target:g}\nreturn {return_so_far:.0f}   step {step}"
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(image).text(
+        (size // 2, size // 4), caption, font=font, fill="white", stroke_width=2, stroke_fill="black"
+    )
     return np.asarray(image)
