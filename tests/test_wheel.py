@@ -68,6 +68,7 @@ def test_train_resume_evaluate_and_report_from_a_wheel(wheel: Path, tiny_dataset
         ["train", "--resume", str(run), "--steps", "30"],
         ["evaluate", str(run), "--episodes", "1", "--json", "run/evaluation.json"],
         ["report", str(run), "--output", "report"],
+        ["evaluate", "pretrained:tmaze-500", "--episodes", "1", "--json", "tmaze.json"],
     ]
     kept = ("OMP_NUM_THREADS", "LD_LIBRARY_PATH", "SYSTEMROOT")
     variables = {name: os.environ[name] for name in kept if name in os.environ}
@@ -85,3 +86,5 @@ def test_train_resume_evaluate_and_report_from_a_wheel(wheel: Path, tiny_dataset
     scores = json.loads((work / run / "evaluation.json").read_text())
     assert scores["checkpoint_step"] == 30
     assert "flow-interleaved-6" in (work / "report" / "report.md").read_text()
+    tmaze = json.loads((work / "tmaze.json").read_text())
+    assert tmaze["targets"][0]["return_mean"] == 1

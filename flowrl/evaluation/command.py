@@ -32,7 +32,7 @@ class EvaluateConfig(EvaluationOptions):
     """Evaluate a trained run in its environment: returns and normalised scores for each target return."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder that training wrote."""
+    """Run folder that training wrote, pretrained:NAME, or hf:OWNER/NAME."""
     episodes: Episodes = 20
     """Episodes per target return."""
     env: str | None = None
@@ -120,7 +120,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, conditioned on the "
         f"{agent.conditioning}, checkpoint {agent.checkpoint_step}, seed {config.seed}"
     )
-    with failures_kept(config.run):
+    with failures_kept(config.run if config.run.is_dir() else Path()):
         results = evaluate(agent, environment, targets, config.episodes, config.seed, reference)
     print(format_table(results))
     if config.targets == "sweep":
@@ -159,7 +159,7 @@ def _swept_targets(targets: tuple[float, ...], reference: ReferenceScores | None
 
 def _options_of(run: Path) -> dict[str, Any]:
     """The options of a run, from its folder or that of one of its checkpoints; none without it."""
-    folders = (run, run.absolute().parent.parent)
+    folders = (run, run.absolute().parent.parent) if run.is_dir() else ()
     path = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
     return {} if path is None else read_yaml_mapping(path)
 

@@ -1,8 +1,9 @@
-"""Agents on the Hugging Face Hub: ``hf:OWNER/NAME`` or ``hf:OWNER/NAME@REVISION``."""
+"""Where an agent is: a folder, ``pretrained:NAME``, or ``hf:OWNER/NAME`` or ``hf:OWNER/NAME@REVISION``."""
 
 from pathlib import Path
 
 from flowrl.errors import UserError, one_line
+from flowrl.model import pretrained
 from flowrl.model.checkpoint import AGENT_FILES
 
 PREFIX = "hf:"
@@ -10,15 +11,18 @@ LARGEST = 2**30  # bytes of one file; an agent of the default size has 10 MB
 
 
 def agent_folder(run: str | Path) -> Path:
-    """Return the folder that ``run`` names, downloaded into the Hub's cache if it begins with ``hf:``.
+    """Return the folder that ``run`` names: in the package after ``pretrained:``, downloaded after ``hf:``.
 
-    Only the files of an agent are downloaded, after their sizes were checked; what they hold is checked when
-    they are loaded. Where the Hub cannot be reached or ``HF_HUB_OFFLINE`` is set, the cache is used.
+    Only the files of an agent are downloaded, into the Hub's cache, after their sizes were checked; what they
+    hold is checked when they are loaded. Where the Hub cannot be reached or ``HF_HUB_OFFLINE`` is set, the
+    cache is used.
 
     Raises:
-        UserError: no such repository or revision, one without an agent, a file that is too large, or no
-            answer and nothing in the cache.
+        UserError: no such agent in the package; no such repository or revision, one without an agent, a
+            file that is too large, or no answer and nothing in the cache.
     """
+    if str(run).startswith(pretrained.PREFIX):
+        return pretrained.pretrained_folder(str(run).removeprefix(pretrained.PREFIX))
     if not str(run).startswith(PREFIX):
         return Path(run)
     # Here, for only agents on the Hub need it.

@@ -15,6 +15,7 @@ from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName, Conditioni
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, load_checkpoint
 from flowrl.model.hub import agent_folder
+from flowrl.model.pretrained import dequantized
 from flowrl.model.transformer import ModelConfig, SequenceModel
 
 T = TypeVar("T")
@@ -37,8 +38,9 @@ def load_agent(
     """Load a trained agent from its run folder; the dataset is not needed.
 
     Args:
-        run: run folder, one checkpoint's folder, one that :meth:`Agent.save` wrote, or an agent on the
-            Hugging Face Hub: hf:OWNER/NAME, or hf:OWNER/NAME@REVISION with a branch, tag or commit.
+        run: run folder, one checkpoint's folder, one that :meth:`Agent.save` wrote, an agent of the package
+            (pretrained:hopper-medium), or one on the Hugging Face Hub: hf:OWNER/NAME, or
+            hf:OWNER/NAME@REVISION with a branch, tag or commit.
         checkpoint: step to load; the newest whole one by default.
         acting: recurrent or window; by default the way the agent was trained for.
         conditioning: return-to-go or target, see :class:`AgentConfig`; by default as it was trained for.
@@ -57,7 +59,7 @@ def load_agent(
     config = agent_config_from_dict(loaded.agent, where=f"{run}: {AGENT_JSON}")
     if source_clamp is not None and isinstance(config.model, ModelConfig):
         config = replace(config, model=replace(config.model, source_clamp=source_clamp))
-    model = build_model(config.model, loaded.model, where=f"{run}: {MODEL_TENSORS}")
+    model = build_model(config.model, dequantized(loaded.model), where=f"{run}: {MODEL_TENSORS}")
     model.to(pick_device(device))
     return Agent(
         model.eval(),

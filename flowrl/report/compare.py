@@ -21,7 +21,7 @@ class CompareConfig(EvaluationOptions):
     """Compare two trained agents of one environment, episode by episode from the same starts."""
 
     first: tyro.conf.Positional[Path]
-    """Run folder, or hf:OWNER/NAME."""
+    """Run folder, pretrained:NAME, or hf:OWNER/NAME."""
     second: tyro.conf.Positional[Path]
     """Another one."""
     episodes: Episodes = 100

@@ -42,7 +42,7 @@ class ExportConfig:
     """Write the recurrent step of a trained agent as one file for torch or ONNX."""
 
     run: tyro.conf.Positional[str]
-    """Run folder, or hf:OWNER/NAME."""
+    """Run folder, pretrained:NAME, or hf:OWNER/NAME."""
     out: Path
     """The file to write: .pt2 for torch, .onnx for ONNX."""
     format: Annotated[ExportFormat | None, tyro.conf.arg(help_behavior_hint="by the name of --out")] = None
