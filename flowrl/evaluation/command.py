@@ -60,7 +60,7 @@ class EvaluateConfig(EvaluationOptions):
     device: str = "auto"
     """Where the agent runs: auto, cpu, cuda, cuda:1, ..."""
     video: Path | None = None
-    """Also render one episode per target into this .mp4 file."""
+    """Also render one episode per target, side by side, into this .mp4 file."""
     json: Path | None = None
     """Also write the results, every episode included, to this JSON file."""
 
