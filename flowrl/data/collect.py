@@ -13,7 +13,7 @@ from tqdm import tqdm
 from flowrl.behavior.policy import BehaviorPolicy
 from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, load_behavior
 from flowrl.data.dataset import EpisodeDataset, build_episodes
-from flowrl.envs.cued_speed import ROBOTS, RUN_UP
+from flowrl.envs.cued_speed import ROBOTS
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.spaces import EnvironmentFacts, environment_facts
 from flowrl.envs.specs import EnvironmentSpec
@@ -60,7 +60,7 @@ class Recipe:
     """Transitions in all, at least: every episode is whole."""
     seed: int = 0
     opening: str = ""
-    """Policy of every episode's run-up in the environment's cued task; without one the task is the plain."""
+    """Policy of every episode's beginning in a robot's task of flowrl's own, by default the cued one."""
     spec: EnvironmentSpec | None = None
     """What the policies act in, if not the environment that they were trained in."""
 
@@ -217,8 +217,9 @@ def _collect_part(
 ) -> list[Episode]:
     """Return the first episodes of a part that together hold ``target`` steps.
 
-    ``opening`` acts in each run-up. Policies see the first components of the observation, as many as they
-    were trained with.
+
+    Where ``opening`` acts as well, ``behavior_actions`` of the environment combines the two. Policies see the
+    first components of the observation, as many as they were trained with.
 
     A slot whose episode is over starts the next one, until the steps already taken suffice.
     """
@@ -241,8 +242,7 @@ def _collect_part(
         seen = observations[:, : policy.observation_dim]
         actions = policy.act_with(seen, normals, part.noise * noise)
         if opening is not None:
-            in_run_up = np.array(steps)[:, None] < RUN_UP
-            actions = np.where(in_run_up, opening.act_with(seen, normals, part.noise * noise), actions)
+            actions = envs.behavior_actions(opening.act_with(seen, normals, part.noise * noise), actions)
         observations, rewards, terminations, truncations, _ = envs.step(actions)
         for i in np.flatnonzero(active).tolist():
             slots[i].observations.append(observations[i])

@@ -11,6 +11,8 @@ from flowrl.data.collect import Part, Recipe
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.minari import read_minari
 from flowrl.data.writers import ensure_minari, read_provenance
+from flowrl.envs.hidden_dynamics import HIDDEN_IDS
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError, did_you_mean
 
 SOURCE = "flowrl"  # what --dataset takes
@@ -38,6 +40,9 @@ _CUED = {
     "halfcheetah-cued": "medium 50k 225k expert",
     "walker2d-cued": "medium 400k expert",
 }
+# In the trial the expert that takes the robot as built, then two that are given the world.
+_HIDDEN = {f"{robot}-hidden": EnvironmentSpec(env_id) for robot, env_id in HIDDEN_IDS.items()}
+ROBOT_TASKS = (*_CUED, *_HIDDEN)
 _SHA256 = {
     "hopper-medium": "f401a3462b2fb1f3caa2f59f0bd4741ac81e153fc4aced41382fe35c4b6ad502",
     "hopper-medium-replay": "025fe06c4e849674d32aba608980bf2714426ac4f1a791cfe0611c23ef683c74",
@@ -56,6 +61,9 @@ def _recipe(name: str) -> Recipe:
     if name in _CUED:
         opening, *cued = _CUED[name].split()
         return Recipe(environment, tuple(map(Part.parse, cued)), seed=5, opening=opening)
+    if name in _HIDDEN:
+        parts = (Part("medium"), Part("expert"))
+        return Recipe(environment, parts, seed=6, opening="expert", spec=_HIDDEN[name])
     policies, seed = {
         "medium": ("medium", 1),
         "medium-replay": (_REPLAYS[environment], 2),
@@ -64,8 +72,7 @@ def _recipe(name: str) -> Recipe:
     return Recipe(environment, tuple(map(Part.parse, policies.split())), seed=seed)
 
 
-EMBEDDED = {name: Embedded(_recipe(name), _SHA256.get(name, "")) for name in (*_SHA256, *_CUED)}
-CUED_TASKS = tuple(_CUED)
+EMBEDDED = {name: Embedded(_recipe(name), _SHA256.get(name, "")) for name in (*_SHA256, *ROBOT_TASKS)}
 
 
 def embedded_id(name: str) -> str:
@@ -96,7 +103,7 @@ def load_embedded(name: str, why: str = "") -> EpisodeDataset:
             cannot be written.
     """
     embedded, dataset_id = embedded_named(name), embedded_id(name)
-    not_d4rls = "" if name in CUED_TASKS else f", NOT D4RL's {name}"
+    not_d4rls = "" if name in ROBOT_TASKS else f", NOT D4RL's {name}"
     print(f"{why}{'; ' if why else ''}using flowrl's own data {dataset_id}{not_d4rls}", file=sys.stderr)
     folder = ensure_minari(embedded.recipe, dataset_id)
     dataset = read_minari(dataset_id)

@@ -3,8 +3,7 @@
 import numpy as np
 
 from flowrl.data.dataset import EpisodeDataset, build_episodes
-from flowrl.data.embedded import CUED_TASKS, load_embedded
-from flowrl.envs.cued_speed import ROBOTS
+from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, load_embedded
 from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, check_limit, cue_size, tmaze_environment
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec
@@ -23,8 +22,8 @@ def memory_environment(name: str) -> EnvironmentSpec | None:
     Raises:
         UserError: a memory task's name with numbers that are out of range.
     """
-    if name in CUED_TASKS:
-        return EnvironmentSpec(ROBOTS[name.removesuffix("-cued")].cued_id)
+    if name in ROBOT_TASKS:
+        return EMBEDDED[name].recipe.acts_in
     return tmaze_environment(name)
 
 
@@ -37,7 +36,7 @@ def memory_dataset(name: str) -> EpisodeDataset:
     environment = memory_environment(name)
     if environment is None:
         raise UserError(f"no memory task '{name}'")
-    if name in CUED_TASKS:
+    if name in ROBOT_TASKS:
         return load_embedded(name)
     length = environment.kwargs["length"]
     if length > LONGEST_DATA:

@@ -11,3 +11,9 @@ if "flowrl/TMaze-v0" not in gymnasium.registry:  # else this module is being rel
             max_episode_steps=400,
             kwargs={"robot": name.lower()},
         )
+        gymnasium.register(
+            f"flowrl/{name}Hidden-v0",
+            entry_point="flowrl.envs.hidden_dynamics:HiddenDynamics",
+            max_episode_steps=300,
+            kwargs={"robot": name.lower()},
+        )

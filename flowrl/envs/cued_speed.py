@@ -4,18 +4,14 @@ A run-up separates the cue from what it decides, since a robot that already runs
 memory of it: the gait is one.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.utils import seeding
-from gymnasium.vector import VectorEnv
-from gymnasium.vector.utils import batch_space
 
-from flowrl.envs.mujoco_vector import MujocoVectorEnv
+from flowrl.envs.robot_task import RobotTaskVectorEnv
 from flowrl.errors import UserError
 
 CUE_TIMESTEPS = 10  # at whose observations the target is shown
@@ -68,7 +64,7 @@ class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         own, _ = self._env.reset(seed=seed)
-        self._target = draw_target(self.np_random, self.robot)
+        self._target = self.robot.targets[int(self.np_random.integers(len(self.robot.targets)))]
         self._timestep = 0
         self._positions = np.zeros(SPEED_TIMESTEPS)  # of the last timesteps, by timestep modulo their number
         return np.concatenate((own, cue_of(self.robot, self._target, 0))), {}
@@ -88,44 +84,15 @@ class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
         self._env.close()
 
 
-class CuedSpeedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """``num_envs`` robots with cues, their physics on all cores; each is what :class:`CuedSpeed` is alone."""
+class CuedSpeedVectorEnv(RobotTaskVectorEnv):
+    """``num_envs`` robots with cues; each is what :class:`CuedSpeed` is alone."""
 
     def __init__(self, template: gym.Env, num_envs: int) -> None:
         """``template`` is one such environment, whose robot is taken."""
         base: Any = template.unwrapped
         self.robot: Robot = base.robot
-        self._envs = MujocoVectorEnv(gym.make(self.robot.env_id, disable_env_checker=True), num_envs)
-        self.num_envs = num_envs
-        self.metadata = self._envs.metadata
-        self.single_observation_space = template.observation_space
-        self.single_action_space = template.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generators: list[np.random.Generator | None] = [None] * num_envs
-        self._targets = np.zeros(num_envs)
-        self._timesteps = np.zeros(num_envs, dtype=np.int64)
         self._positions = np.zeros((num_envs, SPEED_TIMESTEPS))
-        self._finished = np.zeros((2, num_envs), dtype=bool)  # terminated, truncated
-        template.close()
-
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start every slot anew, or those of ``options["reset_mask"]``; see :class:`MujocoVectorEnv`."""
-        own, _ = self._envs.reset(seed=seed, options=options)
-        if seed is None or isinstance(seed, int):
-            seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        for slot in np.flatnonzero(mask).tolist():
-            generator = self._generators[slot]
-            if seeds[slot] is not None or generator is None:
-                generator = self._generators[slot] = seeding.np_random(seeds[slot])[0]
-            self._targets[slot] = draw_target(generator, self.robot)
-        self._timesteps[mask], self._positions[mask], self._finished[:, mask] = 0, 0, False
-        return np.concatenate((own, cue_of(self.robot, self._targets, self._timesteps)), axis=1), {}
+        super().__init__(template, num_envs, self.robot.env_id, len(self.robot.targets), EPISODE_TIMESTEPS)
 
     def step(
         self, actions: np.ndarray
@@ -141,16 +108,18 @@ class CuedSpeedVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._positions[slots[running], places[running]] = positions[running]
         rewards = np.where(running, speed_reward(speeds, self._targets, self._timesteps, self.robot), 0.0)
         self._finished[:, running] = terminated[running], self._timesteps[running] >= EPISODE_TIMESTEPS
-        observations = np.concatenate((own, cue_of(self.robot, self._targets, self._timesteps)), axis=1)
-        return observations, rewards, *self._finished.copy(), {}
+        return self._observe(own), rewards, *self._finished.copy(), {}
 
-    def close_extras(self, **kwargs: Any) -> None:
-        self._envs.close()
+    def behavior_actions(self, opening: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """The opening policy's actions in the run-up, then the other's."""
+        return np.where(self._timesteps[:, None] < RUN_UP, opening, actions)
 
+    @property
+    def _targets(self) -> np.ndarray:
+        return np.array(self.robot.targets)[self._variants]
 
-def draw_target(generator: np.random.Generator, robot: Robot) -> float:
-    """Draw an episode's target speed, m/s."""
-    return robot.targets[int(generator.integers(len(robot.targets)))]
+    def _observe(self, own: np.ndarray) -> np.ndarray:
+        return np.concatenate((own, cue_of(self.robot, self._targets, self._timesteps)), axis=1)
 
 
 def cue_of(robot: Robot, target: float | np.ndarray, timestep: int | np.ndarray) -> np.ndarray:

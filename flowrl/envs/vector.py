@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from flowrl.envs.cued_speed import CUED_IDS, CuedSpeedVectorEnv
+from flowrl.envs.hidden_dynamics import HIDDEN_IDS, HiddenDynamicsVectorEnv
 from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv
 from flowrl.envs.mujoco_vector import MUJOCO_VECTOR_IDS, MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec, check_registered, import_modules
@@ -106,9 +107,10 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
     ``reset(seed=[...], options={"reset_mask": mask})``, ``mask`` (num_envs,) bool, only the chosen ones.
 
     Info dictionaries are dropped but for success: where the environments report it, ``step`` returns
-    ``{"success": flags}``, (num_envs,) bool, set once an episode has succeeded.
+    ``{"success": flags}``, (num_envs,) bool, set once an episode has succeeded; and for the hidden worlds of
+    :mod:`flowrl.envs.hidden_dynamics`, ``{"world": worlds}``, (num_envs,) int.
 
-    Gymnasium's planar robots and Ant with default arguments, and those with a cue, run on all cores
+    Gymnasium's planar robots and Ant with default arguments, and flowrl's tasks on them, run on all cores
     (:class:`flowrl.envs.mujoco_vector.MujocoVectorEnv`), T-Mazes as arrays
     (:class:`flowrl.envs.memory.TMazeVectorEnv`), everything else in Gymnasium's SyncVectorEnv.
 
@@ -119,6 +121,8 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
         return TMazeVectorEnv(make_env(environment), num_envs)
     if environment.env_id in CUED_IDS:
         return CuedSpeedVectorEnv(make_env(environment), num_envs)
+    if environment.env_id in HIDDEN_IDS.values():
+        return HiddenDynamicsVectorEnv(make_env(environment), num_envs)
     if environment.env_id in MUJOCO_VECTOR_IDS and not environment.kwargs and not environment.wrappers:
         return MujocoVectorEnv(make_env(environment), num_envs)
     return StillVectorEnv([lambda: StayFinished(make_env(environment))] * num_envs)

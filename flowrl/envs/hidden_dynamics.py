@@ -1,0 +1,120 @@
+"""Robots with one actuator wired the wrong way round, which no observation shows.
+
+The fault is seen in a short trial, whose motions do not count. The robot is then switched off and put back on
+the start line before the run that counts, for longer than a window of 20 timesteps: without the pause such a
+window would still hold the trial.
+"""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+
+from flowrl.envs.robot_task import RobotTaskVectorEnv
+from flowrl.errors import UserError
+
+TRIAL = 20  # timesteps
+START = 50  # timestep at which the run begins
+EPISODE_TIMESTEPS = 300
+ROBOTS = {"halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "hopper": "Hopper-v5"}
+HIDDEN_IDS = {robot: f"flowrl/{env_id.removesuffix('-v5')}Hidden-v0" for robot, env_id in ROBOTS.items()}
+
+
+class HiddenDynamics(gym.Env[np.ndarray, np.ndarray]):
+    """Run with one of the actuators reversed, or none: a world that is drawn at every reset.
+
+    World 0 is the robot as built; in world k > 0 the action's component k - 1 acts with the opposite sign.
+    Which one it is, ``info["world"]``, is in no observation.
+
+    Timesteps 0 to 19 are the trial; a fall ends its motion. From 20 to 49 the robot is off: actions do
+    nothing, and observations are zeros. At 50 it is at the start again, until 300 timesteps are over or, as
+    in its own environment, it falls. Observation: the robot's own, then whether it is the run. Reward: the
+    robot's own in the run, 0 before.
+    """
+
+    def __init__(self, robot: str = "halfcheetah") -> None:
+        if robot not in ROBOTS:
+            raise UserError(f"hidden dynamics: no robot {robot!r}; known: {', '.join(ROBOTS)}")
+        self.robot_id = ROBOTS[robot]
+        self._env: Any = gym.make(self.robot_id, disable_env_checker=True)
+        own, self.action_space = self._env.observation_space, self._env.action_space
+        assert isinstance(own, Box)
+        assert isinstance(self.action_space, Box)
+        self._wirings = wirings(self.action_space.shape[0])
+        self.observation_space = Box(-np.inf, np.inf, (own.shape[0] + 1,), np.float64)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self._own, _ = self._env.reset(seed=seed)
+        self._world = int(self.np_random.integers(len(self._wirings)))
+        self._timestep, self._fallen = 0, False
+        return observe(self._own, 0), {"world": self._world}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        reward = 0.0
+        if self._timestep >= START or (self._timestep < TRIAL and not self._fallen):
+            wired = action * self._wirings[self._world]
+            self._own, reward, self._fallen, _, _ = self._env.step(wired)
+        in_run = self._timestep >= START
+        self._timestep += 1
+        if self._timestep == START:
+            self._own, _ = self._env.reset()
+        truncated = self._timestep >= EPISODE_TIMESTEPS
+        observation = observe(self._own, self._timestep)
+        info = {"world": self._world}
+        return observation, float(reward) * in_run, self._fallen and in_run, truncated, info
+
+    def close(self) -> None:
+        self._env.close()
+
+
+class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
+    """``num_envs`` robots, each what :class:`HiddenDynamics` is alone; info holds (num_envs,) worlds."""
+
+    def __init__(self, template: gym.Env, num_envs: int) -> None:
+        """``template`` is one such environment, whose robot is taken."""
+        base: Any = template.unwrapped
+        self._wirings = wirings(base.action_space.shape[0])
+        super().__init__(template, num_envs, base.robot_id, len(self._wirings), EPISODE_TIMESTEPS)
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step the slots whose episode is under way; the actions of others are ignored."""
+        running = ~(self._finished[0] | self._finished[1])
+        in_run = running & (self._timesteps >= START)
+        self._envs.still(~in_run & (self._timesteps >= TRIAL))
+        own, rewards, fallen, _, _ = self._envs.step(actions * self._wirings[self._variants])
+        self._timesteps[running] += 1
+        at_start = running & (self._timesteps == START)
+        if at_start.any():
+            own, _ = self._envs.reset(options={"reset_mask": at_start})
+        self._finished[:, in_run] = fallen[in_run], self._timesteps[in_run] >= EPISODE_TIMESTEPS
+        return self._observe(own), rewards * in_run, *self._finished.copy(), self._info()
+
+    def behavior_actions(self, opening: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """The opening policy's in the trial, none while off, then the other's with the wiring made good."""
+        timesteps = self._timesteps[:, None]
+        made_good = actions * self._wirings[self._variants]
+        return np.where(timesteps < TRIAL, opening, np.where(timesteps < START, 0, made_good))
+
+    def _observe(self, own: np.ndarray) -> np.ndarray:
+        return observe(own, self._timesteps)
+
+    def _info(self) -> dict[str, Any]:
+        return {"world": self._variants.copy()}
+
+
+def wirings(action_dim: int) -> np.ndarray:
+    """The sign of each actuator in each world, float32 (1 + action_dim, action_dim)."""
+    return np.concatenate((np.ones((1, action_dim)), 1 - 2 * np.eye(action_dim))).astype(np.float32)
+
+
+def observe(own: np.ndarray, timestep: int | np.ndarray) -> np.ndarray:
+    """The robot's own observations (..., dim), zeros while it is off, then whether it is the run."""
+    in_run = np.asarray(timestep)[..., None] >= START
+    is_on = in_run | (np.asarray(timestep)[..., None] < TRIAL)
+    return np.concatenate((own * is_on, in_run), axis=-1)
