@@ -217,7 +217,6 @@ def _collect_part(
 ) -> list[Episode]:
     """Return the first episodes of a part that together hold ``target`` steps.
 
-
     Where ``opening`` acts as well, ``behavior_actions`` of the environment combines the two. Policies see the
     first components of the observation, as many as they were trained with.
 
