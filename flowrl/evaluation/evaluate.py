@@ -21,7 +21,7 @@ class TargetResult:
     """The episodes of one target return; arrays are (episodes,).
 
     Spreads are sample standard deviations (ddof 1), standard errors those over sqrt(episodes). Scores are
-    None where the environment has no reference scores, successes where it reports none.
+    None where the environment has no reference scores, successes and worlds where it reports none.
     """
 
     target_return: float
@@ -29,14 +29,15 @@ class TargetResult:
     lengths: np.ndarray
     normalized_scores: np.ndarray | None
     successes: np.ndarray | None = None
+    worlds: np.ndarray | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, as in ``metrics.jsonl`` and in the JSON file of an evaluation.
 
         ``target_return``, ``episodes``, ``return_mean``, ``return_std``, ``return_standard_error``,
         ``length_mean``, the same three of ``normalized_score``, ``success_rate`` from 0 to 1, and every
-        episode in ``returns``, ``lengths``, ``normalized_scores`` and ``successes``. Scores without a
-        reference, success that is not reported and the spread of one episode are left out.
+        episode in ``returns``, ``lengths``, ``normalized_scores``, ``successes`` and ``worlds``. Scores
+        without a reference, what is not reported and the spread of one episode are left out.
         """
         figures: dict[str, Any] = {"target_return": self.target_return, "episodes": len(self.returns)}
         figures |= _figures("return", self.returns)
@@ -48,6 +49,8 @@ class TargetResult:
         if self.successes is not None:
             figures["success_rate"] = _mean(self.successes)
             episodes["successes"] = self.successes.tolist()
+        if self.worlds is not None:
+            episodes["worlds"] = self.worlds.tolist()
         return figures | episodes
 
 
@@ -79,22 +82,24 @@ def evaluate(
     prepare_process()
     target_returns = np.repeat(targets, episodes)  # (slots,)
     seeds = np.tile(episode_seeds(seed, episodes), len(targets))  # (slots,)
-    # Returns, lengths, successes, and whether those are reported; each rank fills in its own, 0 elsewhere.
-    outcomes = np.zeros((4, len(seeds)))
+    # Returns, lengths; successes, whether those are reported; worlds, likewise. Each rank fills in its own.
+    outcomes = np.zeros((6, len(seeds)))
     if len(seeds[ranks.mine]):
         rollouts = rollout(agent, environment, target_returns[ranks.mine], seeds[ranks.mine])
         outcomes[:2, ranks.mine] = rollouts.returns, rollouts.lengths
-        if rollouts.successes is not None:
-            outcomes[2, ranks.mine], outcomes[3, ranks.mine] = rollouts.successes, 1
+        for row, reported in ((2, rollouts.successes), (4, rollouts.worlds)):
+            if reported is not None:
+                outcomes[row, ranks.mine], outcomes[row + 1, ranks.mine] = reported, 1
     outcomes = ranks.sum(torch.from_numpy(outcomes)).numpy()
     results = []
     for target, its_outcomes in zip(targets, np.split(outcomes, len(targets), axis=1), strict=True):
-        returns, lengths, successes, reported = its_outcomes
+        returns, lengths, successes, with_success, worlds, with_world = its_outcomes
         scores = None
         if reference is not None:
             scores = np.array([reference.normalized_score(float(value)) for value in returns])
-        succeeded = successes > 0 if reported.any() else None
-        results.append(TargetResult(target, returns, lengths.astype(np.int64), scores, succeeded))
+        succeeded = successes > 0 if with_success.any() else None
+        its_worlds = worlds.astype(np.int64) if with_world.any() else None
+        results.append(TargetResult(target, returns, lengths.astype(np.int64), scores, succeeded, its_worlds))
     return results
 
 
@@ -107,7 +112,7 @@ def episode_seeds(seed: int, episodes: int) -> np.ndarray:
 
 
 def format_table(results: Sequence[TargetResult]) -> str:
-    """Return a plain-text table, one line per target: mean, standard deviation, (standard error)."""
+    """Return a plain-text table: mean, standard deviation, (standard error), per target and hidden world."""
     rows = [["target_return", "episodes", "return", "length", "normalized_score"]]
     if results[0].successes is not None:
         rows[0].append("success_rate")
@@ -123,7 +128,16 @@ def format_table(results: Sequence[TargetResult]) -> str:
         rows.append(row if result.successes is None else [*row, f"{_mean(result.successes):.2f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, "mean +/- standard deviation (standard error of the mean) over episodes"])
+    lines.append("mean +/- standard deviation (standard error of the mean) over episodes")
+    lines += [_by_world(result, result.worlds) for result in results if result.worlds is not None]
+    return "\n".join(lines)
+
+
+def _by_world(result: TargetResult, worlds: np.ndarray) -> str:
+    scores = result.normalized_scores
+    name, values = ("return", result.returns) if scores is None else ("normalized_score", scores)
+    each = [f"{world}: {_spread(values[worlds == world])}" for world in np.unique(worlds)]
+    return f"{name} by world, target {result.target_return:g}: {', '.join(each)}"
 
 
 def standard_error(values: np.ndarray) -> float:

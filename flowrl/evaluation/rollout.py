@@ -37,7 +37,8 @@ class Rollouts:
 
     ``returns`` are undiscounted sums in float64 of the rewards that the environment gave, ``lengths``
     count its steps, ``terminated`` is False where a time limit cut the episode. ``successes`` is whether an
-    episode succeeded at any of its steps; None where the environment does not report it.
+    episode succeeded at any of its steps, ``worlds`` the hidden world that it was in; None where the
+    environment does not report it.
     """
 
     target_returns: np.ndarray
@@ -45,6 +46,7 @@ class Rollouts:
     lengths: np.ndarray
     terminated: np.ndarray
     successes: np.ndarray | None
+    worlds: np.ndarray | None = None
 
 
 class EnvironmentFailure(UserError):
@@ -114,8 +116,10 @@ def rollout(
                 running, rewards = running[kept], rewards[kept]
     finally:
         envs.close()
-    successes = infos.get("success")  # of every slot's episode, also of those that ended long before
-    return Rollouts(np.asarray(target_returns, dtype=np.float64), returns, lengths, terminated, successes)
+    # Both of every slot's episode, also of those that ended long before.
+    successes, worlds = infos.get("success"), infos.get("world")
+    targets = np.asarray(target_returns, dtype=np.float64)
+    return Rollouts(targets, returns, lengths, terminated, successes, worlds)
 
 
 @contextmanager
