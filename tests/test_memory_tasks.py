@@ -26,8 +26,21 @@ from flowrl.envs.memory import TMazeVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env, make_vector_env
 from flowrl.errors import UserError
+from flowrl.evaluation.evaluate import episode_seeds, evaluate, format_table
 from flowrl.evaluation.rollout import rollout
 from flowrl.training.setup import velocities
+
+
+class Still:
+    """Does nothing, on Hopper."""
+
+    def reset(self, num_envs: int, target_return: float | np.ndarray) -> None: ...
+
+    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
+        return np.zeros((len(observations), 3), np.float32)
+
+    def keep(self, indices: np.ndarray) -> None: ...
+
 
 LEVELS = ["tmaze-20", "tmaze-1100", "tmaze-30-arms-4-distractors-3", "tmaze-5-arms-16", "tmaze-2"]
 
@@ -166,18 +179,22 @@ def test_the_source_clamp_bounds_how_far_a_timestep_stands_out(source_clamp: flo
     assert math.exp(source_clamp) <= state.sum_exponentials.item() <= 41 * math.exp(source_clamp)
 
 
+@pytest.mark.parametrize(("task", "strength"), [("Cued", 0.1), ("Hidden", 0.2), ("Hidden", 1.0)])
 @pytest.mark.parametrize("robot", ["HalfCheetah", "Walker2d", "Hopper"])
-def test_many_robots_with_a_cue_equal_single_ones(robot: str) -> None:
-    environment, seeds = EnvironmentSpec(f"flowrl/{robot}Cued-v0"), [1, 2, 3]
+def test_many_robots_equal_single_ones(robot: str, task: str, strength: float) -> None:
+    environment, seeds = EnvironmentSpec(f"flowrl/{robot}{task}-v0"), [1, 2, 3]
     envs, singles = make_vector_env(environment, 3), [make_env(environment) for _ in seeds]
-    observations, _ = envs.reset(seed=seeds)
-    np.testing.assert_array_equal(
-        observations, [env.reset(seed=seed)[0] for env, seed in zip(singles, seeds, strict=True)]
-    )
+    observations, info = envs.reset(seed=seeds)
+    expected = [env.reset(seed=seed) for env, seed in zip(singles, seeds, strict=True)]
+    np.testing.assert_array_equal(observations, [observation for observation, _ in expected])
+    worlds = [single.get("world") for _, single in expected]
+    assert list(info.get("world", [None] * 3)) == worlds
     generator, active = np.random.default_rng(0), np.ones(3, dtype=bool)
     for _ in range(400):
-        before, actions = observations, generator.uniform(-0.1, 0.1, (3, *singles[0].action_space.shape))
-        observations, rewards, terminated, truncated, _ = envs.step(actions.astype(np.float32))
+        before, actions = observations, generator.uniform(-1, 1, (3, *singles[0].action_space.shape))
+        actions *= strength
+        observations, rewards, terminated, truncated, info = envs.step(actions.astype(np.float32))
+        assert list(info.get("world", [None] * 3)) == worlds
         for slot in range(3):
             if not active[slot]:  # a fallen one stays still
                 assert rewards[slot] == 0
@@ -226,6 +243,74 @@ def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it() -> Non
     cues = {(episode.policy, episode.observations[0, -3]) for episode in episodes}
     assert cues == {("350k", -1), ("350k", 1), ("expert", -1), ("expert", 1)}
     assert environment_named("hopper-cued") == EnvironmentSpec("flowrl/HopperCued-v0")
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box observation space")
+def test_a_hidden_world_reverses_an_actuator_and_is_in_no_observation() -> None:
+    env, plain = make_env(EnvironmentSpec("flowrl/HalfCheetahHidden-v0")), gymnasium.make("HalfCheetah-v5")
+    check_env(env.unwrapped, skip_render_check=True)
+    worlds = [env.reset(seed=seed)[1]["world"] for seed in range(100)]
+    assert worlds == [env.reset(seed=seed)[1]["world"] for seed in range(100)]
+    assert set(worlds) == set(range(7))
+    for world in range(7):
+        seed, generator = worlds.index(world), np.random.default_rng(world)
+        observation, own = env.reset(seed=seed)[0], plain.reset(seed=seed)[0]
+        np.testing.assert_array_equal(observation, [*own, 0])
+        for timestep in range(300):
+            action, expected = generator.uniform(-1, 1, 6).astype(np.float32), 0.0
+            wired = np.where(np.arange(1, 7) == world, -action, action)
+            if timestep < 20 or timestep >= 50:
+                own, reward, *_ = plain.step(wired)
+                expected = float(reward) * (timestep >= 50)
+            elif timestep == 49:
+                own, _ = plain.reset()
+            observation, reward, terminated, truncated, info = env.step(action)
+            is_off = 19 <= timestep < 49
+            np.testing.assert_array_equal(observation, np.zeros(18) if is_off else [*own, timestep >= 49])
+            assert (reward, terminated, truncated, info) == (
+                expected,
+                False,
+                timestep == 299,
+                {"world": world},
+            )
+
+
+def test_robots_and_time_limits_that_a_task_does_not_have_are_refused() -> None:
+    with pytest.raises(UserError, match="no robot 'ant'; known: halfcheetah, walker2d, hopper"):
+        gymnasium.make("flowrl/HopperHidden-v0", robot="ant")
+    for task, timesteps in (("Cued", 400), ("Hidden", 300)):
+        with pytest.raises(UserError, match=f"max_episode_steps 99: .* have {timesteps}"):
+            make_vector_env(EnvironmentSpec(f"flowrl/Hopper{task}-v0", max_episode_steps=99), 2)
+
+
+def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good() -> None:
+    assert environment_named("hopper-hidden") == EnvironmentSpec("flowrl/HopperHidden-v0")
+    episodes = collect(replace(EMBEDDED["hopper-hidden"].recipe, steps=6_000)).episodes
+    env = make_env(EnvironmentSpec("flowrl/HopperHidden-v0"))
+    seen = set()
+    for episode in episodes:
+        world = env.reset(seed=episode.seed)[1]["world"]
+        seen.add((episode.policy, world))
+        observations, still = episode.observations[:-1, :-1], np.random.default_rng(0)
+        opening = load_behavior("hopper", "expert").act(observations, still, stochastic=False)
+        policy = load_behavior("hopper", episode.policy).act(observations, still, stochastic=False)
+        wired = np.where(np.arange(1, 4) == world, -episode.actions, episode.actions)
+        assert np.abs(opening - episode.actions)[:20].mean() < 0.3
+        assert not episode.actions[20:50].any()
+        assert np.abs(policy - wired)[50:].mean() < 0.3
+        assert episode.rewards.sum() > 600
+    assert {world for _, world in seen} == {0, 1, 2, 3}
+    assert {policy for policy, _ in seen} == {"medium", "expert"}
+
+
+def test_an_evaluation_has_the_world_of_each_episode() -> None:
+    environment, agent = environment_named("hopper-hidden"), Still()
+    (result,) = evaluate(agent, environment, [1.0], 8, seed=0, reference=None)
+    env = make_env(environment)
+    worlds = [env.reset(seed=int(seed))[1]["world"] for seed in episode_seeds(0, 8)]
+    assert result.to_dict()["worlds"] == worlds
+    of_world_0 = result.returns[np.array(worlds) == 0].mean()
+    assert f"return by world, target 1: 0: {of_world_0:.1f}" in format_table([result])
 
 
 @pytest.mark.parametrize("agent", ["transformer", "bc"])

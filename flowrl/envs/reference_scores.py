@@ -37,6 +37,10 @@ REFERENCE_SCORES = {
     "flowrl/halfcheetahcued": ReferenceScores(82.9, 205.4),
     "flowrl/walker2dcued": ReferenceScores(102.0, 146.8),
     "flowrl/hoppercued": ReferenceScores(122.0, 163.3),
+    # Hidden dynamics: the expert, with the best one wiring assumed in all worlds, and given the world.
+    "flowrl/halfcheetahhidden": ReferenceScores(716.7, 2281.6),
+    "flowrl/walker2dhidden": ReferenceScores(234.0, 787.7),
+    "flowrl/hopperhidden": ReferenceScores(222.1, 778.9),
 }
 
 
