@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,7 @@ def test_video_holds_one_episode_per_target_side_by_side(tmp_path):
     path = tmp_path / "film.mp4"
     write_video(path, ConstantAgent(), HOPPER, [600.0, 0.0], seed=1)
     assert list(tmp_path.iterdir()) == [path]
+    assert "triton" in sys.modules  # loaded after Mesa's copy of LLVM it would end the process
     # The first picture, every second step and the last one of each episode.
     lengths = [return_of_one_episode(target, int(episode_seeds(1, 1)[0]))[1] for target in (600.0, 0.0)]
     drawn = len({*range(0, max(lengths) + 1, 2), *lengths})

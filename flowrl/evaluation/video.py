@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,9 @@ def make_rendered_env(environment: EnvironmentSpec) -> gym.Env:
         # Without a screen MuJoCo draws through EGL (GLFW would crash the process). Gymnasium reads this
         # when the first frame is drawn.
         os.environ["MUJOCO_GL"] = "egl"
+    with suppress(ImportError):
+        # Mesa's LLVM and Triton's cannot be loaded in this order; torch may import Triton at any later time.
+        import triton  # noqa: F401
     env = make_env(environment, render_mode="rgb_array")
     renderer: Any = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer is not None and renderer.camera_id == -1:
