@@ -24,12 +24,14 @@ def act(path: str, seed: int = 0) -> float:
     }
     state |= {name: np.zeros((1, *shape), np.float32) for name, shape in about["state_shapes"].items()}
 
+    # Some agents are conditioned on the target itself at every timestep, others on what is left of it.
+    subtracts = about["conditioning"] == "return-to-go" and about["reward_mode"] == "dense"
     observation, _ = env.reset(seed=seed)
     target, earned, over = about["targets"][0], 0.0, False
     while not over:
         inputs = {
             "observations": observation[None].astype(np.float32),
-            "returns_to_go": np.array([target - earned], np.float32),
+            "returns_to_go": np.array([target - earned if subtracts else target], np.float32),
             **state,
         }
         actions, *after = session.run(about["outputs"], inputs)
