@@ -269,11 +269,12 @@ def test_the_folder_of_a_dry_run_has_a_card_and_nothing_of_this_machine(run, tmp
 
 
 @pytest.mark.filterwarnings("ignore:.*is out of date")
-def test_the_example_acts_a_whole_episode_as_evaluation_does(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("conditioning", ["return-to-go", "target"])
+def test_the_example_acts_a_whole_episode_as_evaluation_does(run, conditioning, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "examples")
     from act_with_onnx import act
 
-    agent = load_agent(run, acting="recurrent")
+    agent = load_agent(run, acting="recurrent", conditioning=conditioning)
     export_agent(agent, tmp_path / "step.onnx", "onnx")
     seeds = episode_seeds(0, 2)
     results = evaluate(agent, agent.environment, agent.config.targets[:1], 2, 0, None)
