@@ -10,12 +10,16 @@ if TYPE_CHECKING:
     from flowrl.attention import flow_attention, flow_attention_step
     from flowrl.model.agent import Agent
     from flowrl.model.loading import load_agent
+    from flowrl.training.callbacks import Callback, TrackerCallback
     from flowrl.training.config import TrainConfig
-    from flowrl.training.run import train
+    from flowrl.training.run import Run, train
 
 __version__ = "0.1.0"
 __all__ = [
     "Agent",
+    "Callback",
+    "Run",
+    "TrackerCallback",
     "TrainConfig",
     "__version__",
     "flow_attention",
@@ -26,6 +30,9 @@ __all__ = [
 
 _PLACES = {
     "Agent": "flowrl.model.agent",
+    "Callback": "flowrl.training.callbacks",
+    "Run": "flowrl.training.run",
+    "TrackerCallback": "flowrl.training.callbacks",
     "TrainConfig": "flowrl.training.config",
     "flow_attention": "flowrl.attention",
     "flow_attention_step": "flowrl.attention",

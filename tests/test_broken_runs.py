@@ -19,9 +19,10 @@ from tiny_training import train_here
 import flowrl
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.report.runs import load_runs
+from flowrl.signals import StopSignals
 from flowrl.training.config import TrainConfig, parse_train_config
 from flowrl.training.metrics import METRICS_FILE
-from flowrl.training.run import train
+from flowrl.training.run import run_training
 
 STEP = "checkpoints/step-00000004"
 WRONG = (None, True, -1, 0, 1.5, 1 << 40, 10**400, math.nan, -math.inf, "x", "\ud800", [], [1], {"a": 1})
@@ -138,7 +139,7 @@ def test_a_broken_safetensors_header_is_refused(
 ) -> None:
     for name, use in (
         ("model", lambda: flowrl.load_agent(run)),
-        ("training", lambda: train(replace(config, resume=run))),
+        ("training", lambda: run_training(replace(config, resume=run), StopSignals())),
     ):
         before = (run / STEP / f"{name}.safetensors").read_bytes()
         (run / STEP / f"{name}.safetensors").write_bytes(HEADERS[case])
@@ -174,7 +175,7 @@ def test_a_training_state_that_does_not_fit_is_refused(run: Path, config: TrainC
     path = run / STEP / "training.safetensors"
     save_file(STATE[case](load_file(path)), path)
     reseal(run / STEP)
-    assert "training.safetensors" in refusal(lambda: train(replace(config, resume=run)))
+    assert "training.safetensors" in refusal(lambda: run_training(replace(config, resume=run), StopSignals()))
 
 
 @pytest.mark.parametrize("key", ["evaluated_step", "pending_tokens", None])
@@ -190,7 +191,7 @@ def test_training_json_with_wrong_values(run: Path, config: TrainConfig, key: st
             del changed[key]
         path.write_text(json.dumps(changed))
         reseal(run / STEP)
-        assert "training." in refusal(lambda: train(replace(config, resume=run))), value
+        assert "training." in refusal(lambda: run_training(replace(config, resume=run), StopSignals())), value
     assert sorted(file.name for file in run.iterdir()) == kept
 
 
@@ -215,7 +216,7 @@ def test_a_broken_line_of_metrics_ends_in_one_line(run: Path, config: TrainConfi
     path = run / METRICS_FILE
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join((*lines[:1], LINES[case], *lines[1:], b"")))
-    for read in (lambda: load_runs((run,)), lambda: train(replace(config, resume=run))):
+    for read in (lambda: load_runs((run,)), lambda: run_training(replace(config, resume=run), StopSignals())):
         line = ending(read)
         assert line is None or METRICS_FILE in line
 

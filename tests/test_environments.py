@@ -22,8 +22,7 @@ from flowrl.errors import UserError
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.model.checkpoint import load_checkpoint
 from flowrl.model.loading import load_agent
-from flowrl.training.config import parse_train_config
-from flowrl.training.run import train
+from flowrl.training.run import run_train
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_a_run_remembers_how_its_environment_is_made(
     env_id, run = f"{module}/Weak-v0", tmp_path / "run"
     words = arguments(pendulum_data(tmp_path / "data.hdf5"), run, env=f"{module}:{env_id}", steps=5)
     kwargs = ["--env-kwargs", '{"torque": 0.25}', "--reference-scores", "-100", "0"]
-    train(parse_train_config([*words, *kwargs]))
+    run_train([*words, *kwargs])
     output = capsys.readouterr().out
     assert f"{env_id} has no time limit: evaluated for at most 16 steps" in output
     assert "43.8% of the actions are outside the bounds" in output
@@ -168,7 +167,7 @@ def test_a_run_remembers_how_its_environment_is_made(
     assert f"importing {module} for {env_id}" in capsys.readouterr().out
 
     forget(module)
-    train(parse_train_config(["--resume", str(run), "--steps", "6"]))
+    run_train(["--resume", str(run), "--steps", "6"])
     forget(module)
     with pytest.raises(UserError, match="has no time limit: give --max-episode-steps"):
         evaluate_run(EvaluateConfig(run=run, episodes=2, env=f"{module}:{env_id}"))

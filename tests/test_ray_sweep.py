@@ -17,8 +17,7 @@ from flowrl.sweeps.command import run_sweep
 from flowrl.sweeps.plan import plan_runs, read_sweep
 from flowrl.sweeps.process import is_finished, log_path
 from flowrl.sweeps.ray_cluster import train_on_node
-from flowrl.training.config import parse_train_config
-from flowrl.training.run import train
+from flowrl.training.run import run_train
 
 STEPS = 300
 
@@ -68,7 +67,7 @@ def test_the_run_of_a_lost_node_resumes_elsewhere(tiny_dataset: Path, tmp_path: 
     words = ["--dataset", str(tiny_dataset), "--steps", str(STEPS), "--run-dir", str(tmp_path / "whole")]
     for name, value in {**TINY, **METHODS[lost.method]}.items():
         words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    train(parse_train_config(words))
+    run_train(words)
     assert [line["step"] for line in figures(lost.run_dir, "train")] == list(range(5, STEPS + 1, 5))
     assert_same_end(lost.run_dir, tmp_path / "whole")
 

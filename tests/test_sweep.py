@@ -19,8 +19,7 @@ from flowrl.errors import UserError
 from flowrl.sweeps.command import run_sweep
 from flowrl.sweeps.local import Slots
 from flowrl.sweeps.plan import PlannedRun, Sweep, plan_runs, read_plan, read_sweep
-from flowrl.training.config import parse_train_config
-from flowrl.training.run import train
+from flowrl.training.run import run_train
 
 TINY = {
     "device": "cpu",
@@ -183,7 +182,7 @@ def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         for name, value in {**TINY, **options}.items():
             values = value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
-        train(parse_train_config(words))
+        run_train(words)
     return folder
 
 

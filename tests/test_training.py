@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_training import figures, resume_here, steps_on_disk, train_here
 
 import flowrl
@@ -147,13 +148,21 @@ def test_metrics_hold_every_figure(finished):
 def test_tensorboard_shows_the_same_figures(finished):
     events = EventAccumulator(str(finished))
     events.Reload()
-    assert set(events.Tags()["tensors"]) == {"config/text_summary", "dataset/text_summary"}
+    tensors = set(events.Tags()["tensors"]) - {"_hparams_/session_end_info"}
+    assert {"config/text_summary", "dataset/text_summary"} <= tensors
+    started = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    shown = HParamsPluginData.FromString(started).session_start_info.hparams
+    assert (shown["embed_dim"].number_value, shown["attention"].string_value) == (8, "flow")
+    compared = HParamsPluginData.FromString(
+        events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    ).experiment.metric_infos
+    assert {metric.name.tag for metric in compared} <= set(events.Tags()["scalars"])
     lines = figures(finished, "train")
     for name in set(lines[0]) - {"kind", "step"}:
         shown = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
-    for target in (30, 5):
-        scores = events.Scalars(f"evaluation/target-{target}/normalized_score_mean")
+    for number, target in enumerate((30, 5), start=1):
+        scores = events.Scalars(f"evaluation/target{number}/normalized_score_mean")
         lines = [line for line in figures(finished, "evaluation") if line["target_return"] == target]
         expected = [pytest.approx(line["normalized_score_mean"], rel=1e-6) for line in lines]
         assert [event.value for event in scores] == expected

@@ -15,9 +15,8 @@ from typing import Any
 
 from flowrl.__main__ import main
 from flowrl.evaluation.evaluate import TargetResult
-from flowrl.training.config import parse_train_config
 from flowrl.training.metrics import METRICS_FILE
-from flowrl.training.run import train
+from flowrl.training.run import run_train
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {
@@ -51,13 +50,13 @@ def arguments(dataset: Path, run: Path, **options: Any) -> list[str]:
 
 def train_here(dataset: Path, run: Path, **options: Any) -> list[TargetResult]:
     """Train in this process."""
-    return train(parse_train_config(arguments(dataset, run, **options)))
+    return run_train(arguments(dataset, run, **options)).results
 
 
 def resume_here(run: Path, **options: Any) -> list[TargetResult]:
     """Continue a run in this process."""
     flags = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
-    return train(parse_train_config(["--resume", str(run), *flags]))
+    return run_train(["--resume", str(run), *flags]).results
 
 
 class Command:

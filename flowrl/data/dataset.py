@@ -230,14 +230,39 @@ def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
     budget = int(fraction * dataset.num_transitions)
     count = max(int(np.searchsorted(timesteps, budget, side="right")), 1)
     kept = np.sort(best_first[:count])
-    is_kept = np.zeros(dataset.num_episodes, dtype=bool)
-    is_kept[kept] = True
-    rows = np.repeat(is_kept, lengths)  # (N,) bool
     note = (
         f"top {fraction:g} of the timesteps by return: {count} of {dataset.num_episodes} episodes, "
         f"{int(lengths[kept].sum())} of {dataset.num_transitions} transitions, returns from "
         f"{returns[kept].min():.1f} to {returns[kept].max():.1f}"
     )
+    return replace(
+        _episodes(dataset, kept),
+        dataset_id=f"{dataset.dataset_id} top {fraction:g}",
+        notes=(*dataset.notes, note),
+    )
+
+
+def held_out(dataset: EpisodeDataset, fraction: float) -> tuple[EpisodeDataset, EpisodeDataset | None]:
+    """Return the episodes to train on and those held out, drawn by a fixed seed; None for a fraction of 0.
+
+    Raises:
+        UserError: a single episode cannot be split.
+    """
+    if fraction == 0:
+        return dataset, None
+    if dataset.num_episodes == 1:
+        raise UserError(f"--validation-fraction {fraction:g}: {dataset.dataset_id} has a single episode")
+    count = min(max(round(fraction * dataset.num_episodes), 1), dataset.num_episodes - 1)
+    shuffled = np.random.default_rng(0).permutation(dataset.num_episodes)
+    return _episodes(dataset, np.sort(shuffled[count:])), _episodes(dataset, np.sort(shuffled[:count]))
+
+
+def _episodes(dataset: EpisodeDataset, kept: np.ndarray) -> EpisodeDataset:
+    """The episodes with these rising numbers, (episodes,); ``sha256`` remains that of the data as read."""
+    is_kept = np.zeros(dataset.num_episodes, dtype=bool)
+    is_kept[kept] = True
+    lengths = dataset.episode_lengths
+    rows = np.repeat(is_kept, lengths)  # (N,) bool
     observations, actions = dataset.observations[rows], dataset.actions[rows]
     return replace(
         dataset,
@@ -247,11 +272,9 @@ def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
         returns_to_go=dataset.returns_to_go[rows],
         episode_starts=np.cumsum(lengths[kept]) - lengths[kept],
         episode_lengths=lengths[kept],
-        episode_returns=returns[kept],
+        episode_returns=dataset.episode_returns[kept],
         terminated=dataset.terminated[kept],
         statistics=_statistics(observations, actions),
-        dataset_id=f"{dataset.dataset_id} top {fraction:g}",
-        notes=(*dataset.notes, note),
     )
 
 

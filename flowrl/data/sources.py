@@ -66,6 +66,17 @@ def load_episodes(
     return dataset if reference is None else replace(dataset, reference=reference)
 
 
+def with_environment(
+    dataset: EpisodeDataset, env: str | None, options: EvaluationOptions = _DEFAULTS
+) -> EpisodeDataset:
+    """Return data that is loaded already, evaluated in ``env``; see :func:`load_episodes`."""
+    named, reference = None, options.reference()
+    if env is not None:
+        named = environment_named(env, options.env_import)
+    dataset = _evaluated_in(dataset, named, options)
+    return dataset if reference is None else replace(dataset, reference=reference)
+
+
 def environment_named(env: str, imports: Sequence[str] = ()) -> EnvironmentSpec:
     """Return the environment that ``--env`` names: a D4RL dataset's, a memory task's or a Gymnasium id.
 

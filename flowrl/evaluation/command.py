@@ -21,6 +21,7 @@ from flowrl.evaluation.evaluate import evaluate, format_table
 from flowrl.evaluation.rollout import failures_kept
 from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting, Conditioning
+from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.loading import load_agent
 from flowrl.options import Episodes, NotNegative, Seed, SourceClamp, checked, flag
 from flowrl.plain_yaml import read_yaml_mapping
@@ -52,8 +53,8 @@ class EvaluateConfig(EvaluationOptions):
     """Flow-Attention's, in place of the run's own: 20 where episodes are of more than 20,000 timesteps."""
     temperature: NotNegative = 0.0
     """Discrete actions are drawn from the distribution of the logits divided by this; 0: the likeliest."""
-    checkpoint: int | None = None
-    """Step of the checkpoint to evaluate; by default the last one."""
+    checkpoint: CheckpointName | None = None
+    """Step of the checkpoint to evaluate, or best: the one that --keep-best kept; by default the last one."""
     seed: Seed = 0
     """Seed of the episodes, the same for every target. Training's own evaluations have the one that is in
     their lines of metrics.jsonl."""
@@ -69,8 +70,9 @@ def evaluate_run(config: EvaluateConfig) -> None:
     """Load, evaluate, print the table, write the files.
 
     The JSON file holds ``config`` (the options of the run), ``environment``, ``dataset_id``,
-    ``dataset_sha256``, ``acting``, ``checkpoint_step``, ``seed``, ``temperature``, ``versions``, and in
-    ``targets`` what :meth:`flowrl.evaluation.evaluate.TargetResult.to_dict` gives for each target.
+    ``dataset_sha256``, ``acting``, ``checkpoint_step``, ``chosen_by`` (:class:`AgentConfig`), ``seed``,
+    ``temperature``, ``versions``, and in ``targets`` what
+    :meth:`flowrl.evaluation.evaluate.TargetResult.to_dict` gives for each target.
     ``flowrl report`` reads it as ``evaluation.json`` in the run folder.
 
     Raises:
@@ -120,6 +122,8 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, conditioned on the "
         f"{agent.conditioning}, checkpoint {agent.checkpoint_step}, seed {config.seed}"
     )
+    if agent.config.chosen_by:
+        print(f"this checkpoint was chosen by {agent.config.chosen_by}")
     with failures_kept(config.run if config.run.is_dir() else Path()):
         results = evaluate(agent, environment, targets, config.episodes, config.seed, reference)
     print(format_table(results))
@@ -135,6 +139,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
             "acting": agent.acting,
             "conditioning": agent.conditioning,
             "checkpoint_step": agent.checkpoint_step,
+            "chosen_by": agent.config.chosen_by,
             "seed": config.seed,
             "temperature": config.temperature,
             "versions": {name: version(name) for name in ("flowrl", "torch", "gymnasium", "mujoco")},

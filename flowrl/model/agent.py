@@ -44,6 +44,8 @@ class AgentConfig:
     dataset_sha256: str = ""
     environment: EnvironmentSpec | None = None
     reference: ReferenceScores | None = None
+    chosen_by: str = ""
+    """The evaluation that this checkpoint was chosen by, if it was: its score there is optimistic."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as in ``agent.json``."""

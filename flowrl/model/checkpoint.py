@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from flowrl.atomic import TEMPORARY_SUFFIX, file_sha256, publish
 from flowrl.errors import UserError
 
 CHECKPOINTS = "checkpoints"
+BEST = "best"  # folder of a run, with a folder of checkpoints of its own
 AGENT_JSON, MODEL_TENSORS = "agent.json", "model.safetensors"
 TRAINING_JSON, TRAINING_TENSORS = "training.json", "training.safetensors"
 MANIFEST = "manifest.json"
@@ -32,6 +33,9 @@ _REPLACED_SUFFIX = (
     ".replaced"  # of a checkpoint whose step is being saved anew; still good until that is done
 )
 _FOLDER_NAME = re.compile(rf"step-([0-9]+)({re.escape(_REPLACED_SUFFIX)})?")
+
+
+CheckpointName = int | Literal["best"]  # its step, or the one that --keep-best kept
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,12 @@ def has_checkpoint(run_dir: Path) -> bool:
     return any(_folders(run_dir))
 
 
-def load_checkpoint(run_dir: Path, step: int | None = None, *, for_training: bool = False) -> Checkpoint:
+def load_checkpoint(
+    run_dir: Path, step: CheckpointName | None = None, *, for_training: bool = False
+) -> Checkpoint:
     """Read the checkpoint of ``step``, or the newest whole one, verifying sizes and checksums first.
+
+    ``best`` is the one that training kept with ``--keep-best``.
 
     ``run_dir`` is a run folder or one checkpoint's own folder. A damaged newer checkpoint is passed over
     with a printed line when ``step`` is None. Without ``for_training`` the training state stays unread.
@@ -115,6 +123,10 @@ def load_checkpoint(run_dir: Path, step: int | None = None, *, for_training: boo
     Raises:
         UserError: no such run or step, or no whole checkpoint (the message names the file that is wrong).
     """
+    if step == "best":
+        if not has_checkpoint(run_dir / BEST):
+            raise UserError(f"--checkpoint best: {run_dir} has none; --keep-best keeps it while training")
+        return load_checkpoint(run_dir / BEST)
     if (run_dir / MANIFEST).is_file():
         return _load(run_dir, for_training)
     if not run_dir.is_dir():

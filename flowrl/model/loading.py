@@ -13,7 +13,7 @@ from torch import Tensor
 from flowrl.errors import UserError
 from flowrl.model.agent import Acting, Agent, AgentConfig, AgentName, Conditioning
 from flowrl.model.behavior_cloning import BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, load_checkpoint
+from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, CheckpointName, load_checkpoint
 from flowrl.model.hub import agent_folder
 from flowrl.model.pretrained import dequantized
 from flowrl.model.transformer import ModelConfig, SequenceModel
@@ -28,7 +28,7 @@ MODELS: dict[AgentName, type[ModelConfig] | type[BehaviorCloningConfig]] = {
 def load_agent(
     run: str | Path,
     *,
-    checkpoint: int | None = None,
+    checkpoint: CheckpointName | None = None,
     acting: Acting | None = None,
     conditioning: Conditioning | None = None,
     device: str = "cpu",
@@ -41,7 +41,7 @@ def load_agent(
         run: run folder, one checkpoint's folder, one that :meth:`Agent.save` wrote, an agent of the package
             (pretrained:hopper-medium), or one on the Hugging Face Hub: hf:OWNER/NAME, or
             hf:OWNER/NAME@REVISION with a branch, tag or commit.
-        checkpoint: step to load; the newest whole one by default.
+        checkpoint: step to load, or best: the one that ``--keep-best`` kept; by default the newest whole one.
         acting: recurrent or window; by default the way the agent was trained for.
         conditioning: return-to-go or target, see :class:`AgentConfig`; by default as it was trained for.
         device: where it runs: auto, cpu, cuda, cuda:1, ...

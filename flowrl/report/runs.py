@@ -21,8 +21,11 @@ _FREE_OPTIONS = frozenset(
     (
         *("seed", "run_dir", "config", "resume", "device", "compile"),
         *("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_episodes", "eval_seed"),
+        "keep_best",
     )
 )
+
+CHOSEN = ", best by its own evaluation"  # ends the method's name of a checkpoint that --keep-best kept
 
 Figures = dict[str, Any]  # of one target return, as training and evaluation write them
 
@@ -190,6 +193,10 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
     if not (path / EVALUATION_FILE).is_file():
         return result
     separate = _read_evaluation(path / EVALUATION_FILE)
+    if separate.method.endswith(CHOSEN):
+        raise UserError(
+            f"{separate.path}: of the checkpoint that --keep-best chose; give it as a file of its own"
+        )
     if (separate.sha256, separate.environment) != (result.sha256, result.environment):
         raise UserError(f"{separate.path}: not an evaluation of this run")
     first = result.final[0]["target_return"]
@@ -215,6 +222,8 @@ def _read_evaluation(path: Path) -> RunResult:
             config=config,
             final=tuple(document["targets"]),
         )
+        if document.get("chosen_by"):
+            return replace(result, method=f"{result.method}{CHOSEN}")
         if document["checkpoint_step"] not in (None, config.get("steps")):
             raise ValueError(f"of checkpoint {document['checkpoint_step']}, not of the last one")
         _ = result.last_score(RETURN) + sum(result.achieved.values())

@@ -28,6 +28,7 @@ from flowrl.attention.kinds import stepwise
 from flowrl.errors import UserError
 from flowrl.model.action_model import ActingState
 from flowrl.model.agent import Agent
+from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.loading import load_agent
 from flowrl.model.transformer import SelfAttention, SequenceModel
 
@@ -47,8 +48,8 @@ class ExportConfig:
     """The file to write: .pt2 for torch, .onnx for ONNX."""
     format: Annotated[ExportFormat | None, tyro.conf.arg(help_behavior_hint="by the name of --out")] = None
     """torch: torch.export's archive; onnx: for onnxruntime, needs the 'export' extra."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; by default the last one."""
+    checkpoint: CheckpointName | None = None
+    """Step of the checkpoint, or best: the one that --keep-best kept; by default the last one."""
 
 
 class ExportedStep(nn.Module):

@@ -14,7 +14,7 @@ import yaml
 from flowrl.errors import UserError, one_line
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig
-from flowrl.model.checkpoint import AGENT_FILES
+from flowrl.model.checkpoint import AGENT_FILES, CheckpointName
 from flowrl.model.hub import PREFIX, agent_folder
 from flowrl.model.loading import load_agent
 from flowrl.report.table import markdown_table
@@ -31,8 +31,8 @@ class PushConfig:
     """Run folder."""
     repo: tyro.conf.Positional[str]
     """OWNER/NAME; the repository is made if there is none."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; by default the last one."""
+    checkpoint: CheckpointName | None = None
+    """Step of the checkpoint, or best: the one that --keep-best kept; by default the last one."""
     video: Path | None = None
     """An .mp4 of the agent, shown on the card."""
     license: str = "mit"
@@ -184,6 +184,8 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
         f"- Environment: `{environment}`, at most {_limit(about)} timesteps\n- Versions: {packages}",
         "## Scores\n\n" + (_score_table(final) if final else "It was not evaluated."),
     ]
+    if about.chosen_by:
+        parts.append(f"This checkpoint was chosen by {about.chosen_by}: such a score is optimistic.")
     if curve:
         parts.append(f"![score over updates]({CURVE})")
     if config.video is not None:

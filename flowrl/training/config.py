@@ -72,6 +72,9 @@ class TrainConfig(EvaluationOptions):
     top_fraction: Share = 1.0
     """Train only on the episodes of highest return that make up this share of the timesteps; 0.1 with --agent
     bc is the Decision Transformer paper's 10%-BC."""
+    validation_fraction: Probability = 0.0
+    """Share of the episodes that is held out, the same ones for every --seed; the loss on them is logged when
+    evaluations are due."""
     attention: MixerName = "flow"
     """flow: causal Flow-Attention; softmax: the Decision Transformer's; linear: with elu + 1; performer: with
     positive random features; cosformer: with ReLU, re-weighted by distance; gru: torch's GRU in its place."""
@@ -151,6 +154,9 @@ class TrainConfig(EvaluationOptions):
     """Updates between checkpoints; the last update is always saved."""
     keep_checkpoints: PositiveCount = 2
     """Newest checkpoints to keep."""
+    keep_best: Literal["normalized_score_mean", "return_mean", "success_rate"] | None = None
+    """Also keep the checkpoint whose evaluation during training had the highest of these at the first target;
+    it is labelled as chosen by that evaluation, whose score is therefore optimistic."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dataset", _several(self.dataset))  # one name will do
@@ -167,7 +173,7 @@ RESUMABLE = frozenset(
     (
         *("steps", "device", "compile", "resume", "run_dir", "dataset", "memory_map"),
         *("targets", "eval_every", "eval_episodes", "eval_seed", "acting", "conditioning"),
-        *("log_every", "checkpoint_every", "keep_checkpoints"),
+        *("log_every", "checkpoint_every", "keep_checkpoints", "keep_best"),
     )
 )
 

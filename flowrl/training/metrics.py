@@ -3,11 +3,12 @@
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from flowrl.atomic import write_text
 from flowrl.errors import UserError
@@ -32,13 +33,21 @@ class MetricsLog:
         line = json.dumps({"kind": kind, "step": step, **figures}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
-        for name, value in figures.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._events.add_scalar(f"{group or kind}/{name}", value, step)
+        for tag, value in tags(group or kind, figures).items():
+            self._events.add_scalar(tag, value, step)
 
     def write_text(self, name: str, text: str) -> None:
         """Show a text in TensorBoard."""
         self._events.add_text(name, text)
+
+    def write_options(self, options: Mapping[str, Any], compared_by: Sequence[str]) -> None:
+        """Show the options of the run in TensorBoard's HPARAMS beside its figures of these tags."""
+        shown = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in options.items()
+        }
+        for summary in hparams(shown, dict.fromkeys(compared_by, 0.0)):
+            self._events._get_file_writer().add_summary(summary)
 
     def sync(self) -> None:
         """Put everything written so far on disk."""
@@ -57,6 +66,15 @@ class MetricsLog:
         """No traceback of TensorBoard's writing thread: what failed there, our next write raises again."""
         if not isinstance(failure.exc_value, OSError):
             self._report_thread(failure)
+
+
+def tags(group: str, figures: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among the figures by their names in TensorBoard and other trackers, ``<group>/<name>``."""
+    return {
+        f"{group}/{name}": value
+        for name, value in figures.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def read_metrics(run: Path, kind: str, figures: tuple[str, ...] = ()) -> list[dict[str, Any]]:

@@ -1,70 +1,133 @@
 """One training run from its configuration: the folder, the data, the processes, then the loop."""
 
 import os
-import sys
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-import torch
+from tqdm import tqdm
 
 from flowrl.atomic import remove_temporaries, sole_user
 from flowrl.data import EpisodeDataset
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult
-from flowrl.model.loading import pick_device
+from flowrl.model.agent import Agent
+from flowrl.model.loading import load_agent, pick_device
+from flowrl.options import checked
 from flowrl.process import prepare_process
 from flowrl.ranks import Ranks, joined_ranks
 from flowrl.signals import StopSignals
-from flowrl.training.config import TrainConfig, check_values, dataset_folder, method_name, parse_train_config
+from flowrl.training.callbacks import Callback
+from flowrl.training.config import TrainConfig, dataset_folder, method_name, parse_train_config
 from flowrl.training.setup import batch_size, load_dataset
 from flowrl.training.trainer import Trainer
 
 
-def run_train() -> None:
-    """The command: train what ``sys.argv`` describes."""
-    train(parse_train_config())
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended or was stopped by a callback; ``train(resume=folder)`` continues it."""
+
+    folder: Path
+    step: int
+    """Updates so far."""
+    results: list[TargetResult]
+    """The last evaluation, one for each target return; empty if there was none."""
+
+    def load_agent(self) -> Agent:
+        """The agent of the last checkpoint."""
+        return load_agent(self.folder)
 
 
-def train(config: TrainConfig) -> list[TargetResult]:
-    """Run or continue the training that ``config`` describes; return the last evaluation.
+def run_train(arguments: Sequence[str] | None = None) -> Run:
+    """The command: train what the arguments (``sys.argv`` by default) describe.
 
-    Under ``torchrun`` its processes share every batch and every evaluation; see :mod:`flowrl.ranks`.
+    Raises:
+        UserError, NonFiniteLossError: see :func:`train`.
+        Stopped: after SIGINT or SIGTERM, once a checkpoint is saved.
+    """
+    config = parse_train_config(arguments)
+    with StopSignals() as signals:
+        return run_training(config, signals)
+
+
+def train(
+    dataset: str | Sequence[str] | EpisodeDataset = (),
+    *,
+    env: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress_bar: bool = True,
+    **options: Any,
+) -> Run:
+    """Train an agent as ``flowrl train`` does, without its output and without handlers of signals.
+
+    Under ``torchrun`` the processes share every batch and every evaluation; see :mod:`flowrl.ranks`.
+
+    Args:
+        dataset: as ``--dataset``: "minari:ID", the path of an HDF5 file, or several; or the data itself. Not
+            needed beside an ``env`` that names data, such as "hopper-medium".
+        env: as ``--env``: data with its preset, such as "hopper-medium", or the Gymnasium environment to
+            evaluate in, such as "Hopper-v5".
+        callbacks: see :class:`Callback`; one that returns True stops the training.
+        progress_bar: whether updates are counted on stderr.
+        **options: the other options of ``flowrl train`` by name, which are the fields of TrainConfig, such as
+            ``steps=3000``; ``config="paper"`` takes a preset, ``resume="runs/x"`` continues a run.
 
     Raises:
         UserError: unusable input, or a run folder that is in use, not empty, or damaged.
         NonFiniteLossError: see there; the last checkpoint is from before it.
-        Stopped: after SIGINT or SIGTERM, once a checkpoint is saved.
     """
-    check_values(config)
+    episodes = dataset if isinstance(dataset, EpisodeDataset) else None
+    sources = (episodes.dataset_id,) if episodes is not None else dataset
+    given = {"dataset": sources, "env": env}
+    options |= {name: value for name, value in given.items() if value is not None and value != ()}
+    options = checked(TrainConfig, options, lambda name: f"train: {name}")
+    config = parse_train_config([], options)
+    return run_training(config, StopSignals(), episodes, callbacks, _say_nothing, progress_bar)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def run_training(
+    config: TrainConfig,
+    signals: StopSignals,
+    episodes: EpisodeDataset | None = None,
+    callbacks: Sequence[Callback] = (),
+    say: Callable[[str], None] = tqdm.write,
+    progress_bar: bool | None = None,
+) -> Run:
+    """Run or continue a training, its options checked; only the first process writes and calls back."""
     prepare_process()
     run_dir = config.resume or config.run_dir or default_run_dir(config)
     _check_run_dir(config, run_dir)
-    with StopSignals() as signals:
-        with signals.interruptible():  # the first use of a dataset may collect or download it
-            device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-            dataset = load_dataset(config)
-        with joined_ranks() as ranks, open(os.devnull, "w") as nowhere:
-            config = replace(config, batch_size=batch_size(config, dataset))
-            if batch_size(config, dataset) < ranks.size:
-                raise UserError(
-                    f"--batch-size {config.batch_size}: fewer windows than {ranks.size} processes"
+    with signals.interruptible():  # the first use of a dataset may collect or download it
+        device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+        dataset = load_dataset(config, episodes)
+    with joined_ranks() as ranks, open(os.devnull, "w") as nowhere:
+        config = replace(config, batch_size=batch_size(config, dataset))
+        if batch_size(config, dataset) < ranks.size:
+            raise UserError(f"--batch-size {config.batch_size}: fewer windows than {ranks.size} processes")
+        with nullcontext() if ranks.is_first else redirect_stdout(nowhere):
+            describe(dataset, say)
+            run_dir = ranks.first(run_dir)
+            with _run_folder(config, run_dir, ranks):
+                trainer = Trainer(
+                    config, run_dir, dataset, device, signals, ranks, callbacks, say, progress_bar
                 )
-            with redirect_stdout(sys.stdout if ranks.is_first else nowhere):
-                describe(dataset)
-                return _train(config, ranks.first(run_dir), dataset, device, signals, ranks)
+                try:
+                    results = trainer.run()
+                    return Run(run_dir, trainer.step, results)
+                finally:
+                    trainer.close()
 
 
-def _train(
-    config: TrainConfig,
-    run_dir: Path,
-    dataset: EpisodeDataset,
-    device: torch.device,
-    signals: StopSignals,
-    ranks: Ranks,
-) -> list[TargetResult]:
-    """Only the first process writes files."""
+@contextmanager
+def _run_folder(config: TrainConfig, run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Make the folder and keep other trainings out of it."""
     in_use = f"{run_dir}: another process is training in this folder"
     try:
         if ranks.is_first:
@@ -73,11 +136,7 @@ def _train(
             if ranks.is_first:
                 _check_run_dir(config, run_dir)  # again: loading took a while
                 remove_temporaries(run_dir)
-            trainer = Trainer(config, run_dir, dataset, device, signals, ranks)
-            try:
-                return trainer.run()
-            finally:
-                trainer.close()
+            yield
     except BrokenPipeError:  # of the output, not of a file
         raise
     except OSError as error:
@@ -101,16 +160,16 @@ def default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / folder / name
 
 
-def describe(dataset: EpisodeDataset) -> None:
+def describe(dataset: EpisodeDataset, say: Callable[[str], None]) -> None:
     """Say which data this is."""
     returns = dataset.episode_returns
     scores = ""
     if dataset.reference is not None:
         scores = f" (normalised {dataset.reference.normalized_score(float(returns.mean())):.1f})"
-    print(
+    say(
         f"dataset {dataset.dataset_id} sha256 {dataset.sha256[:12]}: {dataset.num_transitions} transitions, "
         f"{dataset.num_episodes} episodes, mean return {returns.mean():.1f}{scores}, "
         f"environment {dataset.environment.env_id if dataset.environment else 'unknown'}"
     )
     for note in dataset.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")

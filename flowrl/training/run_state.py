@@ -1,6 +1,7 @@
 """The state of a run: all that a checkpoint holds, and that a resumed run continues from."""
 
 import copy
+import math
 from reprlib import repr as short_repr
 from typing import Any
 
@@ -44,6 +45,7 @@ class RunState:
         )
         self.step = 0  # updates so far
         self.evaluated_step = -1
+        self.best_score: float | None = None  # of --keep-best
         self.pending: list[Tensor] = []  # (loss, gradient norm) of each update since the last line of metrics
         self.pending_tokens = 0
         self._unchecked: list[Tensor] = []  # spans of the batches whose loss is not known to be finite yet
@@ -82,7 +84,11 @@ class RunState:
         if self.averaged:
             weights = self.model.named_parameters()
             tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
-        training = {"evaluated_step": self.evaluated_step, "pending_tokens": self.pending_tokens}
+        training = {
+            "evaluated_step": self.evaluated_step,
+            "pending_tokens": self.pending_tokens,
+            "best_score": self.best_score,
+        }
         model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
         return Checkpoint(self.step, self.agent.config.to_dict(), model, training, tensors)
 
@@ -128,6 +134,7 @@ class RunState:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = saved.step
         self.evaluated_step = _count(saved.training, "evaluated_step", lowest=-1, highest=self.step)
+        self.best_score = _score(saved.training.get("best_score"))  # which older checkpoints lack
         self.pending_tokens = _count(saved.training, "pending_tokens", lowest=0, highest=LARGEST_COUNT)
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
@@ -145,6 +152,12 @@ def _count(training: dict[str, Any], name: str, lowest: int, highest: int) -> in
     if type(value) is not int or not lowest <= value <= highest:
         raise ValueError(f"'{name}' cannot be {short_repr(value)}")
     return value
+
+
+def _score(value: object) -> float | None:
+    if value is None or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError(f"'best_score' cannot be {short_repr(value)}")
 
 
 def _optimizer_state(

@@ -11,6 +11,7 @@ import torch
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import delayed_rewards, top_episodes
 from flowrl.data.matching import match_environment
+from flowrl.data.sources import with_environment
 from flowrl.envs.spaces import environment_facts
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import EnvironmentUnavailable, make_env
@@ -80,9 +81,11 @@ def mean_window_length(config: TrainConfig, episode_lengths: np.ndarray) -> floa
     return float(np.square(lengths).sum() / lengths.sum())
 
 
-def load_dataset(config: TrainConfig) -> EpisodeDataset:
-    """Load what ``--dataset`` or ``--env`` names and check it against its environment."""
-    if config.dataset:
+def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) -> EpisodeDataset:
+    """Load what ``--dataset`` or ``--env`` names, or take ``episodes``; check it against its environment."""
+    if episodes is not None:
+        dataset = with_environment(episodes, config.env, config)
+    elif config.dataset:
         dataset = load_episodes(
             config.dataset, config.env, config, config.split_at_timeouts, config.memory_map
         )

@@ -4,12 +4,13 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,15 +18,17 @@ from tqdm import tqdm
 
 from flowrl.atomic import write_text
 from flowrl.data import EpisodeDataset
+from flowrl.data.dataset import held_out
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
 from flowrl.evaluation.rollout import failures_kept
 from flowrl.model.action_model import ActionModel
-from flowrl.model.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from flowrl.model.checkpoint import BEST, has_checkpoint, load_checkpoint, save_checkpoint
 from flowrl.native.accelerate import accelerate_training
 from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import Stopped, StopSignals
+from flowrl.training.callbacks import Callback
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.cuda_graph import CapturedStep
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
@@ -34,6 +37,7 @@ from flowrl.training.setup import Stream, batch_size, build_agent, evaluation_se
 from flowrl.window import Window
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
+VALIDATION_BATCHES = 10  # of the size of an update's
 
 
 class NonFiniteLossError(UserError):
@@ -62,17 +66,29 @@ class Trainer:
         device: torch.device,
         signals: StopSignals,
         ranks: Ranks = ALONE,
+        callbacks: Sequence[Callback] = (),
+        say: Callable[[str], None] = tqdm.write,
+        progress_bar: bool | None = None,  # None: on a terminal
     ) -> None:
         if device.index is not None:
             torch.cuda.set_device(device)  # its streams are the current ones
         self.config = config = resolve(config, device)
         self.run_dir, self.device = run_dir, device
         self.signals, self.ranks = signals, ranks
+        self.callbacks, self.stop_wanted = callbacks, False
+        self._say = say
+        self._no_bar = (
+            None if progress_bar is None and ranks.is_first else not (progress_bar and ranks.is_first)
+        )
         self.results: list[TargetResult] = []
+        dataset, validation = held_out(dataset, config.validation_fraction)
         torch.manual_seed(stream_seed(config.seed, Stream.WEIGHTS))
         agent = build_agent(config, dataset, device)
         context, seed = agent.config.context_length, stream_seed(config.seed, Stream.BATCHES)
         sampler = WindowSampler(dataset, context, batch_size(config, dataset), seed, device, ranks)
+        self.validation: WindowSampler | None = None
+        if validation is not None:
+            self.validation = WindowSampler(validation, context, sampler.batch_size, seed=0, device=device)
         self.state = RunState(config, agent, sampler, device, ranks)
         accelerate_training(self.state.model)
         torch.manual_seed(stream_seed(config.seed, Stream.DROPOUT, ranks.rank))
@@ -102,21 +118,24 @@ class Trainer:
         return self.step >= self.config.steps
 
     def run(self) -> list[TargetResult]:
-        """Train to the last update; return the last evaluation.
+        """Train to the last update, or until a callback returns True; return the last evaluation.
 
         Raises:
             Stopped: after SIGINT or SIGTERM, once a checkpoint is saved.
         """
-        quiet = None if self.ranks.is_first else True
-        with tqdm(total=self.config.steps, initial=self.step, unit="update", disable=quiet) as progress:
-            self._evaluate_if_due(progress)  # as it was when the run was stopped
-            self._save_if_due()  # a new run's first checkpoint
-            while not self.at_end:
+        with tqdm(
+            total=self.config.steps, initial=self.step, unit="update", disable=self._no_bar
+        ) as progress:
+            self._call("on_start", self.run_dir, asdict(self.config))
+            self._evaluate_if_due()  # as it was when the run was stopped
+            stopped = self._save_if_due()  # a new run's first checkpoint
+            while not self.at_end and not stopped:
                 self.update()
                 progress.update()
                 self._log_if_due(progress)
-                self._evaluate_if_due(progress)
-                self._save_if_due()
+                self._validate_if_due()
+                self._evaluate_if_due()
+                stopped = self._save_if_due()
         return self.results
 
     def update(self) -> None:
@@ -173,15 +192,36 @@ class Trainer:
             "updates_per_second": updates / elapsed,
         }
         self._write("train", figures)
+        self._call("on_log", self.step, figures)
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         state.pending, state.pending_tokens, self._last_log = [], 0, now
 
-    def _evaluate_if_due(self, progress: tqdm) -> None:
+    @torch.no_grad()
+    def _validate_if_due(self) -> None:
+        """Write the loss of the agent as it is now on windows spaced evenly over the held-out episodes."""
+        if self.validation is None or not self._evaluation_due:
+            return
+        self._check_finite()
+        model, windows = self.state.agent.model.eval(), VALIDATION_BATCHES * self.validation.batch_size
+        numbers = np.linspace(0, self.validation.num_windows - 1, windows).astype(np.int64)
+        total, timesteps = 0.0, 0
+        for some in np.split(numbers, VALIDATION_BATCHES):
+            batch = self.validation.gather(some)
+            total += float(model.loss(batch.window)) * batch.num_timesteps
+            timesteps += batch.num_timesteps
+        self._write("validation", {"loss": total / timesteps})
+        self._call("on_validation", self.step, total / timesteps)
+
+    @property
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval_every
+        return self.at_end or (every > 0 and self.step > 0 and self.step % every == 0)
+
+    def _evaluate_if_due(self) -> None:
         """Roll out the agent as it is now; a signal interrupts at once, after a checkpoint."""
-        agent, config, every = self.state.agent, self.config, self.config.eval_every
-        due = self.at_end or (every > 0 and self.step > 0 and self.step % every == 0)
+        agent, config = self.state.agent, self.config
         done = self.state.evaluated_step == self.step and not self.at_end
-        if not due or done or config.eval_episodes == 0:
+        if not self._evaluation_due or done or config.eval_episodes == 0:
             return
         assert agent.environment is not None  # load_dataset saw to it
         self._check_finite()
@@ -200,27 +240,57 @@ class Trainer:
                     self.ranks,
                 )
             seconds = time.perf_counter() - started
-            if self.state.evaluated_step < self.step:
-                for result in results:
+            new = self.state.evaluated_step < self.step
+            if new:
+                for number, result in enumerate(results, start=1):
                     figures = {**result.to_dict(), "seed": seed, "seconds": seconds}
-                    self._write("evaluation", figures, f"evaluation/target-{result.target_return:g}")
+                    self._write("evaluation", figures, f"evaluation/target{number}")
+                self._keep_if_best(results[0])
             self.state.evaluated_step, self.results = self.step, results
             where = f"step {self.step}, {agent.environment.env_id}, acting {agent.acting}, {seconds:.1f} s"
-            progress.write(f"{where}\n{format_table(results)}")
+            self._say(f"{where}\n{format_table(results)}")
         except BaseException:  # stopped, an environment that fails, a closed pipe: none may cost any update
             if self.ranks.size == 1:  # several cannot meet any more
                 self.save()
             raise
+        if new:
+            self._call("on_evaluation", self.step, results)
         self._last_log += time.perf_counter() - started  # speeds count training alone
 
-    def _save_if_due(self) -> None:
-        """Save where a checkpoint is due, or before stopping after a signal."""
-        received = self.ranks.largest(self.signals.received or 0)  # of whichever rank got it
-        if received or self.at_end or self.step % self.config.checkpoint_every == 0:
+    def _keep_if_best(self, result: TargetResult) -> None:
+        """Save a checkpoint to the folder of the best one, labelled, if no earlier evaluation was as high."""
+        metric = self.config.keep_best
+        if metric is None:
+            return
+        score, best = result.to_dict().get(metric), self.state.best_score
+        if score is None:
+            raise UserError(f"--keep-best {metric}: evaluations of this environment have none")
+        if best is not None and score <= best:
+            return
+        self.state.best_score = score
+        checkpoint = self.state.checkpoint()
+        chosen_by = (
+            f"{metric} {score:.4g} of {len(result.returns)} episodes in training's own evaluations, "
+            f"the highest up to update {self.step}"
+        )
+        agent = {**checkpoint.agent, "chosen_by": chosen_by}
+        if self.ranks.is_first:  # an agent to act with; training continues from the last checkpoint
+            alone = replace(checkpoint, agent=agent, training={}, training_tensors={})
+            save_checkpoint(self.run_dir / BEST, alone, keep=1)
+
+    def _save_if_due(self) -> bool:
+        """Save where a checkpoint is due, or before stopping; return whether a callback stops training."""
+        due = self.at_end or self.step % self.config.checkpoint_every == 0
+        if due:
             self.save()
-        if received:
-            print(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
-            raise Stopped(128 + received)
+        wanted = self.signals.received or int(self.stop_wanted)  # no signal that is handled has number 1
+        wanted = self.ranks.largest(wanted)  # of whichever rank has one
+        if wanted and not due:
+            self.save()
+        if wanted > 1:
+            self._say(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
+            raise Stopped(128 + wanted)
+        return wanted == 1
 
     def save(self) -> None:
         """Write a checkpoint of this very moment."""
@@ -228,7 +298,8 @@ class Trainer:
         checkpoint = self.state.checkpoint()
         if self.metrics is not None:
             self.metrics.sync()
-            save_checkpoint(self.run_dir, checkpoint, self.config.keep_checkpoints)
+            folder = save_checkpoint(self.run_dir, checkpoint, self.config.keep_checkpoints)
+            self._call("on_checkpoint", self.step, folder)
 
     def close(self) -> None:
         """Close the files of figures, and drop what must not outlive the process group."""
@@ -249,6 +320,12 @@ class Trainer:
             f"step {record['step']}: the loss or its gradient is not finite; the batch is in {path}"
         )
 
+    def _call(self, event: str, *arguments: Any) -> None:
+        """Call every callback; one that returns True stops the training after this update's checkpoint."""
+        for callback in self.callbacks if self.ranks.is_first else ():
+            if getattr(callback, event)(*arguments) is True:
+                self.stop_wanted = True
+
     def _write(self, kind: str, figures: dict[str, Any], group: str | None = None) -> None:
         if self.metrics is not None:
             self.metrics.write(kind, self.step, figures, group)
@@ -256,19 +333,21 @@ class Trainer:
     def _open_metrics(self, dataset: EpisodeDataset, started: bool) -> MetricsLog:
         """Write the configuration and make the figures on disk those of updates before this moment."""
         config, run_dir = self.config, self.run_dir
-        print(f"run folder {run_dir}, device {self.device}")
+        self._say(f"run folder {run_dir}, device {self.device}")
         if started:
             rewind(run_dir, self.step, self.state.evaluated_step)
-            print(f"resuming {run_dir} at step {self.step}")
+            self._say(f"resuming {run_dir} at step {self.step}")
         elif config.resume:
             rewind(run_dir, -1, -1)
-            print(f"resuming {run_dir} at its beginning: it was stopped before its first checkpoint")
+            self._say(f"resuming {run_dir} at its beginning: it was stopped before its first checkpoint")
         write_text(run_dir / "config.yaml", to_yaml(replace(config, run_dir=run_dir)))
         metrics = MetricsLog(run_dir, purge_step=self.step + 1 if config.resume else None)
         if not started:
             identity = {"dataset_id": dataset.dataset_id, "dataset_sha256": dataset.sha256}
             environment = {"environment": dataset.environment and asdict(dataset.environment)}
             metrics.write("run", 0, {**identity, **environment})
+            compared = ("train/loss", f"evaluation/target1/{config.keep_best or 'return_mean'}")
+            metrics.write_options(asdict(config), compared)
             metrics.write_text("config", f"```\n{to_yaml(config)}```")
             metrics.write_text("dataset", f"{dataset.dataset_id} sha256 {dataset.sha256}")
         return metrics

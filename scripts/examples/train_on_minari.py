@@ -4,23 +4,22 @@ python scripts/examples/train_on_minari.py mujoco/hopper/medium-v0 runs/hopper 1
 """
 
 import sys
-from pathlib import Path
 
-from flowrl import TrainConfig, train
+import flowrl
 
 
 def train_on_minari(dataset: str, run_dir: str, updates: int) -> None:
     """Train; the run folder then holds the agent, the metrics and the configuration."""
-    config = TrainConfig(
-        dataset=(f"minari:{dataset}",),
-        run_dir=Path(run_dir),
+    run = flowrl.train(
+        f"minari:{dataset}",
+        run_dir=run_dir,
         steps=updates,
         context_length="episode",  # memory of the whole episode, at constant cost per timestep
         token_layout="fused",  # one token per timestep
         batch_size=4,
         eval_episodes=5,
     )
-    for result in train(config):
+    for result in run.results:
         print(f"target {result.target_return:g}: mean return {result.returns.mean():.1f}")
 
 

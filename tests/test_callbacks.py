@@ -1,0 +1,196 @@
+"""Training from Python: what is called when, what stops it, what is printed, and what a tracker receives."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from tiny_training import OPTIONS, assert_same_end, figures, steps_on_disk, train_here
+
+import flowrl
+from flowrl.data import load_episodes
+from flowrl.data.dataset import held_out
+from flowrl.data.sampler import WindowSampler
+from flowrl.errors import UserError
+from flowrl.evaluation.command import EvaluateConfig, evaluate_run
+from flowrl.model.checkpoint import BEST, load_checkpoint
+from flowrl.report.runs import load_runs
+from flowrl.training.trainer import Trainer
+
+TINY = {name.replace("-", "_"): value for name, value in OPTIONS.items()} | {"targets": (30.0, 5.0)}
+
+
+class Recorder(flowrl.Callback):
+    def __init__(self, stop=lambda event, step: False):
+        self.calls, self.stop = [], stop
+
+    def record(self, event, step, value):
+        self.calls.append((event, step, value))
+        return self.stop(event, step)
+
+    def on_start(self, folder, options):
+        return self.record("start", 0, options)
+
+    def on_log(self, step, figures):
+        return self.record("log", step, figures["loss"])
+
+    def on_evaluation(self, step, results):
+        return self.record("evaluation", step, [result.returns.tolist() for result in results])
+
+    def on_checkpoint(self, step, folder):
+        return self.record("checkpoint", step, folder)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_dataset, tmp_path_factory):
+    run = tmp_path_factory.mktemp("callbacks") / "run"
+    train_here(tiny_dataset, run, keep_best="return_mean")
+    return run
+
+
+def test_training_from_python_is_that_of_the_command_without_its_output(
+    reference, tiny_dataset, tmp_path, capfd
+):
+    recorder, handlers = Recorder(), []
+    before = signal.getsignal(signal.SIGINT)
+    recorder.stop = lambda event, step: handlers.append(signal.getsignal(signal.SIGINT))
+    run = flowrl.train(
+        str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=[recorder], progress_bar=False
+    )
+    assert capfd.readouterr() == ("", "")
+    assert set(handlers) == {before}
+    assert figures(run.folder) == figures(reference)
+    assert (run.step, run.load_agent().checkpoint_step) == (60, 60)
+    called = {
+        name: [(s, v) for event, s, v in recorder.calls if event == name] for name, _, _ in recorder.calls
+    }
+    assert called["start"][0][1]["embed_dim"] == 8
+    assert called["log"] == [(line["step"], line["loss"]) for line in figures(reference, "train")]
+    lines = figures(reference, "evaluation")
+    assert [(s, v) for s, values in called["evaluation"] for v in values] == [
+        (line["step"], line["returns"]) for line in lines
+    ]
+    assert [step for step, _ in called["checkpoint"]] == [0, 10, 20, 30, 40, 50, 60]
+    assert called["checkpoint"][-1][1] == run.folder / "checkpoints" / "step-00000060"
+
+
+@pytest.mark.parametrize(("event", "step"), [("log", 7), ("evaluation", 25), ("checkpoint", 30)])
+def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
+    reference, tiny_dataset, tmp_path, event, step
+):
+    recorder = Recorder(lambda *now: now == (event, step))
+    run = flowrl.train(
+        str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=[recorder], keep_best="return_mean"
+    )
+    assert run.step == load_checkpoint(run.folder).step == step
+    assert flowrl.train(resume=run.folder, progress_bar=False).step == 60
+    assert_same_end(run.folder, reference)
+
+
+def test_data_in_memory_is_trained_on_as_from_its_file(reference, tiny_dataset, tmp_path):
+    episodes = load_episodes(str(tiny_dataset))
+    run = flowrl.train(episodes, **TINY, run_dir=tmp_path / "run", progress_bar=False)
+    assert figures(run.folder, "train") == figures(reference, "train")
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(UserError, match=r"^train: setps: unknown option; did you mean 'steps'"):
+        flowrl.train(env="hopper-medium", setps=3)
+
+
+# --keep-best ----------------------------------------------------------------------------------------------
+
+
+def test_the_best_evaluated_checkpoint_is_kept_and_labelled(tiny_dataset, tmp_path, monkeypatch, capsys):
+    """Scores are made up: the second of three evaluations is the best."""
+    run, scores, real = tmp_path / "run", iter((3.0, 7.0, 5.0)), Trainer._keep_if_best
+
+    def keep_if_best(self, result):
+        score = next(scores)
+        return real(self, type(result)(30.0, np.full(2, score), result.lengths, np.full(2, score)))
+
+    monkeypatch.setattr(Trainer, "_keep_if_best", keep_if_best)
+    train_here(tiny_dataset, run, keep_best="normalized_score_mean")
+    agent = flowrl.load_agent(run, checkpoint="best")
+    assert steps_on_disk(run / BEST) == ["step-00000050"]
+    chosen_by = "normalized_score_mean 7 of 2 episodes in training's own evaluations"
+    assert chosen_by in agent.config.chosen_by
+    kept = load_checkpoint(run, 50).model
+    assert all((value == kept[name]).all() for name, value in agent.model.state_dict().items())
+    assert flowrl.load_agent(run).config.chosen_by == ""
+    capsys.readouterr()
+    config = EvaluateConfig(run, episodes=1, checkpoint="best", json=tmp_path / "best.json")
+    evaluate_run(config)
+    assert f"this checkpoint was chosen by {chosen_by}" in capsys.readouterr().out
+    assert chosen_by in json.loads((tmp_path / "best.json").read_text())["chosen_by"]
+    ((labelled,), _) = load_runs([tmp_path / "best.json"])
+    assert labelled.method == "flow-interleaved-6, best by its own evaluation"
+    (tmp_path / "best.json").rename(run / "evaluation.json")
+    with pytest.raises(UserError, match="of the checkpoint that --keep-best chose"):
+        load_runs([run])
+
+
+def test_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_path):
+    with pytest.raises(
+        UserError, match="--keep-best success_rate: evaluations of this environment have none"
+    ):
+        train_here(tiny_dataset, tmp_path / "run", keep_best="success_rate", steps=3)
+    with pytest.raises(UserError, match=r"--checkpoint best: .* has none; --keep-best keeps it"):
+        flowrl.load_agent(tmp_path / "run", checkpoint="best")
+
+
+# --validation-fraction ------------------------------------------------------------------------------------
+
+
+def test_held_out_episodes_are_never_trained_on_and_their_loss_is_logged(tiny_dataset, tmp_path):
+    """The loss is that of the saved agents, computed anew; a run that is stopped anywhere logs the same."""
+    whole = load_episodes(str(tiny_dataset))
+    trained_on, validation = held_out(whole, 0.3)
+    assert validation.num_episodes == round(0.3 * whole.num_episodes)
+    returns = np.concatenate((trained_on.episode_returns, validation.episode_returns))
+    np.testing.assert_array_equal(np.sort(returns), np.sort(whole.episode_returns))
+    np.testing.assert_allclose(
+        trained_on.statistics.observation_mean, trained_on.observations.mean(axis=0), rtol=1e-4, atol=1e-5
+    )
+    options = {"validation_fraction": 0.3, "keep_checkpoints": 9, "checkpoint_every": 25}
+    train_here(tiny_dataset, tmp_path / "run", **options)
+    lines = figures(tmp_path / "run", "validation")
+    assert [line["step"] for line in lines] == [25, 50, 60]
+    sampler = WindowSampler(validation, 6, 4, seed=0)
+    batch = sampler.gather(np.linspace(0, sampler.num_windows - 1, 40).astype(np.int64))
+    for line in lines:
+        agent = flowrl.load_agent(tmp_path / "run", checkpoint=line["step"])
+        assert agent.model.loss(batch.window).item() == pytest.approx(line["loss"], rel=1e-5)
+        np.testing.assert_allclose(
+            agent.model.observation_mean, trained_on.statistics.observation_mean, rtol=1e-6
+        )
+    stopped = flowrl.train(
+        str(tiny_dataset), **TINY | options, run_dir=tmp_path / "stopped", progress_bar=False,
+        callbacks=[Recorder(lambda *now: now == ("evaluation", 50))],
+    )  # fmt: skip
+    assert stopped.step == 50
+    flowrl.train(resume=stopped.folder, progress_bar=False)
+    assert_same_end(stopped.folder, tmp_path / "run")
+
+
+# Trackers -------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_biases_receives_every_figure(reference, tiny_dataset, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracked = wandb.init(mode="offline", project="flowrl", dir=tmp_path)
+    callbacks = [flowrl.TrackerCallback(tracked)]
+    flowrl.train(str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=callbacks, progress_bar=False)
+    assert tracked.config["embed_dim"] == 8
+    assert tracked.step == 60
+    tracked.log({}, step=61)  # those of step 60 are whole
+    last = {
+        f"train/{name}": value for name, value in figures(reference, "train")[-1].items() if name != "kind"
+    }
+    for number, line in enumerate(figures(reference, "evaluation")[-2:], start=1):
+        last |= {f"evaluation/target{number}/{name}": value for name, value in line.items()}
+    shown = {name: tracked.summary[name] for name in last if name in tracked.summary.keys()}  # noqa: SIM118
+    tracked.finish()
+    assert {"train/loss", "evaluation/target2/return_mean"} <= shown.keys()
+    assert shown == {name: pytest.approx(last[name]) for name in shown}
