@@ -19,7 +19,7 @@ from flowrl.errors import UserError
 from flowrl.evaluation import command
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.evaluation.evaluate import TargetResult, episode_seeds, evaluate, format_table
-from flowrl.evaluation.video import write_video
+from flowrl.evaluation.video import make_rendered_env, write_video
 from flowrl.report import compare
 
 HOPPER = EnvironmentSpec("Hopper-v5", max_episode_steps=13)
@@ -212,6 +212,18 @@ def test_video_holds_one_episode_per_target_side_by_side(tmp_path):
     assert abs(first[robot, :480] - first[robot, 480:]).mean() < 4  # the same start, compressed
     assert abs(first[caption, :480] - first[caption, 480:]).max() > 100  # two targets
     assert abs(last[robot, :480] - last[robot, 480:]).max() > 100  # two ways of acting
+
+
+@pytest.mark.parametrize("task", ["Cued", "Hidden"])
+def test_robots_are_drawn_as_in_their_own_environment(task):
+    env = make_rendered_env(EnvironmentSpec(f"flowrl/Hopper{task}-v0"))
+    plain = make_rendered_env(EnvironmentSpec("Hopper-v5"))
+    for each in (env, plain):
+        each.reset(seed=1)
+    np.testing.assert_array_equal(env.render(), plain.render())
+    assert env.metadata["render_fps"] == plain.metadata["render_fps"] == 125
+    env.close()
+    plain.close()
 
 
 SLOW_EVALUATION = """

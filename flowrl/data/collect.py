@@ -13,7 +13,7 @@ from tqdm import tqdm
 from flowrl.behavior.policy import BehaviorPolicy
 from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, load_behavior
 from flowrl.data.dataset import EpisodeDataset, build_episodes
-from flowrl.envs.cued_speed import ROBOTS
+from flowrl.envs.cued_speed import CUED_IDS
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.spaces import EnvironmentFacts, environment_facts
 from flowrl.envs.specs import EnvironmentSpec
@@ -70,7 +70,7 @@ class Recipe:
         if self.spec is not None:
             return self.spec
         if self.opening:
-            return EnvironmentSpec(ROBOTS[self.environment].cued_id)
+            return EnvironmentSpec(CUED_IDS[self.environment])
         return EnvironmentSpec(next(iter(behavior_assets(self.environment, ASSETS_DIR).values())).env_id)
 
     @property

@@ -9,10 +9,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box
 
-from flowrl.envs.robot_task import RobotTaskVectorEnv
-from flowrl.errors import UserError
+from flowrl.envs.robot_task import ENV_IDS, RobotTask, RobotTaskVectorEnv
 
 CUE_TIMESTEPS = 10  # at whose observations the target is shown
 RUN_UP = 100  # timesteps before the target speed should be taken up
@@ -22,25 +20,23 @@ CUE_SIZE = 3
 
 
 @dataclass(frozen=True)
-class Robot:
-    """A robot, the target speeds in m/s, rising, and the distance from them that is worth nothing."""
+class Speeds:
+    """A robot's target speeds in m/s, rising, and the distance from them that is worth nothing."""
 
-    cued_id: str  # of its task here
-    env_id: str  # of Gymnasium's environment
     targets: tuple[float, ...]
     tolerance: float
 
 
 # The targets are what policies that ship with flowrl run at after the run-up; see flowrl.data.embedded.
-ROBOTS = {
-    "halfcheetah": Robot("flowrl/HalfCheetahCued-v0", "HalfCheetah-v5", (3.5, 7.7, 11.5), 4.0),
-    "walker2d": Robot("flowrl/Walker2dCued-v0", "Walker2d-v5", (2.5, 3.5), 1.0),
-    "hopper": Robot("flowrl/HopperCued-v0", "Hopper-v5", (2.3, 2.6), 0.4),
+SPEEDS = {
+    "halfcheetah": Speeds((3.5, 7.7, 11.5), 4.0),
+    "walker2d": Speeds((2.5, 3.5), 1.0),
+    "hopper": Speeds((2.3, 2.6), 0.4),
 }
-CUED_IDS = frozenset(robot.cued_id for robot in ROBOTS.values())
+CUED_IDS = {robot: f"flowrl/{env_id.removesuffix('-v5')}Cued-v0" for robot, env_id in ENV_IDS.items()}
 
 
-class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
+class CuedSpeed(RobotTask):
     """Run at the target speed that the first ten observations show, from timestep 150 to the end at 400.
 
     Observation: the robot's own, then the target speed from -1, the slowest, to 1, the fastest (0 after
@@ -49,25 +45,19 @@ class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
     before. The robot's own rewards do not count; an unhealthy one ends the episode as in its own environment.
     """
 
-    def __init__(self, robot: str = "halfcheetah") -> None:
-        if robot not in ROBOTS:
-            raise UserError(f"cued speed: no robot {robot!r}; known: {', '.join(ROBOTS)}")
-        self.robot = ROBOTS[robot]
-        self._env: Any = gym.make(self.robot.env_id, disable_env_checker=True)
-        own = self._env.observation_space
-        assert isinstance(own, Box)
-        self.observation_space = Box(-np.inf, np.inf, (own.shape[0] + CUE_SIZE,), np.float64)
-        self.action_space = self._env.action_space
+    def __init__(self, robot: str = "halfcheetah", render_mode: str | None = None) -> None:
+        super().__init__(robot, CUE_SIZE, render_mode)
+        self._speeds = SPEEDS[robot]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         own, _ = self._env.reset(seed=seed)
-        self._target = self.robot.targets[int(self.np_random.integers(len(self.robot.targets)))]
+        self._target = self._speeds.targets[int(self.np_random.integers(len(self._speeds.targets)))]
         self._timestep = 0
         self._positions = np.zeros(SPEED_TIMESTEPS)  # of the last timesteps, by timestep modulo their number
-        return np.concatenate((own, cue_of(self.robot, self._target, 0))), {}
+        return np.concatenate((own, cue_of(self._speeds, self._target, 0))), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         own, _, terminated, _, _ = self._env.step(action)
@@ -75,13 +65,10 @@ class CuedSpeed(gym.Env[np.ndarray, np.ndarray]):
         place, position = self._timestep % SPEED_TIMESTEPS, self._env.unwrapped.data.qpos[0]
         speed = (position - self._positions[place]) / (SPEED_TIMESTEPS * self._env.unwrapped.dt)
         self._positions[place] = position
-        reward = speed_reward(speed, self._target, self._timestep, self.robot)
+        reward = speed_reward(speed, self._target, self._timestep, self._speeds)
         truncated = self._timestep >= EPISODE_TIMESTEPS
-        observation = np.concatenate((own, cue_of(self.robot, self._target, self._timestep)))
+        observation = np.concatenate((own, cue_of(self._speeds, self._target, self._timestep)))
         return observation, float(reward), terminated, truncated, {}
-
-    def close(self) -> None:
-        self._env.close()
 
 
 class CuedSpeedVectorEnv(RobotTaskVectorEnv):
@@ -90,9 +77,9 @@ class CuedSpeedVectorEnv(RobotTaskVectorEnv):
     def __init__(self, template: gym.Env, num_envs: int) -> None:
         """``template`` is one such environment, whose robot is taken."""
         base: Any = template.unwrapped
-        self.robot: Robot = base.robot
+        self._speeds = SPEEDS[base.robot]
         self._positions = np.zeros((num_envs, SPEED_TIMESTEPS))
-        super().__init__(template, num_envs, self.robot.env_id, len(self.robot.targets), EPISODE_TIMESTEPS)
+        super().__init__(template, num_envs, len(self._speeds.targets), EPISODE_TIMESTEPS)
 
     def step(
         self, actions: np.ndarray
@@ -106,7 +93,7 @@ class CuedSpeedVectorEnv(RobotTaskVectorEnv):
         positions = self._envs.x
         speeds = (positions - self._positions[slots, places]) / (SPEED_TIMESTEPS * self._envs.dt)
         self._positions[slots[running], places[running]] = positions[running]
-        rewards = np.where(running, speed_reward(speeds, self._targets, self._timesteps, self.robot), 0.0)
+        rewards = np.where(running, speed_reward(speeds, self._targets, self._timesteps, self._speeds), 0.0)
         self._finished[:, running] = terminated[running], self._timesteps[running] >= EPISODE_TIMESTEPS
         return self._observe(own), rewards, *self._finished.copy(), {}
 
@@ -116,23 +103,23 @@ class CuedSpeedVectorEnv(RobotTaskVectorEnv):
 
     @property
     def _targets(self) -> np.ndarray:
-        return np.array(self.robot.targets)[self._variants]
+        return np.array(self._speeds.targets)[self._variants]
 
     def _observe(self, own: np.ndarray) -> np.ndarray:
-        return np.concatenate((own, cue_of(self.robot, self._targets, self._timesteps)), axis=1)
+        return np.concatenate((own, cue_of(self._speeds, self._targets, self._timesteps)), axis=1)
 
 
-def cue_of(robot: Robot, target: float | np.ndarray, timestep: int | np.ndarray) -> np.ndarray:
+def cue_of(speeds: Speeds, target: float | np.ndarray, timestep: int | np.ndarray) -> np.ndarray:
     """The observation's last three, (..., 3): target speed, whether it is shown, whether it counts."""
     shown = np.asarray(timestep) < CUE_TIMESTEPS
-    slowest, fastest = robot.targets[0], robot.targets[-1]
+    slowest, fastest = speeds.targets[0], speeds.targets[-1]
     speed = 2 * (target - slowest) / (fastest - slowest) - 1  # in m/s the targets of a robot hardly differ
     return np.stack((speed * shown, shown, np.asarray(timestep) >= RUN_UP), axis=-1).astype(np.float64)
 
 
 def speed_reward(
-    speed: float | np.ndarray, target: float | np.ndarray, timestep: int | np.ndarray, robot: Robot
+    speed: float | np.ndarray, target: float | np.ndarray, timestep: int | np.ndarray, speeds: Speeds
 ) -> np.ndarray:
     """Return the reward of the step that led to ``timestep``, 0 to 1."""
-    nearness = np.maximum(0.0, 1 - np.abs(speed - target) / robot.tolerance)
+    nearness = np.maximum(0.0, 1 - np.abs(speed - target) / speeds.tolerance)
     return np.where(np.asarray(timestep) >= RUN_UP + SPEED_TIMESTEPS, nearness, 0.0)

@@ -11,17 +11,15 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
 
-from flowrl.envs.robot_task import RobotTaskVectorEnv
-from flowrl.errors import UserError
+from flowrl.envs.robot_task import ENV_IDS, RobotTask, RobotTaskVectorEnv
 
 TRIAL = 20  # timesteps
 START = 50  # timestep at which the run begins
 EPISODE_TIMESTEPS = 300
-ROBOTS = {"halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "hopper": "Hopper-v5"}
-HIDDEN_IDS = {robot: f"flowrl/{env_id.removesuffix('-v5')}Hidden-v0" for robot, env_id in ROBOTS.items()}
+HIDDEN_IDS = {robot: f"flowrl/{env_id.removesuffix('-v5')}Hidden-v0" for robot, env_id in ENV_IDS.items()}
 
 
-class HiddenDynamics(gym.Env[np.ndarray, np.ndarray]):
+class HiddenDynamics(RobotTask):
     """Run with one of the actuators reversed, or none: a world that is drawn at every reset.
 
     World 0 is the robot as built; in world k > 0 the action's component k - 1 acts with the opposite sign.
@@ -33,16 +31,9 @@ class HiddenDynamics(gym.Env[np.ndarray, np.ndarray]):
     robot's own in the run, 0 before.
     """
 
-    def __init__(self, robot: str = "halfcheetah") -> None:
-        if robot not in ROBOTS:
-            raise UserError(f"hidden dynamics: no robot {robot!r}; known: {', '.join(ROBOTS)}")
-        self.robot_id = ROBOTS[robot]
-        self._env: Any = gym.make(self.robot_id, disable_env_checker=True)
-        own, self.action_space = self._env.observation_space, self._env.action_space
-        assert isinstance(own, Box)
-        assert isinstance(self.action_space, Box)
-        self._wirings = wirings(self.action_space.shape[0])
-        self.observation_space = Box(-np.inf, np.inf, (own.shape[0] + 1,), np.float64)
+    def __init__(self, robot: str = "halfcheetah", render_mode: str | None = None) -> None:
+        super().__init__(robot, 1, render_mode)
+        self._wirings = wirings(self._env.action_space.shape[0])
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -67,18 +58,15 @@ class HiddenDynamics(gym.Env[np.ndarray, np.ndarray]):
         info = {"world": self._world}
         return observation, float(reward) * in_run, self._fallen and in_run, truncated, info
 
-    def close(self) -> None:
-        self._env.close()
-
 
 class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
     """``num_envs`` robots, each what :class:`HiddenDynamics` is alone; info holds (num_envs,) worlds."""
 
     def __init__(self, template: gym.Env, num_envs: int) -> None:
         """``template`` is one such environment, whose robot is taken."""
-        base: Any = template.unwrapped
-        self._wirings = wirings(base.action_space.shape[0])
-        super().__init__(template, num_envs, base.robot_id, len(self._wirings), EPISODE_TIMESTEPS)
+        assert isinstance(template.action_space, Box)
+        self._wirings = wirings(template.action_space.shape[0])
+        super().__init__(template, num_envs, len(self._wirings), EPISODE_TIMESTEPS)
 
     def step(
         self, actions: np.ndarray

@@ -1,16 +1,47 @@
-"""A task of flowrl's own on one of Gymnasium's robots, many at once: what such tasks have in common."""
+"""What flowrl's own tasks on Gymnasium's robots have in common, one and many at once."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Box
 from gymnasium.utils import seeding
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from flowrl.envs.mujoco_vector import MujocoVectorEnv
 from flowrl.errors import UserError
+
+ENV_IDS = {"halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "hopper": "Hopper-v5"}
+
+
+class RobotTask(gym.Env[np.ndarray, np.ndarray]):
+    """A robot whose observations have ``added`` numbers after its own."""
+
+    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array", "depth_array"]}  # noqa: RUF012
+
+    def __init__(self, robot: str, added: int, render_mode: str | None) -> None:
+        """Raise UserError for a robot that is not in :data:`ENV_IDS`."""
+        if robot not in ENV_IDS:
+            raise UserError(f"no robot {robot!r}; known: {', '.join(ENV_IDS)}")
+        self.robot, self.render_mode = robot, render_mode
+        self._env: Any = gym.make(ENV_IDS[robot], disable_env_checker=True, render_mode=render_mode)
+        self.metadata = self._env.metadata
+        self.action_space, own = self._env.action_space, self._env.observation_space
+        assert isinstance(own, Box)
+        self.observation_space = Box(-np.inf, np.inf, (own.shape[0] + added,), np.float64)
+
+    def render(self) -> Any:
+        return self._env.render()
+
+    @property
+    def mujoco_renderer(self) -> Any:
+        """What Gymnasium draws the robot with."""
+        return self._env.unwrapped.mujoco_renderer
+
+    def close(self) -> None:
+        self._env.close()
 
 
 class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -20,16 +51,15 @@ class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ``reset`` promise.
     """
 
-    def __init__(
-        self, template: gym.Env, num_envs: int, env_id: str, variants: int, episode_timesteps: int
-    ) -> None:
-        """``template`` is one such environment, ``env_id`` the robot's own."""
+    def __init__(self, template: gym.Env, num_envs: int, variants: int, episode_timesteps: int) -> None:
+        """``template`` is one such environment, whose robot is taken."""
+        base: Any = template.unwrapped
         limit = None if template.spec is None else template.spec.max_episode_steps
         if limit != episode_timesteps:
-            raise UserError(
-                f"max_episode_steps {limit}: this task's episodes have {episode_timesteps} timesteps"
-            )
-        self._envs = MujocoVectorEnv(gym.make(env_id, disable_env_checker=True), num_envs)
+            raise UserError(f"max_episode_steps {limit}: the episodes of this task have {episode_timesteps}")
+        self.robot: str = base.robot
+        own = gym.make(ENV_IDS[self.robot], disable_env_checker=True)
+        self._envs = MujocoVectorEnv(own, num_envs)
         self._variant_count = variants
         self.num_envs = num_envs
         self.metadata = self._envs.metadata

@@ -119,7 +119,7 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
     """
     if environment.env_id == TMAZE_ID:
         return TMazeVectorEnv(make_env(environment), num_envs)
-    if environment.env_id in CUED_IDS:
+    if environment.env_id in CUED_IDS.values():
         return CuedSpeedVectorEnv(make_env(environment), num_envs)
     if environment.env_id in HIDDEN_IDS.values():
         return HiddenDynamicsVectorEnv(make_env(environment), num_envs)
