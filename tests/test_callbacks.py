@@ -85,6 +85,7 @@ def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
     assert run.step == load_checkpoint(run.folder).step == step
     assert flowrl.train(resume=run.folder, progress_bar=False).step == 60
     assert_same_end(run.folder, reference)
+    assert_same_end(run.folder, reference, BEST)
 
 
 def test_data_in_memory_is_trained_on_as_from_its_file(reference, tiny_dataset, tmp_path):
