@@ -74,7 +74,7 @@ def test_training_from_python_is_that_of_the_command_without_its_output(
     assert called["checkpoint"][-1][1] == run.folder / "checkpoints" / "step-00000060"
 
 
-@pytest.mark.parametrize(("event", "step"), [("log", 7), ("evaluation", 25), ("checkpoint", 30)])
+@pytest.mark.parametrize(("event", "step"), [("log", 7), ("checkpoint", 30), ("evaluation", 50)])
 def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
     reference, tiny_dataset, tmp_path, event, step
 ):
