@@ -43,6 +43,8 @@ CHOSEN = {
     "halfcheetah-cued": Choice("flow", 0, "return-to-go"),
     "hopper-cued": Choice("flow", 1, "return-to-go"),
     "walker2d-cued": Choice("flow", 1, "return-to-go"),
+    "hopper-hidden": Choice("flow", 2, "return-to-go"),
+    "walker2d-hidden": Choice("flow", 0, "return-to-go"),
     "tmaze-500": Choice("flow", 0, "return-to-go"),
 }
 MEASURED_SEED = 1_000_000  # of no evaluation that agents or settings were chosen by
@@ -51,8 +53,8 @@ TEXT = """# Agents of the package
 
 `flowrl.load_agent("pretrained:NAME")`, trained on flowrl's own data (collected by the policies of the
 package, not D4RL's) and stored in 8 bits. Each is the best of three training seeds: for the nine sets by
-100 episodes at `--conditioning target` and evaluation seed 0, for the cued robots by the 200 episodes at
-the end of training; for `tmaze-500` the first seed was taken. So each score is that of one chosen training;
+100 episodes at `--conditioning target` and evaluation seed 0, for the cued and hidden robots by the 200
+episodes at the end of training; for `tmaze-500` the first seed was taken. So each score is that of one chosen training;
 what to expect of a training is in `results/default/report.md` and `results/memory/report.md` of the
 repository.
 
