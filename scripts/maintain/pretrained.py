@@ -54,9 +54,9 @@ TEXT = """# Agents of the package
 `flowrl.load_agent("pretrained:NAME")`, trained on flowrl's own data (collected by the policies of the
 package, not D4RL's) and stored in 8 bits. Each is the best of three training seeds: for the nine sets by
 100 episodes at `--conditioning target` and evaluation seed 0, for the cued and hidden robots by the 200
-episodes at the end of training; for `tmaze-500` the first seed was taken. So each score is that of one chosen training;
-what to expect of a training is in `results/default/report.md` and `results/memory/report.md` of the
-repository.
+episodes at the end of training; for `tmaze-500` the first seed was taken. So each score is that of one
+chosen training; what to expect of a training is in `results/default/report.md` and
+`results/memory/report.md` of the repository.
 
 Scores are measured from the files here with an evaluation seed that chose nothing, at the first target:
 `flowrl evaluate pretrained:NAME --episodes {episodes} --seed {seed}`. Mean ± standard deviation over
