@@ -38,6 +38,7 @@ class ConstantAgent:
         dataset_id="hopper-medium",
         dataset_sha256="c0ffee",
         targets=(600.0, 0.0),
+        chosen_by="",
         model=SimpleNamespace(observation_dim=11, action_dim=3, action_choices=()),
     )
     targets: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -203,7 +204,8 @@ def test_video_holds_one_episode_per_target_side_by_side(tmp_path):
     assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == drawn
     reader = imageio_ffmpeg.read_frames(str(path))
     size = next(reader)["size"]
-    frames = [np.frombuffer(frame, np.uint8).reshape(480, 960, 3) for frame in reader]
+    frames = [np.frombuffer(next(reader), np.uint8).reshape(480, 960, 3) for _ in range(drawn)]
+    reader.close()
     assert size == (960, 480)
     first, last = frames[0].astype(float), frames[-1].astype(float)
     for half in (first[:, :480], first[:, 480:]):
