@@ -19,7 +19,7 @@ from flowrl.sweeps.process import is_finished, log_path
 from flowrl.sweeps.ray_cluster import train_on_node
 from flowrl.training.run import run_train
 
-STEPS = 300
+STEPS = 1_000  # long enough that both runs train at one time
 
 # Starts a head node and another with one core each, prints the address, and removes the other on a line.
 CLUSTER = """
