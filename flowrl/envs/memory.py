@@ -12,10 +12,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from flowrl.envs.slots import SlotGenerators
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
@@ -90,7 +90,7 @@ class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.single_action_space = template.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._generators = SlotGenerators(num_envs)
         self._arm = np.zeros(num_envs, dtype=np.int64)
         self._false_cues: list[dict[int, int]] = [{}] * num_envs
         self._timestep = np.zeros(num_envs, dtype=np.int64)
@@ -104,21 +104,13 @@ class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others.
         """
-        if seed is None or isinstance(seed, int):
-            seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        for slot in np.flatnonzero(mask).tolist():
-            if seeds[slot] is not None or self._generators[slot] is None:
-                self._generators[slot] = seeding.np_random(seeds[slot])[0]
-            generator = self._generators[slot]
-            assert generator is not None
+        slots, generators = self._generators.reset(seed, options)
+        for slot, generator in zip(slots.tolist(), generators, strict=True):
             self._arm[slot], self._false_cues[slot] = draw_cues(
                 generator, self.length, self.arms, self.distractors
             )
-        self._timestep[mask] = 0
-        self._observe(mask)
+        self._timestep[slots] = 0
+        self._observe(slots)
         return self._observations.copy(), {}
 
     def step(
@@ -130,23 +122,22 @@ class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         rewards = (at_junction & right).astype(np.float64)
         self._timestep[running] += 1
         self._observations[at_junction] = 0
-        self._observe(running & ~at_junction)
+        self._observe(np.flatnonzero(running & ~at_junction))
         finished = self._timestep == self.length
         return self._observations.copy(), rewards, finished, np.zeros_like(finished), {}
 
     def _observe(self, slots: np.ndarray) -> None:
-        """Write the observations of these slots, a (num_envs,) bool mask."""
+        """Write the observations of these slots, (slots,)."""
         timesteps, places = self._timestep[slots], self._timestep[slots] % _NOISE_BLOCK
-        for slot in np.flatnonzero(slots)[places == 0].tolist():
+        for slot in slots[places == 0].tolist():
             generator = self._generators[slot]
-            assert generator is not None
             count = min(_NOISE_BLOCK, self.length - int(self._timestep[slot]))
             self._noise[slot, :count] = generator.uniform(-1, 1, count)
         observations = np.zeros((len(timesteps), self._observations.shape[1]), dtype=np.float32)
         first = timesteps == 0
         observations[first, :-3] = cue_vector(self._arm[slots][first], self.arms)
         if self.distractors:
-            for row, slot in enumerate(np.flatnonzero(slots).tolist()):
+            for row, slot in enumerate(slots.tolist()):
                 shown = self._false_cues[slot].get(int(timesteps[row]))
                 if shown is not None:
                     observations[row, :-3] = cue_vector(shown, self.arms)

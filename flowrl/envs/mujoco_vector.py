@@ -21,10 +21,10 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from flowrl.envs.slots import SlotGenerators
 from flowrl.machine import available_cores
 
 SLOTS_PER_THREAD = 4  # fewer are stepped faster than another thread is woken
@@ -116,7 +116,7 @@ class MujocoVectorEnv(VectorEnv):
         self._ctrl = [data.ctrl for data in self._datas]
         self._body = [data.xpos[1] for data in self._datas]
         self._forces = [data.cfrc_ext for data in self._datas]
-        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._generators = SlotGenerators(num_envs)
 
         assert isinstance(self.observation_space, Box)
         self._observations = np.zeros(self.observation_space.shape)
@@ -136,16 +136,9 @@ class MujocoVectorEnv(VectorEnv):
         ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others;
         without one a slot draws from its current generator, as Gymnasium's environments do.
         """
-        if seed is None or isinstance(seed, int):
-            seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        if len(seeds) != self.num_envs or mask.shape != (self.num_envs,):
-            raise ValueError(f"expected {self.num_envs} seeds and a mask of that length")
-        slots = np.flatnonzero(mask)
-        for slot in slots.tolist():
-            self._reset_slot(slot, seeds[slot])
+        slots, generators = self._generators.reset(seed, options)
+        for slot, generator in zip(slots.tolist(), generators, strict=True):
+            self._reset_slot(slot, generator)
         self._elapsed[slots] = 0
         self._terminations[slots] = self._truncations[slots] = False
         self._observe(slots)
@@ -194,10 +187,7 @@ class MujocoVectorEnv(VectorEnv):
         """End the threads."""
         self._pool.shutdown()
 
-    def _reset_slot(self, slot: int, seed: int | None) -> None:
-        generator = self._generators[slot]
-        if seed is not None or generator is None:
-            generator = self._generators[slot] = seeding.np_random(None if seed is None else int(seed))[0]
+    def _reset_slot(self, slot: int, generator: np.random.Generator) -> None:
         scale, model, data = self._task.reset_noise_scale, self._model, self._datas[slot]
         mujoco.mj_resetData(model, data)
         self._qpos[slot][:] = self._init_qpos + generator.uniform(-scale, scale, model.nq)

@@ -6,11 +6,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.utils import seeding
 from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from flowrl.envs.mujoco_vector import MujocoVectorEnv
+from flowrl.envs.slots import SlotGenerators
 from flowrl.errors import UserError
 
 ENV_IDS = {"halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "hopper": "Hopper-v5"}
@@ -67,7 +67,7 @@ class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.single_action_space = template.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        self._generators = SlotGenerators(num_envs)
         self._variants = np.zeros(num_envs, dtype=np.int64)
         self._timesteps = np.zeros(num_envs, dtype=np.int64)
         self._finished = np.zeros((2, num_envs), dtype=bool)  # terminated, truncated
@@ -78,17 +78,9 @@ class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start every slot anew, or those of ``options["reset_mask"]``; see :class:`MujocoVectorEnv`."""
         own, _ = self._envs.reset(seed=seed, options=options)
-        if seed is None or isinstance(seed, int):
-            seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
-        for slot in np.flatnonzero(mask).tolist():
-            generator = self._generators[slot]
-            if seeds[slot] is not None or generator is None:
-                generator = self._generators[slot] = seeding.np_random(seeds[slot])[0]
-            self._variants[slot] = generator.integers(self._variant_count)
-        self._timesteps[mask], self._finished[:, mask] = 0, False
+        slots, generators = self._generators.reset(seed, options)
+        self._variants[slots] = [generator.integers(self._variant_count) for generator in generators]
+        self._timesteps[slots], self._finished[:, slots] = 0, False
         return self._observe(own), self._info()
 
     def behavior_actions(self, opening: np.ndarray, actions: np.ndarray) -> np.ndarray:

@@ -1,0 +1,47 @@
+"""The random generators of a vector environment's slots."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.utils import seeding
+
+
+class SlotGenerators:
+    """One random generator for each slot, reseeded as Gymnasium's environments are."""
+
+    def __init__(self, num_envs: int) -> None:
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+
+    def reset(
+        self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None
+    ) -> tuple[np.ndarray, list[np.random.Generator]]:
+        """Return the slots that start anew, (slots,) rising, and the generator of each.
+
+        Args:
+            seed: one seed per slot, or one number for slot 0 with the following ones for the others; without
+                one a slot keeps its generator.
+            options: its ``reset_mask``, (num_envs,) bool, names the slots; by default all start anew.
+
+        Raises:
+            ValueError: another number of seeds, or a mask of another shape.
+        """
+        num_envs = len(self._generators)
+        if seed is None or isinstance(seed, int):
+            seeds = [None if seed is None else seed + slot for slot in range(num_envs)]
+        else:
+            seeds = list(seed)
+        mask = (options or {}).get("reset_mask", np.ones(num_envs, dtype=bool))
+        if len(seeds) != num_envs or mask.shape != (num_envs,):
+            raise ValueError(f"expected {num_envs} seeds and a mask of that length")
+        slots = np.flatnonzero(mask)
+        for slot in slots.tolist():
+            own = seeds[slot]
+            if own is not None or self._generators[slot] is None:
+                self._generators[slot] = seeding.np_random(None if own is None else int(own))[0]
+        return slots, [self[slot] for slot in slots.tolist()]
+
+    def __getitem__(self, slot: int) -> np.random.Generator:
+        generator = self._generators[slot]
+        assert generator is not None, "reset comes first"
+        return generator
