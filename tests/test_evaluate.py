@@ -214,6 +214,8 @@ def test_video_holds_one_episode_per_target_side_by_side(tmp_path):
     assert abs(first[robot, :480] - first[robot, 480:]).mean() < 4  # the same start, compressed
     assert abs(first[caption, :480] - first[caption, 480:]).max() > 100  # two targets
     assert abs(last[robot, :480] - last[robot, 480:]).max() > 100  # two ways of acting
+    asked = (slice(4, 32), slice(480, 640))  # the second target's line, the same in every frame
+    assert abs(last[asked] - first[asked]).mean() < 4
 
 
 @pytest.mark.parametrize("task", ["Cued", "Hidden"])
