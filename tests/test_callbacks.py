@@ -74,11 +74,13 @@ def test_training_from_python_is_that_of_the_command_without_its_output(
     assert called["checkpoint"][-1][1] == run.folder / "checkpoints" / "step-00000060"
 
 
-@pytest.mark.parametrize(("event", "step"), [("log", 7), ("checkpoint", 30), ("evaluation", 50)])
+@pytest.mark.parametrize(
+    ("event", "step", "true"), [("log", 7, bool), ("checkpoint", 30, bool), ("evaluation", 50, np.bool_)]
+)
 def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
-    reference, tiny_dataset, tmp_path, event, step
+    reference, tiny_dataset, tmp_path, event, step, true
 ):
-    recorder = Recorder(lambda *now: now == (event, step))
+    recorder = Recorder(lambda *now: true(now == (event, step)))
     run = flowrl.train(
         str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=[recorder], keep_best="return_mean"
     )

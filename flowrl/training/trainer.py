@@ -323,7 +323,8 @@ class Trainer:
     def _call(self, event: str, *arguments: Any) -> None:
         """Call every callback; one that returns True stops the training after this update's checkpoint."""
         for callback in self.callbacks if self.ranks.is_first else ():
-            if getattr(callback, event)(*arguments) is True:
+            answer = getattr(callback, event)(*arguments)
+            if isinstance(answer, bool | np.bool_) and answer:  # NumPy's is what comparing a mean gives
                 self.stop_wanted = True
 
     def _write(self, kind: str, figures: dict[str, Any], group: str | None = None) -> None:
