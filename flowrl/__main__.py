@@ -35,6 +35,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("Train an agent, or resume a run.", "training.run", "run_train"),
+    "finetune": Command(
+        "Fine-tune a trained run online, in its environment.", "finetuning.command", "run_finetune"
+    ),
     "evaluate": Command(
         "Evaluate a trained run in its environment.", "evaluation.command", "evaluate_run", "EvaluateConfig"
     ),

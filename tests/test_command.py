@@ -36,7 +36,7 @@ def test_without_a_command_all_are_listed(capsys):
         assert (output if code else errors) == ""
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "collect", "info", "sweep", "report"])
+@pytest.mark.parametrize("name", ["train", "finetune", "evaluate", "collect", "info", "sweep", "report"])
 def test_scripts_are_commands(name, monkeypatch):
     given = []
     monkeypatch.setattr(__main__, "main", lambda words: given.append(words) or 5)

@@ -21,6 +21,8 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
+from flowrl.finetuning.command import run_finetune
+from flowrl.model.checkpoint import load_checkpoint
 from flowrl.model.loading import load_agent
 
 STEPS = 2  # of an episode of the toys
@@ -156,6 +158,22 @@ def test_choices_side_by_side_are_learned(tmp_path: Path, agent: str) -> None:
     assert load_agent(run).config.model.action_choices == (2, 3)
     assert results[0].returns.mean() > 1.5 * STEPS
     assert agent == "bc" or results[1].returns.mean() < 0.5 * STEPS
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_choices_are_drawn_in_fine_tuning_and_replayed_beside_what_they_earned(tmp_path: Path) -> None:
+    store("flowrl-test/Locks-v0", 20)
+    options = {"steps": 1, "embed_dim": 8, "eval_episodes": 0}
+    train_here("minari:test/toy-v0", tmp_path / "run", env="flowrl-test/Locks-v0", **options)
+    flags = ["--episodes-per-round=50", "--replay-timesteps=100", "--steps=1", "--eval-episodes=0"]
+    run_finetune([str(tmp_path / "run"), *flags, f"--run-dir={tmp_path / 'online'}"])
+    saved = load_checkpoint(tmp_path / "online", for_training=True).training_tensors
+    observations, actions = saved["replay.observations"], saved["replay.actions"]
+    assert len(actions) == 50 * STEPS  # all of them new
+    assert len(actions.unique(dim=0)) == 2 * 3
+    assert actions.sum(-1).unique() == 2
+    wheels = observations[:, :5]  # one-hot, as the actions
+    assert ((wheels * actions).sum(-1) == saved["replay.rewards"]).all()
 
 
 def noisy_cartpole(path: Path, column: bool) -> float:

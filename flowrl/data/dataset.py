@@ -236,10 +236,17 @@ def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
         f"{returns[kept].min():.1f} to {returns[kept].max():.1f}"
     )
     return replace(
-        _episodes(dataset, kept),
+        select_episodes(dataset, kept),
         dataset_id=f"{dataset.dataset_id} top {fraction:g}",
         notes=(*dataset.notes, note),
     )
+
+
+def newest_episodes(dataset: EpisodeDataset, timesteps: int) -> EpisodeDataset:
+    """Return the last episodes that together have at most this many timesteps; at least one stays."""
+    backwards = np.cumsum(dataset.episode_lengths[::-1])  # (E,)
+    count = max(int(np.searchsorted(backwards, timesteps, side="right")), 1)
+    return select_episodes(dataset, np.arange(dataset.num_episodes - count, dataset.num_episodes))
 
 
 def held_out(dataset: EpisodeDataset, fraction: float) -> tuple[EpisodeDataset, EpisodeDataset | None]:
@@ -254,10 +261,12 @@ def held_out(dataset: EpisodeDataset, fraction: float) -> tuple[EpisodeDataset, 
         raise UserError(f"--validation-fraction {fraction:g}: {dataset.dataset_id} has a single episode")
     count = min(max(round(fraction * dataset.num_episodes), 1), dataset.num_episodes - 1)
     shuffled = np.random.default_rng(0).permutation(dataset.num_episodes)
-    return _episodes(dataset, np.sort(shuffled[count:])), _episodes(dataset, np.sort(shuffled[:count]))
+    return select_episodes(dataset, np.sort(shuffled[count:])), select_episodes(
+        dataset, np.sort(shuffled[:count])
+    )
 
 
-def _episodes(dataset: EpisodeDataset, kept: np.ndarray) -> EpisodeDataset:
+def select_episodes(dataset: EpisodeDataset, kept: np.ndarray) -> EpisodeDataset:
     """The episodes with these rising numbers, (episodes,); ``sha256`` remains that of the data as read."""
     is_kept = np.zeros(dataset.num_episodes, dtype=bool)
     is_kept[kept] = True

@@ -52,8 +52,12 @@ class WindowSampler:
         self.device = torch.device(device)
         self.ranks = ranks
         self._generator = torch.Generator().manual_seed(seed)
+        self.draw_from(dataset)
+
+    def draw_from(self, dataset: EpisodeDataset) -> None:
+        """Draw the next batches from this data, with the random numbers that come next."""
         self._starts, self._lengths = dataset.episode_starts, dataset.episode_lengths
-        overhang = np.where(self._lengths <= context_length, 0, context_length - 1)
+        overhang = np.where(self._lengths <= self.context_length, 0, self.context_length - 1)
         self._windows_so_far = np.cumsum(self._lengths + overhang)  # (E,) of this episode and those before
         self.num_windows = int(self._windows_so_far[-1])
         self._arrays = (dataset.observations, dataset.actions, dataset.returns_to_go)

@@ -116,7 +116,7 @@ def flat_rows(where: str, name: str, space: Space[Any], values: Any, rows: int) 
         raise UserError(f"{where}: '{name}' has shape {values.shape}, expected {expected}")
     values = values.reshape(rows, -1)
     if isinstance(space, Discrete | MultiDiscrete):
-        return _one_hot(where, name, values - np.ravel(space.start), choices_of(space))
+        return one_hot(where, name, values - np.ravel(space.start), choices_of(space))
     return values
 
 
@@ -132,8 +132,8 @@ def environment_actions(space: Space[Any], actions: np.ndarray) -> np.ndarray:
     return actions.reshape(-1, *(space.shape or ())).astype(space.dtype)
 
 
-def _one_hot(where: str, name: str, values: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
-    """(rows, len(choices)) numbers from 0 -> (rows, sum(choices)) float32."""
+def one_hot(where: str, name: str, values: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
+    """(rows, len(choices)) numbers from 0 -> (rows, sum(choices)) float32; see :func:`flat_rows`."""
     wrong = ~((values >= 0) & (values < choices) & (values == np.floor(values)))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]

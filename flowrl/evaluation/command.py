@@ -16,11 +16,12 @@ from flowrl.data.sources import environment_named
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.spaces import check_environment
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate, format_table
 from flowrl.evaluation.rollout import failures_kept
 from flowrl.evaluation.video import check_video, write_video
-from flowrl.model.agent import Acting, Conditioning
+from flowrl.model.agent import Acting, Agent, Conditioning
 from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.loading import load_agent
 from flowrl.options import Episodes, NotNegative, Seed, SourceClamp, checked, flag
@@ -100,18 +101,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         temperature=config.temperature,
     )
     torch.manual_seed(config.seed)  # of actions that are drawn
-    environment = agent.environment
-    if config.env is not None:
-        environment = environment_named(config.env, config.env_import)
-    if environment is None:
-        raise UserError(f"{config.run}: its dataset names no environment; give one with --env")
-    environment = config.apply(environment)
-    if environment.imports:
-        print(f"importing {', '.join(environment.imports)} for {environment.env_id}")
-    model = agent.config.model
-    facts = check_environment(environment, model.observation_dim, model.action_dim, model.action_choices)
-    if facts.max_episode_steps is None:
-        raise UserError(f"environment {environment.env_id} has no time limit: give --max-episode-steps")
+    environment = acting_environment(agent, config.run, config.env, config)
     reference = config.reference() or agent.config.reference or reference_scores(environment.env_id)
     if config.targets == "sweep":
         targets = _swept_targets(agent.config.targets, reference)
@@ -153,6 +143,27 @@ def _evaluate_run(config: EvaluateConfig) -> None:
     if config.video is not None:
         write_video(config.video, agent, environment, targets, config.seed)
         print(f"video in {config.video}")
+
+
+def acting_environment(
+    agent: Agent, run: Path, env: str | None, options: EvaluationOptions
+) -> EnvironmentSpec:
+    """Return what an agent acts in: what ``env`` names or its own environment, with these options over it.
+
+    Raises:
+        UserError: there is none, it has no time limit, or it does not fit the agent.
+    """
+    environment = agent.environment if env is None else environment_named(env, options.env_import)
+    if environment is None:
+        raise UserError(f"{run}: its dataset names no environment; give one with --env")
+    environment = options.apply(environment)
+    if environment.imports:
+        print(f"importing {', '.join(environment.imports)} for {environment.env_id}")
+    model = agent.config.model
+    facts = check_environment(environment, model.observation_dim, model.action_dim, model.action_choices)
+    if facts.max_episode_steps is None:
+        raise UserError(f"environment {environment.env_id} has no time limit: give --max-episode-steps")
+    return environment
 
 
 def _swept_targets(targets: tuple[float, ...], reference: ReferenceScores | None) -> tuple[float, ...]:

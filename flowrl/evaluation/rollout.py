@@ -1,7 +1,7 @@
 """One episode per slot, all slots in one batch: the loop behind every reported return."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -58,7 +58,11 @@ class NonFiniteError(UserError):
 
 
 def rollout(
-    agent: BatchedAgent, environment: EnvironmentSpec, target_returns: np.ndarray, seeds: np.ndarray
+    agent: BatchedAgent,
+    environment: EnvironmentSpec,
+    target_returns: np.ndarray,
+    seeds: np.ndarray,
+    record: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
 ) -> Rollouts:
     """Run exactly one episode per slot and add up its rewards.
 
@@ -72,6 +76,8 @@ def rollout(
         environment: what to make; it must end its episodes by itself or by a time limit.
         target_returns: (slots,) the return that each slot aims at, in the reward's units.
         seeds: (slots,) integer seeds of the environments.
+        record: called at every step with the slots that are still running, (running,), their observations
+            (running, observation_dim), the agent's actions and the rewards (running,) that followed.
 
     Raises:
         NonFiniteError: NaN or infinity in an observation, a reward or an action.
@@ -95,13 +101,16 @@ def rollout(
         with tqdm(total=slots, desc="evaluate", unit="episode", leave=False, disable=None) as progress:
             for step in count():
                 _check_finite("observation", observations[running], running, step)
-                acted = agent.act(observations[running], rewards)
+                observed = observations[running]
+                acted = agent.act(observed, rewards)
                 _check_finite("action", acted, running, step)
                 actions[running] = environment_actions(space, acted)
                 with _named_failure(environment, f"step {step}"):
                     observations, step_rewards, terminations, truncations, infos = envs.step(actions)
                 rewards = step_rewards[running]
                 _check_finite("reward", rewards, running, step)
+                if record is not None:
+                    record(running, observed, acted, rewards)
                 returns[running] += rewards
                 lengths[running] += 1
                 finished = (terminations | truncations)[running]

@@ -68,6 +68,7 @@ class Agent:
         acting: Acting | None = None,
         conditioning: Conditioning | None = None,
         temperature: float = 0.0,
+        noise: float = 0.0,
         checkpoint_step: int | None = None,
     ) -> None:
         self.model = model
@@ -76,6 +77,7 @@ class Agent:
         self.acting: Acting = acting or by_default
         self.conditioning = conditioning or config.conditioning
         self.temperature = temperature  # of discrete actions, drawn; 0 takes the likeliest
+        self.noise = noise  # standard deviation, on continuous actions of bounds -1 and 1
         self.checkpoint_step = checkpoint_step
         self._state: ActingState | None = None
 
@@ -190,7 +192,7 @@ class Agent:
         if self._history is None:
             arguments = (observed, self._returns_to_go, self._timesteps)
             outputs, self._state = self.model.step(*arguments, self._state)
-            actions = self.model.to_actions(outputs, self.temperature)
+            actions = self._chosen(outputs)
         else:
             actions = self._act_window(observed, self._state.previous_actions, self._history)
         self._timesteps += 1
@@ -236,6 +238,12 @@ class Agent:
             self.restart(starting.cpu().numpy())
         self._ended = ended
 
+    def _chosen(self, outputs: Tensor) -> Tensor:
+        """Actions (batch, action_dim) from the model's outputs, explored around where there is noise."""
+        if self.noise > 0 and not self.model.action_choices:
+            outputs = outputs + self.noise * torch.randn_like(outputs)
+        return self.model.to_actions(outputs, self.temperature)
+
     def _act_window(self, observed: Tensor, previous: Tensor, history: Window) -> Tensor:
         """Append a timestep to each slot's window, dropping the oldest of a full one, and predict from it."""
         full = history.valid.all(dim=1)
@@ -249,7 +257,7 @@ class Agent:
             tensor[row, place] = entry
         longest = int(place.max()) + 1
         outputs = self.model(Window(*(tensor[:, :longest] for tensor in history)))
-        actions = self.model.to_actions(outputs[row, place], self.temperature)
+        actions = self._chosen(outputs[row, place])
         history.actions[row, place] = actions
         return actions
 

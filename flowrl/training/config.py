@@ -36,9 +36,10 @@ from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.training.presets import preset_options
 
 FilePath = Annotated[Path, Strict(False)]  # a string will do
+FINETUNE_FILE = "finetune.yaml"  # in the folder of a run that was fine-tuned, beside config.yaml
 
 
-def _several(value: object) -> object:
+def several(value: object) -> object:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
@@ -49,7 +50,7 @@ class TrainConfig(EvaluationOptions):
     env: str | None = None
     """Name of a D4RL dataset, such as hopper-medium, which also picks the preset of that name; or, beside
     --dataset PATH, the Gymnasium environment to evaluate in, such as Hopper-v4."""
-    dataset: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    dataset: Annotated[tuple[str, ...], BeforeValidator(several)] = ()
     """Where the data is, if not D4RL's file for --env: minari:mujoco/hopper/medium-v0, or PATH.hdf5 in
     D4RL's layout; several are trained on together."""
     split_at_timeouts: bool = False
@@ -159,7 +160,7 @@ class TrainConfig(EvaluationOptions):
     it is labelled as chosen by that evaluation, whose score is therefore optimistic."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dataset", _several(self.dataset))  # one name will do
+        object.__setattr__(self, "dataset", several(self.dataset))  # one name will do
 
     @property
     def warmup(self) -> int:
@@ -202,13 +203,17 @@ def parse_train_config(
         saved = flags.resume / "config.yaml"
         if not saved.is_file():
             raise UserError(f"--resume {flags.resume}: not a run folder, it has no config.yaml")
+        if (flags.resume / FINETUNE_FILE).exists():
+            raise UserError(
+                f"--resume {flags.resume}: was fine-tuned; continue it with flowrl finetune --resume"
+            )
         below = read_options(saved)
         below["warmup_steps"] = TrainConfig(**below).warmup
     config = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**{**below, **options}))
     if flags.resume is not None:
         defaults = {name for name, value in RESOLVED_AT_START.items() if getattr(config, name) == value}
         config = replace(config, **{name: below[name] for name in defaults & below.keys()})
-        _check_resumable(TrainConfig(**below), config, flags.resume)
+        check_resumable(TrainConfig(**below), config, flags.resume)
     check_values(config)
     return config
 
@@ -266,8 +271,8 @@ def to_arguments(config: TrainConfig) -> list[str]:
     return arguments
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """Return the configuration as YAML that :func:`read_options` reads back to the same."""
+def to_yaml(config: EvaluationOptions) -> str:
+    """Return options as YAML; those of training are read back to the same by :func:`read_options`."""
     data = {
         name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
         for name, value in asdict(config).items()
@@ -291,8 +296,9 @@ def dataset_folder(source: str) -> str:
     return "-".join(part for part in path.parts if part not in ("/", "..", "."))
 
 
-def _check_resumable(saved: TrainConfig, asked: TrainConfig, run: Path) -> None:
-    for field in fields(TrainConfig):
+def check_resumable(saved: EvaluationOptions, asked: EvaluationOptions, run: Path) -> None:
+    """Raise a UserError that names the first flag which differs from what a run has, and may not."""
+    for field in fields(saved):
         before, now = getattr(saved, field.name), getattr(asked, field.name)
         if before != now and field.name not in RESUMABLE:
             raise UserError(

@@ -114,7 +114,7 @@ def run_training(
         with nullcontext() if ranks.is_first else redirect_stdout(nowhere):
             describe(dataset, say)
             run_dir = ranks.first(run_dir)
-            with _run_folder(config, run_dir, ranks):
+            with run_folder(config, run_dir, ranks):
                 trainer = Trainer(
                     config, run_dir, dataset, device, signals, ranks, callbacks, say, progress_bar
                 )
@@ -126,7 +126,7 @@ def run_training(
 
 
 @contextmanager
-def _run_folder(config: TrainConfig, run_dir: Path, ranks: Ranks) -> Iterator[None]:
+def run_folder(config: TrainConfig, run_dir: Path, ranks: Ranks) -> Iterator[None]:
     """Make the folder and keep other trainings out of it."""
     in_use = f"{run_dir}: another process is training in this folder"
     try:

@@ -38,11 +38,15 @@ class Stream(IntEnum):
     BATCHES = 1
     DROPOUT = 2
     EVALUATION = 3
+    COLLECTION = 4
 
 
-def stream_seed(seed: int, stream: Stream, rank: int = 0) -> int:
-    """The 32-bit seed of one random stream of the run with this seed, by NumPy's SeedSequence."""
-    return int(np.random.SeedSequence(seed, spawn_key=(stream, rank)).generate_state(1)[0])
+def stream_seed(seed: int, stream: Stream, number: int = 0) -> int:
+    """The 32-bit seed of one random stream of the run with this seed, by NumPy's SeedSequence.
+
+    ``number`` is that of a process, or of a round of collecting.
+    """
+    return int(np.random.SeedSequence(seed, spawn_key=(stream, number)).generate_state(1)[0])
 
 
 def evaluation_seed(config: TrainConfig) -> int:

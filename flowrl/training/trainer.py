@@ -24,7 +24,8 @@ from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
 from flowrl.evaluation.rollout import failures_kept
 from flowrl.model.action_model import ActionModel
-from flowrl.model.checkpoint import BEST, has_checkpoint, load_checkpoint, save_checkpoint
+from flowrl.model.agent import Agent
+from flowrl.model.checkpoint import BEST, Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from flowrl.native.accelerate import accelerate_training
 from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import Stopped, StopSignals
@@ -69,6 +70,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         say: Callable[[str], None] = tqdm.write,
         progress_bar: bool | None = None,  # None: on a terminal
+        agent: Agent | None = None,  # trained before; None: a new one for the data
     ) -> None:
         if device.index is not None:
             torch.cuda.set_device(device)  # its streams are the current ones
@@ -83,7 +85,7 @@ class Trainer:
         self.results: list[TargetResult] = []
         dataset, validation = held_out(dataset, config.validation_fraction)
         torch.manual_seed(stream_seed(config.seed, Stream.WEIGHTS))
-        agent = build_agent(config, dataset, device)
+        agent = agent or build_agent(config, dataset, device)
         context, seed = agent.config.context_length, stream_seed(config.seed, Stream.BATCHES)
         sampler = WindowSampler(dataset, context, batch_size(config, dataset), seed, device, ranks)
         self.validation: WindowSampler | None = None
@@ -268,7 +270,7 @@ class Trainer:
         if best is not None and score <= best:
             return
         self.state.best_score = score
-        checkpoint = self.state.checkpoint()
+        checkpoint = self.checkpoint()
         chosen_by = (
             f"{metric} {score:.4g} of {len(result.returns)} episodes in training's own evaluations, "
             f"the highest up to update {self.step}"
@@ -292,10 +294,14 @@ class Trainer:
             raise Stopped(128 + wanted)
         return wanted == 1
 
+    def checkpoint(self) -> Checkpoint:
+        """All that a resumed run continues from; all ranks must call it together."""
+        return self.state.checkpoint()
+
     def save(self) -> None:
         """Write a checkpoint of this very moment."""
         self._check_finite()
-        checkpoint = self.state.checkpoint()
+        checkpoint = self.checkpoint()
         if self.metrics is not None:
             self.metrics.sync()
             folder = save_checkpoint(self.run_dir, checkpoint, self.config.keep_checkpoints)

@@ -1,0 +1,206 @@
+"""Online fine-tuning: what is collected, what is replayed, and the same end after any interruption."""
+
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import assert_same_end, figures, resume_here, steps_on_disk, train_here
+
+import flowrl
+from flowrl.data import EpisodeDataset
+from flowrl.data.dataset import build_episodes, newest_episodes
+from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.vector import make_env
+from flowrl.errors import UserError
+from flowrl.evaluation.rollout import Rollouts
+from flowrl.finetuning import trainer as online
+from flowrl.finetuning.command import run_finetune
+from flowrl.finetuning.trainer import OnlineTrainer, collect_episodes
+from flowrl.model.agent import Agent
+from flowrl.model.checkpoint import load_checkpoint
+from flowrl.report.runs import load_runs
+from flowrl.signals import Stopped
+
+OPTIONS = {
+    "steps": 30,
+    "updates_per_round": 10,
+    "episodes_per_round": 3,
+    "replay_timesteps": 90,
+    "eval_every": 15,
+    "eval_episodes": 2,
+    "checkpoint_every": 7,
+    "log_every": 4,
+    "device": "cpu",
+}
+
+
+def finetune(run, run_dir, **options):
+    merged = {**OPTIONS, **options}
+    flags = [word for name, value in merged.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return run_finetune([str(run), "--run-dir", str(run_dir), *flags])
+
+
+def resume(run_dir, *flags):
+    return run_finetune(["--resume", str(run_dir), *flags])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dataset, tmp_path_factory):
+    """A run of a few updates; not to be changed."""
+    run = tmp_path_factory.mktemp("finetuning") / "trained"
+    train_here(tiny_dataset, run, steps=3, eval_episodes=0)
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(trained, tmp_path_factory):
+    """A fine-tuning without interruption; not to be changed."""
+    run = tmp_path_factory.mktemp("finetuned") / "reference"
+    finetune(trained, run)
+    return run
+
+
+@pytest.mark.parametrize("step", [10, 24])
+def test_stopped_at_any_update_it_goes_on_exactly(reference, trained, tmp_path, monkeypatch, step):
+    """At the end of a round, and in one after the replay has dropped episodes."""
+    update = OnlineTrainer.update
+
+    def interrupted(self):
+        update(self)
+        if self.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnlineTrainer, "update", interrupted)
+        with pytest.raises(Stopped):
+            finetune(trained, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run").step == step
+    torch.rand(3)  # whatever else uses random numbers meanwhile
+    resume(tmp_path / "run")
+    assert_same_end(tmp_path / "run", reference)
+
+
+def test_a_round_that_is_stopped_is_collected_anew(reference, trained, tmp_path, monkeypatch):
+    """The first one, after some of its actions were drawn."""
+    rollout, calls = online.rollout, []
+
+    def interrupted(*arguments) -> Rollouts:
+        record = arguments[-1]
+
+        def stop(*step):
+            calls.append(step)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            record(*step)
+
+        return rollout(*arguments[:-1], stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(online, "rollout", interrupted)
+        with pytest.raises(Stopped):
+            finetune(trained, tmp_path / "run")
+    assert not figures(tmp_path / "run", "round")
+    resume(tmp_path / "run")
+    assert_same_end(tmp_path / "run", reference)
+
+
+def test_a_damaged_checkpoint_takes_the_replay_back_as_well(reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run")
+    path = run / "checkpoints" / "step-00000030" / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    resume(run)
+    assert_same_end(run, reference)
+
+
+def test_collected_episodes_are_what_the_environment_and_the_agent_did(trained) -> None:
+    """Each action, taken again in one environment, gives the observation and reward beside it; returns-to-go
+    are the sums of what followed, and without noise the actions are those of the model over the episode."""
+    loaded = flowrl.load_agent(trained)
+    environment, targets = EnvironmentSpec("Hopper-v4"), np.array([30.0, 5.0, 90.0])
+    episodes = collect_episodes(Agent(loaded.model, loaded.config, noise=0.3), environment, targets, seed=7)
+    plain = collect_episodes(loaded, environment, targets, seed=7)
+    assert not np.array_equal(episodes.actions[0], plain.actions[0])
+    env = make_env(environment)
+    for episode, seed in enumerate(np.random.SeedSequence(7).generate_state(3)):
+        rows = _rows(episodes, episode)
+        observation, _ = env.reset(seed=int(seed))
+        rewards = []
+        for index in range(rows.start, rows.stop):
+            np.testing.assert_array_equal(episodes.observations[index], observation.astype(np.float32))
+            observation, reward, terminated, *_ = env.step(episodes.actions[index])
+            rewards.append(reward)
+        assert terminated == episodes.terminated[episode]
+        np.testing.assert_allclose(episodes.rewards[rows], rewards, rtol=1e-6)
+        sums = [sum(rewards[start:]) for start in range(len(rewards))]
+        np.testing.assert_allclose(episodes.returns_to_go[rows], sums, rtol=1e-5)
+        distance = np.abs(episodes.actions[rows] - plain.actions[_rows(plain, episode)][:1])[0]
+        assert 0 < distance.max() < 1.5
+
+
+def test_the_newest_whole_episodes_are_kept(reference) -> None:
+    tensors = load_checkpoint(reference, for_training=True).training_tensors
+    lengths = tensors["replay.episode_lengths"]
+    assert len(tensors["replay.rewards"]) == lengths.sum() <= 90
+    last = figures(reference, "round")[-1]
+    assert last["replay_timesteps"] == lengths.sum()
+    returns = [part.sum().item() for part in tensors["replay.rewards"].split(lengths.tolist())]
+    assert np.mean(returns[-3:]) == pytest.approx(last["return_mean"], rel=1e-5)
+
+    replay = build_episodes(
+        observations=np.arange(9.0)[:, None],
+        actions=np.zeros((9, 1)),
+        rewards=np.zeros(9),
+        episode_lengths=np.array([2, 3, 4]),
+        terminated=np.ones(3),
+        dataset_id="",
+        where="",
+    )
+    assert [newest_episodes(replay, most).num_transitions for most in (1, 4, 8, 9)] == [4, 4, 7, 9]
+    np.testing.assert_array_equal(newest_episodes(replay, 8).observations[:, 0], np.arange(2.0, 9.0))
+
+
+def test_other_commands_take_the_result(reference, tmp_path, capsys) -> None:
+    rounds = figures(reference, "round")
+    assert [line["step"] for line in rounds] == [1, 11, 21]
+    assert [line["step"] for line in figures(reference, "evaluation")][::2] == [0, 15, 30]
+    agent = flowrl.load_agent(reference)
+    assert agent.config.dataset_id == "file:tiny.hdf5 + online"
+    (run,), unfinished = load_runs([reference])
+    assert not unfinished
+    assert run.dataset == "file:tiny.hdf5 + online"
+    with pytest.raises(UserError, match="was fine-tuned; continue it with flowrl finetune --resume"):
+        resume_here(reference)
+    again = finetune(reference, tmp_path / "again", steps=1)
+    assert again.step == 1
+    resume(tmp_path / "again", "--steps", "3")
+    assert steps_on_disk(tmp_path / "again")[-1] == "step-00000003"
+    with pytest.raises(UserError, match=r"--noise 0\.5: .*--resume cannot change it"):
+        resume(tmp_path / "again", "--noise", "0.5")
+
+
+def test_what_cannot_be_fine_tuned_is_one_line(trained, tmp_path) -> None:
+    with pytest.raises(UserError, match="give a run folder to start from, or --resume"):
+        run_finetune([])
+    with pytest.raises(UserError, match=r"nowhere: not a run folder, it has no config\.yaml"):
+        finetune(tmp_path / "nowhere", tmp_path / "run")
+    with pytest.raises(UserError, match=r"not the folder of a fine-tuning, it has no finetune\.yaml"):
+        resume(trained)
+    with pytest.raises(UserError, match=r"Walker2d-v4 has observations of 17 and actions of 6"):
+        finetune(trained, tmp_path / "run", env="Walker2d-v4")
+    with pytest.raises(UserError, match="--updates-per-round 0"):
+        finetune(trained, tmp_path / "run", updates_per_round=0)
+    cloned = shutil.copytree(trained, tmp_path / "cloned")
+    path = cloned / "config.yaml"
+    path.write_text(path.read_text().replace("agent: transformer", "agent: bc"))
+    with pytest.raises(UserError, match="behaviour cloning aims at no return"):
+        finetune(cloned, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="already there and not empty"):
+        finetune(trained, trained)
+
+
+def _rows(episodes: EpisodeDataset, episode: int) -> slice:
+    start = int(episodes.episode_starts[episode])
+    return slice(start, start + int(episodes.episode_lengths[episode]))
