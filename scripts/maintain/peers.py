@@ -61,7 +61,7 @@ class PeersConfig:
     steps: int | None = None
     """Gradient steps of each training."""
     minutes: float | None = None
-    """Minutes of each training, instead of steps."""
+    """Processor minutes of each training, instead of steps: other programs that run do not shorten it."""
     datasets: tuple[str, ...] = DATASETS
     """Embedded datasets."""
     methods: tuple[Method, ...] = ("td3bc", "iql", "rebrac", "dt")
@@ -158,16 +158,16 @@ def train_and_evaluate(config: PeersConfig, name: str, method: Method, seed: int
     environment = dataset.environment
     assert environment is not None
     algorithm = make_algorithm(method, name, config.steps or IQL_SCHEDULE, config.device)
-    started = time.monotonic()
+    started = time.process_time()
     steps = train(algorithm, dataset, config.steps, config.minutes)
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     policy = DecisionTransformerPolicy(algorithm) if method == "dt" else QPolicy(algorithm)
     target = TARGETS[name.split("-")[0]] if method == "dt" else 0.0
     [result] = evaluate(policy, environment, (target,), config.episodes, config.eval_seed, dataset.reference)
     figures = result.to_dict() | {"target_return": target if method == "dt" else None}
     return {
         "method": f"{NAMES[method]}, {config.budget}",
-        "config": {"seed": seed, "gradient_steps": steps, "seconds": seconds},
+        "config": {"seed": seed, "gradient_steps": steps, "processor_seconds": seconds},
         "environment": asdict(environment),
         "dataset_id": dataset.dataset_id,
         "dataset_sha256": dataset.sha256,
@@ -193,13 +193,13 @@ def train(algorithm: Any, dataset: EpisodeDataset, steps: int | None, minutes: f
         terminals=terminals,
         timeouts=(ends & (terminals == 0)).astype(np.float32),
     )
-    deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    deadline = time.process_time() + 60 * minutes if minutes is not None else float("inf")
     done = 0
 
     def stop_at_end(_algorithm: Any, _epoch: int, total: int) -> None:
         nonlocal done
         done = total
-        if total == steps or time.monotonic() >= deadline:
+        if total == steps or time.process_time() >= deadline:
             raise BudgetSpent
 
     with suppress(BudgetSpent):
