@@ -12,11 +12,14 @@ from flowrl.data.sampler import Batch, WindowSampler
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import TRAINING_TENSORS, Checkpoint
+from flowrl.model.critic import Critics
 from flowrl.model.loading import agent_config_from_dict, build_model
 from flowrl.model.transformer import TOKENS_PER_TIMESTEP
 from flowrl.options import LARGEST_COUNT
 from flowrl.ranks import Ranks
 from flowrl.training.config import TrainConfig
+
+_CRITICS = "critics."
 
 
 class RunState:
@@ -27,9 +30,16 @@ class RunState:
     """
 
     def __init__(
-        self, config: TrainConfig, agent: Agent, sampler: WindowSampler, device: torch.device, ranks: Ranks
+        self,
+        config: TrainConfig,
+        agent: Agent,
+        sampler: WindowSampler,
+        device: torch.device,
+        ranks: Ranks,
+        critics: Critics | None = None,
     ) -> None:
         self.agent, self.sampler, self.device, self.ranks = agent, sampler, device, ranks
+        self.critics = critics  # which the data's actions were moved by
         self.averaged = config.ema_decay > 0
         self.model = agent.model.to(device)
         if self.averaged:
@@ -84,6 +94,8 @@ class RunState:
         if self.averaged:
             weights = self.model.named_parameters()
             tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
+        if self.critics is not None:
+            tensors |= {f"{_CRITICS}{name}": value for name, value in self.critics.state_dict().items()}
         training = {
             "evaluated_step": self.evaluated_step,
             "pending_tokens": self.pending_tokens,
@@ -140,6 +152,12 @@ class RunState:
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]
         return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def critic_tensors(saved: Checkpoint) -> dict[str, Tensor]:
+    """The weights of the critics in a checkpoint."""
+    tensors = saved.training_tensors.items()
+    return {name.removeprefix(_CRITICS): value for name, value in tensors if name.startswith(_CRITICS)}
 
 
 def _load(agent: Agent, model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     DROPOUT = 2
     EVALUATION = 3
     COLLECTION = 4
+    CRITICS = 5
 
 
 def stream_seed(seed: int, stream: Stream, number: int = 0) -> int:

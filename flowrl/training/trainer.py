@@ -26,14 +26,16 @@ from flowrl.evaluation.rollout import failures_kept
 from flowrl.model.action_model import ActionModel
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import BEST, Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
+from flowrl.model.critic import Critics
 from flowrl.native.accelerate import accelerate_training
 from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import Stopped, StopSignals
 from flowrl.training.callbacks import Callback
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.cuda_graph import CapturedStep
+from flowrl.training.guidance import guide
 from flowrl.training.metrics import MetricsLog, has_figures, rewind
-from flowrl.training.run_state import RunState
+from flowrl.training.run_state import RunState, critic_tensors
 from flowrl.training.setup import Stream, batch_size, build_agent, evaluation_seed, resolve, stream_seed
 from flowrl.window import Window
 
@@ -86,17 +88,21 @@ class Trainer:
         dataset, validation = held_out(dataset, config.validation_fraction)
         torch.manual_seed(stream_seed(config.seed, Stream.WEIGHTS))
         agent = agent or build_agent(config, dataset, device)
+        started = config.resume is not None and (has_checkpoint(run_dir) or has_figures(run_dir))
+        saved = load_checkpoint(run_dir, for_training=True) if started else None
+        critics: Critics | None = None
+        if config.q_weight > 0:
+            dataset, critics = self._guide(dataset, agent, saved)
         context, seed = agent.config.context_length, stream_seed(config.seed, Stream.BATCHES)
         sampler = WindowSampler(dataset, context, batch_size(config, dataset), seed, device, ranks)
         self.validation: WindowSampler | None = None
         if validation is not None:
             self.validation = WindowSampler(validation, context, sampler.batch_size, seed=0, device=device)
-        self.state = RunState(config, agent, sampler, device, ranks)
+        self.state = RunState(config, agent, sampler, device, ranks, critics)
         accelerate_training(self.state.model)
         torch.manual_seed(stream_seed(config.seed, Stream.DROPOUT, ranks.rank))
-        started = config.resume is not None and (has_checkpoint(run_dir) or has_figures(run_dir))
-        if started:
-            self.state.restore(load_checkpoint(run_dir, for_training=True), where=str(run_dir))
+        if saved is not None:
+            self.state.restore(saved, where=str(run_dir))
         self.metrics = self._open_metrics(dataset, started) if ranks.is_first else None
         self._loss: nn.Module | Callable[[Window], Tensor] = _Loss(self.state.model)
         if ranks.size > 1:
@@ -109,6 +115,19 @@ class Trainer:
             warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
             self._captured = CapturedStep(self._gradient_step)
         self._last_log = time.perf_counter()
+
+    def _guide(
+        self, dataset: EpisodeDataset, agent: Agent, saved: Checkpoint | None
+    ) -> tuple[EpisodeDataset, Critics]:
+        """Learn critics, or take those of the checkpoint, and move the data's actions by them."""
+        seed = stream_seed(self.config.seed, Stream.CRITICS)
+        weights = None if saved is None else critic_tensors(saved)
+        if weights is None:
+            self._say("value guidance: learning critics first")
+        with self.signals.interruptible():
+            moved, critics, agreement = guide(dataset, agent.model, self.config.q_weight, seed, weights)
+        self._say(f"value guidance: mean cosine between the gradients of two critics {agreement:.2f}")
+        return moved, critics
 
     @property
     def step(self) -> int:

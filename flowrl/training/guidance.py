@@ -1,0 +1,174 @@
+"""Value guidance: the agent learns the data's actions, moved to where critics see more return.
+
+Several critics are learned from the data first, in about a minute. Then each action moves along their mean
+gradient, far where they agree on its direction and not at all where they do not. The policy's loss, the cost
+of an update and acting remain as they are. What was measured: ``results/guidance.md``.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowrl.data import EpisodeDataset
+from flowrl.data.arrays import chunks, release
+from flowrl.errors import UserError
+from flowrl.model.action_model import ActionModel
+from flowrl.model.critic import Critics
+
+MEMBERS = 4
+UPDATES, BATCH_SIZE, LEARNING_RATE = 3_000, 256, 1e-3
+AVERAGING = 0.005  # share of the current weights that the averaged ones take up at each update
+DISCOUNT = 0.99
+TRACE = 0.9  # lambda: 1 for the returns in the data, 0 for one reward and the value of the next state
+EXPECTILE = 0.7  # of the smallest Q, for V: above 0.5, nearer to the data's better actions
+UPDATES_PER_TARGET = 250
+
+
+def guide(
+    dataset: EpisodeDataset,
+    model: ActionModel,
+    q_weight: float,
+    seed: int,
+    saved: Mapping[str, Tensor] | None = None,
+) -> tuple[EpisodeDataset, Critics, float]:
+    """Return the data with its actions moved by about ``q_weight``, on a scale from -1 to 1.
+
+    ``model`` normalises; ``saved`` holds the weights of critics learned before. Returns the critics as
+    well, and how far they agree (see :func:`move_actions`).
+
+    Raises:
+        UserError: discrete actions, or weights that do not fit.
+    """
+    if dataset.action_choices:
+        raise UserError(
+            f"--q-weight {q_weight:g}: needs continuous actions, those of {dataset.dataset_id} are discrete"
+        )
+    model = copy.deepcopy(model).cpu()
+    if saved is None:
+        critics = learn_critics(dataset, model, seed)
+    else:
+        critics = Critics(dataset.observation_dim, dataset.action_dim, MEMBERS)
+        try:
+            critics.load_state_dict(saved)
+        except RuntimeError as error:
+            raise UserError(f"--resume: the saved critics do not fit this data: {error}") from error
+    moved, agreement = move_actions(dataset, model, critics, q_weight)
+    return moved, critics, agreement
+
+
+def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Critics:
+    """Learn Q and V of the policy that made the data, and a little better; return their averaged weights.
+
+    Q learns lambda-returns of the data's own episodes, V an expectile of the smallest Q, which the
+    lambda-returns bootstrap from. A terminal state ends a return, a truncated one does not. Lambda-returns
+    have the scale of returns from the start, where one-step targets take many more updates to get there.
+    Source: the expectile is IQL's (arXiv 2110.06169, Eq. 5).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        critics = Critics(dataset.observation_dim, dataset.action_dim, MEMBERS)
+    averaged = copy.deepcopy(critics).requires_grad_(False)
+    optimizer = torch.optim.AdamW(critics.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES, LEARNING_RATE / 20)
+    rewards = dataset.rewards * ((1 - DISCOUNT) / max(float(np.abs(dataset.rewards).mean()), 1e-12))
+    # The state after an episode's last transition is not in the data: if it was cut off, its return is
+    # unknown.
+    ends = dataset.episode_starts + dataset.episode_lengths - 1
+    usable = np.ones(len(rewards), dtype=bool)
+    usable[ends[~dataset.terminated]] = False
+    choices = torch.from_numpy(np.flatnonzero(usable))
+    if not len(choices):
+        raise UserError(f"--q-weight: no episode of {dataset.dataset_id} has a state after its first action")
+    targets = lambda_returns(dataset, rewards, np.ones_like(rewards), 1.0)  # values: of a mean reward forever
+    mean, scale = float(targets.mean()), max(float(targets.std()), 1e-12)
+    for update in range(UPDATES):
+        if update > 0 and update % UPDATES_PER_TARGET == 0:
+            values = _state_values(dataset, model, averaged) * scale + mean
+            targets = lambda_returns(dataset, rewards, values, TRACE)
+        drawn = torch.randint(len(choices), (BATCH_SIZE,), generator=generator)
+        batch = choices[drawn].numpy()
+        observations, actions = _transitions(dataset, model, batch)
+        target = torch.from_numpy((targets[batch] - mean) / scale)
+        action_values = critics.action_values(observations, actions)
+        error = action_values.detach().amin(dim=0) - critics.state_values(observations)
+        weight = torch.where(error < 0, 1 - EXPECTILE, EXPECTILE)
+        loss = (action_values - target).square().mean(dim=1).sum() + (weight * error.square()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            share = max(AVERAGING, 1 / (update + 1))
+            torch._foreach_lerp_(list(averaged.parameters()), list(critics.parameters()), share)
+    return averaged
+
+
+def lambda_returns(
+    dataset: EpisodeDataset, rewards: np.ndarray, values: np.ndarray, trace: float
+) -> np.ndarray:
+    """Discounted lambda-returns of all transitions, (transitions,) float32, from their states' ``values``.
+
+    The return of a truncated episode's last transition is its state's value. Source: Sutton and Barto,
+    "Reinforcement Learning", second edition, section 12.1.
+    """
+    lengths = dataset.episode_lengths
+    ends = dataset.episode_starts + lengths - 1
+    returns = np.empty(len(rewards), dtype=np.float32)
+    returns[ends] = np.where(dataset.terminated, rewards[ends], values[ends])
+    for back in range(1, dataset.max_episode_length):  # timesteps before the last one
+        now = ends[lengths > back] - back
+        following = (1 - trace) * values[now + 1] + trace * returns[now + 1]
+        returns[now] = rewards[now] + DISCOUNT * following
+    return returns
+
+
+@torch.no_grad()
+def move_actions(
+    dataset: EpisodeDataset, model: ActionModel, critics: Critics, q_weight: float
+) -> tuple[EpisodeDataset, float]:
+    """Return the data with moved actions, and the critics' agreement over all of it.
+
+    An action moves by q_weight * 2 max(c, 0) * g / n: g is the critics' mean gradient by the action, n the
+    mean norm of single gradients over the data, and c, the agreement, the mean cosine between the gradients
+    of two critics for this transition. Actions stay within their bounds.
+    """
+    norm, cosines = 0.0, np.empty(dataset.num_transitions, dtype=np.float32)
+    moves = np.empty_like(dataset.actions)
+    for rows in chunks(dataset.num_transitions):
+        slopes = critics.slopes(*_transitions(dataset, model, rows))  # (members, transitions, action_dim)
+        norm += float(slopes.norm(dim=-1).mean(dim=0).sum())
+        pairs = len(slopes) * (len(slopes) - 1)
+        cosine = (F.normalize(slopes, dim=-1).sum(dim=0).square().sum(dim=-1) - len(slopes)) / pairs
+        cosines[rows] = cosine
+        moves[rows] = 2 * cosine.clamp(min=0)[:, None] * slopes.mean(dim=0)
+    moves *= q_weight * dataset.num_transitions / max(norm, 1e-12)
+    for rows in chunks(dataset.num_transitions):
+        actions = _transitions(dataset, model, rows)[1] + torch.from_numpy(moves[rows])
+        moves[rows] = model.denormalize_actions(actions.clamp(-1, 1)).numpy()
+    return replace(dataset, actions=moves), float(cosines.mean())
+
+
+def _transitions(
+    dataset: EpisodeDataset, model: ActionModel, index: np.ndarray | slice
+) -> tuple[Tensor, Tensor]:
+    """Normalised observations and actions, (transitions, ...), of the data at ``index``."""
+    observations = torch.from_numpy(dataset.observations[index])
+    actions = torch.from_numpy(dataset.actions[index])
+    for array in (dataset.observations, dataset.actions):
+        release(array)
+    return model.normalize_observations(observations), model.normalize_actions(actions)
+
+
+@torch.no_grad()
+def _state_values(dataset: EpisodeDataset, model: ActionModel, critics: Critics) -> np.ndarray:
+    """Of all transitions, (transitions,)."""
+    values = np.empty(dataset.num_transitions, dtype=np.float32)
+    for rows in chunks(dataset.num_transitions):
+        values[rows] = critics.state_values(_transitions(dataset, model, rows)[0])
+    return values
