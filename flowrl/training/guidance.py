@@ -83,8 +83,10 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
     usable = np.ones(len(rewards), dtype=bool)
     usable[ends[~dataset.terminated]] = False
     choices = torch.from_numpy(np.flatnonzero(usable))
+    episodes = np.repeat(np.arange(dataset.num_episodes), dataset.episode_lengths)  # of each transition
     if not len(choices):
         raise UserError(f"--q-weight: no episode of {dataset.dataset_id} has a state after its first action")
+    learns = torch.from_numpy(_halves(dataset, seed))
     targets = lambda_returns(dataset, rewards, np.ones_like(rewards), 1.0)  # values: of a mean reward forever
     mean, scale = float(targets.mean()), max(float(targets.std()), 1e-12)
     for update in range(UPDATES):
@@ -98,7 +100,8 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
         action_values = critics.action_values(observations, actions)
         error = action_values.detach().amin(dim=0) - critics.state_values(observations)
         weight = torch.where(error < 0, 1 - EXPECTILE, EXPECTILE)
-        loss = (action_values - target).square().mean(dim=1).sum() + (weight * error.square()).mean()
+        own = learns[:, torch.from_numpy(episodes[batch])]  # (members, batch) bool
+        loss = ((action_values - target).square() * own).mean(dim=1).sum() + (weight * error.square()).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -107,6 +110,15 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
             share = max(AVERAGING, 1 / (update + 1))
             torch._foreach_lerp_(list(averaged.parameters()), list(critics.parameters()), share)
     return averaged
+
+
+def _halves(dataset: EpisodeDataset, seed: int) -> np.ndarray:
+    """Which episodes each critic learns from, (members, episodes) bool: a random half of its own.
+
+    What chance put into the data is different in each, so that critics agree on what is in all of it.
+    """
+    ranks = np.random.default_rng(seed).random((MEMBERS, dataset.num_episodes)).argsort(axis=1)
+    return ranks < (dataset.num_episodes + 1) // 2
 
 
 def lambda_returns(
