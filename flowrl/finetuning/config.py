@@ -129,5 +129,5 @@ def training_of(config: FinetuneConfig, run: Path) -> TrainConfig:
     given = {name: value for name, value in given.items() if value not in (None, ())}
     if config.dataset:
         given["dataset"] = config.dataset
-    fixed = {"schedule": "constant", "warmup_steps": 0, "validation_fraction": 0.0}
+    fixed = {"schedule": "constant", "warmup_steps": 0, "validation_fraction": 0.0, "q_weight": 0.0}
     return replace(below, **{**given, **fixed}, resume=config.resume)
