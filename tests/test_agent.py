@@ -1,5 +1,6 @@
 """Acting, slot by slot and step by step, against forward passes over the recorded history."""
 
+from dataclasses import replace
 from functools import partial
 
 import gymnasium
@@ -15,13 +16,20 @@ from flowrl.window import Window
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 LAYOUTS = ("interleaved", "fused")
-KINDS = (*ATTENTION_KINDS, "gru")
+KINDS = [(kind, 0) for kind in (*ATTENTION_KINDS, "gru")] + [("flow", 3)]  # and a convolution's width
 
 
-def make_agent(layout="interleaved", attention="flow", acting="recurrent", context_length=5, **options):
+def make_agent(
+    layout="interleaved",
+    attention="flow",
+    acting="recurrent",
+    context_length=5,
+    convolution_width=0,
+    **options,
+):
     torch.manual_seed(0)
     config = ModelConfig(3, 2, 1000, attention, layout, num_layers=2, embed_dim=16, num_heads=2, dropout=0.5)
-    model = SequenceModel(config)
+    model = SequenceModel(replace(config, convolution_width=convolution_width))
     with torch.no_grad():
         for parameter in model.parameters():  # large enough that the whole history has a say
             parameter.add_(0.15 * torch.randn_like(parameter))
@@ -78,21 +86,25 @@ def predicted(agent, seed, actions, target, start, stop):
     return LOW + (output + 1) / 2 * (HIGH - LOW)
 
 
-@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize(("attention", "convolution_width"), KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_recurrent_acting_equals_the_parallel_forward_after_1000_timesteps(layout, attention):
-    agent = make_agent(layout, attention)
+def test_recurrent_acting_equals_the_parallel_forward_after_1000_timesteps(
+    layout, attention, convolution_width
+):
+    agent = make_agent(layout, attention, convolution_width=convolution_width)
     actions = play(agent, 7, 1000, 300.0)
     expected = predicted(agent, 7, actions, 300.0, 0, 1000)
     assert np.abs(actions - expected).max() < 1e-4
     assert actions[500:].std(axis=0).min() > 0.02
 
 
-@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize(("attention", "convolution_width"), KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("context_length", [1, 5])
-def test_window_acting_equals_a_forward_over_the_last_timesteps(layout, attention, context_length):
-    agent = make_agent(layout, attention, "window", context_length)
+def test_window_acting_equals_a_forward_over_the_last_timesteps(
+    layout, attention, convolution_width, context_length
+):
+    agent = make_agent(layout, attention, "window", context_length, convolution_width)
     actions = play(agent, 3, 14, 300.0)
     for stop in range(1, 15):
         expected = predicted(agent, 3, actions, 300.0, max(0, stop - context_length), stop)[-1]
@@ -101,12 +113,12 @@ def test_window_acting_equals_a_forward_over_the_last_timesteps(layout, attentio
     assert np.abs(actions[-1] - whole).max() > 1e-4  # the window does forget
 
 
-@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize(("attention", "convolution_width"), KINDS)
 @pytest.mark.parametrize("acting", ["recurrent", "window"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_slots_restart_and_leave_without_touching_one_another(layout, acting, attention):
+def test_slots_restart_and_leave_without_touching_one_another(layout, acting, attention, convolution_width):
     """Slots with their own targets, restarted and dropped at will, act like agents of their own."""
-    agent = make_agent(layout, attention, acting)
+    agent = make_agent(layout, attention, acting, convolution_width=convolution_width)
     targets = {0: 300.0, 1: -50.0, 2: 700.0, 3: 40.0}
     agent.reset(4, np.array(list(targets.values())))
     slots = [0, 1, 2, 3]
@@ -133,7 +145,7 @@ def test_slots_restart_and_leave_without_touching_one_another(layout, acting, at
             played.setdefault((slot, episode[slot]), []).append(action)
     assert sorted(len(actions) for actions in played.values()) == [3, 4, 5, 9, 9, 10, 14, 18]
     for (slot, seed), actions in played.items():
-        fresh = make_agent(layout, attention, acting)
+        fresh = make_agent(layout, attention, acting, convolution_width=convolution_width)
         assert np.abs(play(fresh, seed, len(actions), targets[slot]) - actions).max() < 1e-5
 
 

@@ -179,7 +179,7 @@ def test_written_configuration_reads_back_the_same(tmp_path):
         ema_decay=0.5, seed=9, device="cpu", precision="float32", compile=True, targets=(-1.5, 1e-07),
         eval_every=0, eval_episodes=1, eval_seed=7, acting="window", log_every=2, checkpoint_every=3,
         keep_checkpoints=4, time_encoding="sinusoidal", source_clamp=20.0, timesteps_per_update=640,
-        keep_best="return_mean", validation_fraction=0.1,
+        keep_best="return_mean", validation_fraction=0.1, q_weight=0.25, convolution_width=4,
     )  # fmt: skip
     default = TrainConfig(env="hopper-random")
     for field in fields(TrainConfig):
@@ -234,7 +234,7 @@ def test_resume_cannot_change_what_was_computed(tmp_path, name):
     same = getattr(saved, name)
     special = {
         "return_scale": ["3.5"], "reference_scores": ["0", "1"], "split_at_timeouts": [],
-        "mask_velocities": [], "validation_fraction": ["0.5"],
+        "mask_velocities": [], "validation_fraction": ["0.5"], "q_weight": ["0.5"],
     }  # fmt: skip
     words = special.get(name, ["x"] if same == () else None)
     words = [another(same)] if words is None else words

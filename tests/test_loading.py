@@ -27,11 +27,10 @@ ENVIRONMENT = EnvironmentSpec(
 )
 
 
-def make_agent(layout="interleaved", attention="flow", full_episodes=True):
+def make_agent(layout="interleaved", attention="flow", full_episodes=True, convolution_width=0):
     torch.manual_seed(0)
-    model = SequenceModel(
-        ModelConfig(4, 2, 30, attention, layout, num_layers=2, embed_dim=8, num_heads=2, dropout=0.3)
-    )
+    sizes = {"num_layers": 2, "embed_dim": 8, "num_heads": 2, "convolution_width": convolution_width}
+    model = SequenceModel(ModelConfig(4, 2, 30, attention, layout, dropout=0.3, **sizes))
     with torch.no_grad():
         for tensor in model.state_dict().values():  # the buffers too
             tensor.add_(0.1 * torch.rand_like(tensor))

@@ -61,7 +61,7 @@ def run_onnx(path, inputs_of, timesteps, batch):
 
 @pytest.mark.parametrize("layout", ["fused", "interleaved"])
 def test_an_exported_onnx_step_acts_as_the_agent_for_1000_timesteps(layout, tmp_path):
-    agent, batch, timesteps = make_agent(layout), 3, 1000
+    agent, batch, timesteps = make_agent(layout, convolution_width=3), 3, 1000
     agent = Agent(agent.model, replace(agent.config, reward_mode="dense"))
     random = np.random.default_rng(0)
     observations = random.normal(size=(timesteps, batch, 4)).astype(np.float32)

@@ -118,7 +118,15 @@ def plain_forward(model, window):
                 start = timesteps[t] == 0
                 before = model.embed_action(2 * (previous[t] - low) / (high - low) - 1)
                 tokens.append(target + state + time + (model.start_token if start else before))
-        x = layer_norm(torch.stack(tokens), model.embed_norm)
+        x = torch.stack(tokens)
+        for lag in range(config.convolution_width):  # the map's last part is of the token itself
+            part = config.convolution_width - 1 - lag
+            weight = model.convolution.map.weight.unflatten(1, (config.convolution_width, -1))[:, part]
+            for t in range(lag, len(tokens)):
+                x[t] = x[t] + weight @ tokens[t - lag]
+        if config.convolution_width > 0:
+            x = x + model.convolution.map.bias
+        x = layer_norm(x, model.embed_norm)
         for block in model.blocks:
             normed = layer_norm(x, block.attention_norm)
             if config.attention == "gru":
@@ -133,10 +141,13 @@ def plain_forward(model, window):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize(
+    ("attention", "convolution_width"), [*((kind, 0) for kind in KINDS), ("flow", 3), ("softmax", 2)]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_forward_is_the_description_without_its_shortcuts(layout, attention):
-    model, window = make_model(layout, attention), make_window()
+def test_forward_is_the_description_without_its_shortcuts(layout, attention, convolution_width):
+    model = make_model(layout, attention, convolution_width=convolution_width)
+    window = make_window()
     with torch.no_grad():
         expected, actual = plain_forward(model, window), model(window)
     assert actual.shape == (3, 7, 2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowrl.attention.kinds import SOURCE_CLAMP, AttentionName, State, attention_kind
 from flowrl.attention.linear import MAX_TOKENS
 from flowrl.model.action_model import ActingState, ActionModel
-from flowrl.options import STRICT, NumLayers, Probability, Size, SourceClamp
+from flowrl.options import STRICT, ConvolutionWidth, NumLayers, Probability, Size, SourceClamp
 from flowrl.window import Window
 
 MixerName = Literal[AttentionName, "gru"]
@@ -47,6 +47,8 @@ class ModelConfig:
     time_encoding: TimeEncoding = "learned"
     source_clamp: SourceClamp = SOURCE_CLAMP
     """Bound on Flow-Attention's conserved source before its exponential, of no effect on other kinds."""
+    convolution_width: ConvolutionWidth = 0
+    """Tokens that the causal convolution before the blocks spans; 0: there is none."""
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -152,6 +154,37 @@ class SinusoidalTime(nn.Module):
         return self.scale * torch.cat((angles.sin(), angles.cos()), dim=-1)[..., : self.width]
 
 
+class RecentTokens(NamedTuple):
+    """All that a convolution remembers."""
+
+    tokens: Tensor  # (batch, width - 1, embed_dim); zeros stand for those before the first one
+
+
+class TokenConvolution(nn.Module):
+    """Adds to each token a linear map of itself and the few before it.
+
+    Attention by sums over the whole past is blunt about which token was the last but one, and it takes two to
+    see a velocity. Source: Kim et al., "Decision ConvFormer" (arXiv 2310.03022), has convolutions alone.
+    """
+
+    def __init__(self, embed_dim: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.map = nn.Linear(width * embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, embed_dim) -> the same."""
+        return self.step(x, None)[0]
+
+    def step(self, x: Tensor, state: RecentTokens | None) -> tuple[Tensor, RecentTokens]:
+        """The same from the state after earlier tokens, and the state after all of these."""
+        batch, length, embed_dim = x.shape
+        before = x.new_zeros(batch, self.width - 1, embed_dim) if state is None else state.tokens
+        tokens = torch.cat((before, x), dim=1)
+        spans = [tokens[:, first : first + length] for first in range(self.width)]
+        return x + self.map(torch.cat(spans, dim=-1)), RecentTokens(tokens[:, length:])
+
+
 class SequenceModel(ActionModel):
     """Predicts the action of every timestep from the return-to-go and the history so far."""
 
@@ -171,6 +204,8 @@ class SequenceModel(ActionModel):
             self.embed_timestep = SinusoidalTime(width)
         if config.token_layout == "fused":  # stands for the previous action at an episode's first timestep
             self.start_token = nn.Parameter(INIT_STD * torch.randn(width))
+        if config.convolution_width > 0:
+            self.convolution = TokenConvolution(width, config.convolution_width)
         self.embed_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
@@ -181,7 +216,10 @@ class SequenceModel(ActionModel):
 
     def forward(self, window: Window) -> Tensor:
         """Return the actions (batch, length, action_dim) in [-1, 1], or the logits of discrete ones."""
-        x = self.dropout(self.embed_norm(self._embed(window)))  # (batch, tokens, embed_dim)
+        x = self._embed(window)  # (batch, tokens, embed_dim)
+        if self.config.convolution_width > 0:
+            x = self.convolution(x)
+        x = self.dropout(self.embed_norm(x))
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, self._action_tokens)
@@ -207,7 +245,8 @@ class SequenceModel(ActionModel):
 
     def start(self, batch: int) -> ActingState:
         """The state before the first timestep of ``batch`` episodes."""
-        return super().start(batch)._replace(layers=(None,) * self.config.num_layers)
+        parts = self.config.num_layers + (self.config.convolution_width > 0)
+        return super().start(batch)._replace(layers=(None,) * parts)
 
     def step(
         self, observations: Tensor, returns_to_go: Tensor, timesteps: Tensor, state: ActingState
@@ -226,16 +265,24 @@ class SequenceModel(ActionModel):
             tokens = [returns, observed + time]
             if state.pending:
                 tokens.insert(0, self._embed_pending(state, timesteps))
-        x, layers = self.read(self.embed_norm(torch.stack(tokens, dim=1)), state.layers)
+        x, layers = self._read(torch.stack(tokens, dim=1), state.layers)
         pending = self.config.token_layout == "interleaved"
         return self._predict(x), state._replace(layers=layers, pending=pending)
 
     def restart(self, state: ActingState, rows: Tensor, timesteps: Tensor) -> ActingState:
         """See :meth:`ActionModel.restart`. The rows that continue read their pending actions first."""
         if state.pending:
-            tokens = self.embed_norm(self._embed_pending(state, timesteps)[:, None])
-            state = state._replace(layers=self.read(tokens, state.layers)[1], pending=False)
+            tokens = self._embed_pending(state, timesteps)[:, None]
+            state = state._replace(layers=self._read(tokens, state.layers)[1], pending=False)
         return state.clear(rows)
+
+    def _read(self, tokens: Tensor, layers: tuple) -> tuple[Tensor, tuple]:
+        """Pass new tokens through the convolution, whose state is the first in ``layers``, and the blocks."""
+        if self.config.convolution_width == 0:
+            return self.read(self.embed_norm(tokens), layers)
+        tokens, recent = self.convolution.step(tokens, layers[0])
+        last, layers = self.read(self.embed_norm(tokens), layers[1:])
+        return last, (recent, *layers)
 
     def read(self, tokens: Tensor, layers: tuple) -> tuple[Tensor, tuple]:
         """Pass new tokens through the blocks; ``flowrl.native.accelerate`` may replace this method.

@@ -18,6 +18,7 @@ from flowrl.errors import UserError
 from flowrl.model.agent import Acting, AgentName, Conditioning
 from flowrl.model.transformer import MixerName, TimeEncoding, TokenLayout
 from flowrl.options import (
+    ConvolutionWidth,
     Count,
     Episodes,
     NotNegative,
@@ -89,6 +90,8 @@ class TrainConfig(EvaluationOptions):
     sinusoidal: waves, defined for any timestep; none: without use for the timestep."""
     context_length: Size | Literal["episode"] = 20
     """Timesteps per training window, or 'episode' for whole episodes."""
+    convolution_width: ConvolutionWidth = 0
+    """Tokens that a causal convolution before the blocks spans; 0: there is none."""
     num_layers: NumLayers = 3
     """Transformer blocks."""
     embed_dim: Size = 256
