@@ -9,8 +9,7 @@ import torch
 from tiny_training import assert_same_end, figures, resume_here, steps_on_disk, train_here
 
 import flowrl
-from flowrl.data import EpisodeDataset
-from flowrl.data.dataset import build_episodes, newest_episodes
+from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
@@ -139,26 +138,25 @@ def test_collected_episodes_are_what_the_environment_and_the_agent_did(trained) 
         assert 0 < distance.max() < 1.5
 
 
-def test_the_newest_whole_episodes_are_kept(reference) -> None:
-    tensors = load_checkpoint(reference, for_training=True).training_tensors
+def test_the_replay_holds_the_best_episodes_of_the_data_and_of_all_rounds(
+    trained, tiny_dataset, tmp_path, monkeypatch
+) -> None:
+    seen = load_episodes(str(tiny_dataset)).episode_returns.tolist()
+
+    def remembered(*arguments) -> EpisodeDataset:
+        episodes = collect_episodes(*arguments)
+        seen.extend(episodes.episode_returns)
+        return episodes
+
+    monkeypatch.setattr(online, "collect_episodes", remembered)
+    finetune(trained, tmp_path / "run", steps=21, eval_episodes=0)
+    tensors = load_checkpoint(tmp_path / "run", for_training=True).training_tensors
     lengths = tensors["replay.episode_lengths"]
     assert len(tensors["replay.rewards"]) == lengths.sum() <= 90
-    last = figures(reference, "round")[-1]
-    assert last["replay_timesteps"] == lengths.sum()
-    returns = [part.sum().item() for part in tensors["replay.rewards"].split(lengths.tolist())]
-    assert np.mean(returns[-3:]) == pytest.approx(last["return_mean"], rel=1e-5)
-
-    replay = build_episodes(
-        observations=np.arange(9.0)[:, None],
-        actions=np.zeros((9, 1)),
-        rewards=np.zeros(9),
-        episode_lengths=np.array([2, 3, 4]),
-        terminated=np.ones(3),
-        dataset_id="",
-        where="",
-    )
-    assert [newest_episodes(replay, most).num_transitions for most in (1, 4, 8, 9)] == [4, 4, 7, 9]
-    np.testing.assert_array_equal(newest_episodes(replay, 8).observations[:, 0], np.arange(2.0, 9.0))
+    returns = sorted(part.sum().item() for part in tensors["replay.rewards"].split(lengths.tolist()))
+    assert len(seen) == 5 + 3 * 3 > len(returns)
+    np.testing.assert_allclose(returns, sorted(seen)[-len(returns) :], rtol=1e-5)
+    assert figures(tmp_path / "run", "round")[-1]["replay_return_mean"] == pytest.approx(np.mean(returns))
 
 
 def test_other_commands_take_the_result(reference, tmp_path, capsys) -> None:

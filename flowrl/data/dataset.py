@@ -242,13 +242,6 @@ def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
     )
 
 
-def newest_episodes(dataset: EpisodeDataset, timesteps: int) -> EpisodeDataset:
-    """Return the last episodes that together have at most this many timesteps; at least one stays."""
-    backwards = np.cumsum(dataset.episode_lengths[::-1])  # (E,)
-    count = max(int(np.searchsorted(backwards, timesteps, side="right")), 1)
-    return select_episodes(dataset, np.arange(dataset.num_episodes - count, dataset.num_episodes))
-
-
 def held_out(dataset: EpisodeDataset, fraction: float) -> tuple[EpisodeDataset, EpisodeDataset | None]:
     """Return the episodes to train on and those held out, drawn by a fixed seed; None for a fraction of 0.
 

@@ -42,16 +42,16 @@ class FinetuneConfig(EvaluationOptions):
     """Folder of a fine-tuning to continue from its last checkpoint, exactly; other flags may only change how
     long, where and how often to evaluate, log and save."""
 
-    steps: PositiveCount = 3_000
+    steps: PositiveCount = 2_000
     """Gradient updates."""
-    updates_per_round: PositiveCount = 300
+    updates_per_round: PositiveCount = 100
     """Updates after each round of collecting."""
     episodes_per_round: Size = 10
     """Episodes that are collected side by side in a round."""
     replay_timesteps: PositiveCount = 100_000
-    """Timesteps in the replay of whole episodes: at first the run's episodes of highest return; then the
-    newest ones take the place of the oldest."""
-    noise: NotNegative = 0.1
+    """Timesteps in the replay, which holds whole episodes: those of highest return of the run's data and of
+    what was collected."""
+    noise: NotNegative = 0.05
     """Standard deviation of the exploration's normal noise on continuous actions, whose bounds count as -1
     and 1. Discrete actions are drawn from their distribution."""
     target: float | None = None
@@ -69,7 +69,7 @@ class FinetuneConfig(EvaluationOptions):
 
     targets: tuple[float, ...] = ()
     """Target returns to evaluate at; by default the run's."""
-    eval_every: Count = 300
+    eval_every: Count = 500
     """Updates between evaluations, the first of which is before any update; 0 evaluates after the last one
     alone."""
     eval_episodes: Episodes = 20
@@ -78,7 +78,7 @@ class FinetuneConfig(EvaluationOptions):
     """Seed of evaluation episodes; by default one drawn from --seed."""
     log_every: PositiveCount = 50
     """Updates between lines of metrics."""
-    checkpoint_every: PositiveCount = 300
+    checkpoint_every: PositiveCount = 500
     """Updates between checkpoints, which hold the replay."""
     keep_checkpoints: PositiveCount = 2
     """Newest checkpoints to keep."""

@@ -1,7 +1,8 @@
-"""Fine-tuning online: rounds of collecting episodes and of updates on the newest ones.
+"""Fine-tuning online: rounds of collecting episodes and of updates on the best ones so far.
 
 Source: Zheng et al., "Online Decision Transformer" (2022), arXiv 2202.05607, Algorithm 1. The head stays
-deterministic; exploration is normal noise on continuous actions, and discrete ones are drawn.
+deterministic; exploration is normal noise on continuous actions, and discrete ones are drawn. The replay
+drops the episodes of lowest return, not the oldest.
 """
 
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from flowrl.data import EpisodeDataset
-from flowrl.data.dataset import build_episodes, concatenate, newest_episodes
+from flowrl.data.dataset import build_episodes, concatenate, top_episodes
 from flowrl.envs.spaces import one_hot
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
@@ -32,7 +33,7 @@ _TIMESTEPS = "timesteps"
 
 
 class OnlineTrainer(Trainer):
-    """A training on a replay of whole episodes, in which the newest ones take the place of the oldest.
+    """A training on a replay of whole episodes, in which those of higher return take the place of others.
 
     Windows hold the returns-to-go that an episode achieved, whatever return it aimed at (hindsight).
     """
@@ -98,7 +99,7 @@ class OnlineTrainer(Trainer):
         self.timesteps += collected.num_transitions
         joined = concatenate([self.replay, collected])
         self.replay = replace(
-            newest_episodes(joined, options.replay_timesteps),
+            top_episodes(joined, min(1.0, options.replay_timesteps / joined.num_transitions)),
             dataset_id=self.replay.dataset_id,
             sha256=self.replay.sha256,
             reference=self.replay.reference,
