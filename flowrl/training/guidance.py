@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flowrl.data import EpisodeDataset
@@ -150,20 +149,18 @@ def move_actions(
     mean norm of single gradients over the data, and c, the agreement, the mean cosine between the gradients
     of two critics for this transition. Actions stay within their bounds.
     """
-    norm, cosines = 0.0, np.empty(dataset.num_transitions, dtype=np.float32)
+    norm = agreement = 0.0  # sums over transitions
     moves = np.empty_like(dataset.actions)
     for rows in chunks(dataset.num_transitions):
-        slopes = critics.slopes(*_transitions(dataset, model, rows))  # (members, transitions, action_dim)
-        norm += float(slopes.norm(dim=-1).mean(dim=0).sum())
-        pairs = len(slopes) * (len(slopes) - 1)
-        cosine = (F.normalize(slopes, dim=-1).sum(dim=0).square().sum(dim=-1) - len(slopes)) / pairs
-        cosines[rows] = cosine
-        moves[rows] = 2 * cosine.clamp(min=0)[:, None] * slopes.mean(dim=0)
+        directions = critics.directions(*_transitions(dataset, model, rows))
+        moves[rows] = directions.moves
+        norm += float(directions.norms.sum())
+        agreement += float(directions.agreement.sum())
     moves *= q_weight * dataset.num_transitions / max(norm, 1e-12)
     for rows in chunks(dataset.num_transitions):
         actions = _transitions(dataset, model, rows)[1] + torch.from_numpy(moves[rows])
         moves[rows] = model.denormalize_actions(actions.clamp(-1, 1)).numpy()
-    return replace(dataset, actions=moves), float(cosines.mean())
+    return replace(dataset, actions=moves), agreement / dataset.num_transitions
 
 
 def _transitions(
