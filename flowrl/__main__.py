@@ -41,6 +41,10 @@ COMMANDS = {
     "evaluate": Command(
         "Evaluate a trained run in its environment.", "evaluation.command", "evaluate_run", "EvaluateConfig"
     ),
+    "estimate": Command(
+        "Estimate an agent's return from data alone.",
+        "evaluation.off_policy", "estimate_run", "EstimateConfig",
+    ),
     "collect": Command(
         "Collect a dataset with the behaviour policies of the package.",
         "data.command", "run_collect", "CollectCommand",

@@ -122,7 +122,7 @@ def _evaluate_run(config: EvaluateConfig) -> None:
         print(f"highest mean return at target {best.target_return:g}: chosen with hindsight, optimistic")
     if config.json is not None:
         document = {
-            "config": _options_of(config.run),
+            "config": options_of(config.run),
             "environment": asdict(environment),
             "dataset_id": agent.config.dataset_id,
             "dataset_sha256": agent.config.dataset_sha256,
@@ -173,7 +173,7 @@ def _swept_targets(targets: tuple[float, ...], reference: ReferenceScores | None
     return tuple(np.linspace(low, high + (high - low) / 4, 11).round(6).tolist())
 
 
-def _options_of(run: Path) -> dict[str, Any]:
+def options_of(run: Path) -> dict[str, Any]:
     """The options of a run, from its folder or that of one of its checkpoints; none without it."""
     folders = (run, run.absolute().parent.parent) if run.is_dir() else ()
     path = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)

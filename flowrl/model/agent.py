@@ -204,6 +204,20 @@ class Agent:
         return answer if self._batched else answer[0]
 
     @torch.inference_mode()
+    def took(self, actions: np.ndarray) -> None:
+        """State what was done instead of what :meth:`act` just returned, as where another controller acts.
+
+        Args:
+            actions: (num_envs, action_dim); of discrete ones the one-hot vectors.
+        """
+        assert self._state is not None
+        taken = self._checked("actions", actions, (self.config.model.action_dim,))
+        self._state = self._state._replace(previous_actions=taken)
+        if self._history is not None:
+            row = torch.arange(len(taken), device=self.device)
+            self._history.actions[row, self._history.valid.sum(dim=1) - 1] = taken
+
+    @torch.inference_mode()
     def restart(self, finished: np.ndarray) -> None:
         """Forget the episodes of the slots where the (num_envs,) bool mask holds; they start anew."""
         assert self._state is not None

@@ -1,0 +1,252 @@
+"""What an agent would achieve, estimated from data alone: off-policy evaluation without a simulator."""
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from flowrl.data import EpisodeDataset, load_episodes
+from flowrl.data.dataset import held_out, select_episodes
+from flowrl.errors import UserError
+from flowrl.evaluation.command import options_of
+from flowrl.evaluation.evaluate import standard_error
+from flowrl.model.agent import Agent, Conditioning
+from flowrl.model.checkpoint import CheckpointName
+from flowrl.model.critic import Critics
+from flowrl.model.loading import load_agent
+from flowrl.options import PositiveCount, Seed, Share, checked, flag
+
+MEMBERS = 2  # critics of different initial weights, whose mean counts
+BATCH_SIZE, LEARNING_RATE = 256, 1e-3
+AVERAGING = 0.005  # share of the current weights that the averaged ones take up at each update
+DISCOUNT = 0.99
+TRACE = 0.95  # lambda: about twenty timesteps of the data enter a target
+ROUNDS = 8  # of targets of fitted Q evaluation
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """Estimate the return of a trained agent from data alone, without its environment."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, pretrained:NAME, or hf:OWNER/NAME."""
+    dataset: tuple[str, ...] = ()
+    """The data, as in flowrl train; by default the run's."""
+    env: str | None = None
+    """Likewise: the name of the data, such as hopper-medium."""
+    target: float | None = None
+    """Target return; by default the run's first."""
+    conditioning: Conditioning | None = None
+    """return-to-go or target, as in flowrl evaluate."""
+    checkpoint: CheckpointName | None = None
+    """Step of the checkpoint, or best; by default the last one."""
+    held_out: Share = 0.2
+    """Share of the episodes that the critics do not learn from, and that the estimates are of."""
+    timesteps: PositiveCount = 50_000
+    """Of the data to take at most, in a random sample of whole episodes."""
+    updates: PositiveCount = 1_000
+    """Of the critics, half of them for each estimate."""
+    seed: Seed = 0
+    """Of the sample and the critics."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Undiscounted returns of the held-out episodes, (episodes,) each."""
+
+    data: np.ndarray
+    """Of the data's own policy."""
+    first_order: np.ndarray
+    """Of the agent, by critics of the data's policy."""
+    fitted_q: np.ndarray
+    """Of the agent, by critics of the agent: fitted Q evaluation."""
+
+
+def estimate_run(config: EstimateConfig) -> str:
+    """Return a table of the estimates of a run.
+
+    Raises:
+        UserError: an unusable run, flag or dataset.
+    """
+    checked(EstimateConfig, asdict(config), flag)
+    agent = load_agent(config.run, checkpoint=config.checkpoint, conditioning=config.conditioning)
+    of_run = {} if config.dataset or config.env else options_of(config.run)
+    sources = config.dataset or of_run.get("dataset") or ()
+    env = config.env or of_run.get("env")
+    if not sources and env is None:
+        raise UserError(f"{config.run}: names no data; give --dataset or --env")
+    data = load_episodes(sources or env or "", env if sources else None)
+    target = agent.config.targets[0] if config.target is None else config.target
+    estimates = estimate(agent, data, target, config.held_out, config.timesteps, config.updates, config.seed)
+    reference = agent.config.reference or data.reference
+    lines = [f"{data.dataset_id}, target {target:g}, {len(estimates.data)} episodes held out"]
+    for name, returns in asdict(estimates).items():
+        mean = float(returns.mean())
+        score = "" if reference is None else f", normalised score {reference.normalized_score(mean):.1f}"
+        error = f" ({standard_error(returns):.1f})"
+        lines.append(f"{name.replace('_', ' '):12}return {mean:.1f}{error}{score}")
+    lines.append("mean (standard error of the mean) over episodes; estimates can be off by far more")
+    return "\n".join(lines)
+
+
+def estimate(
+    agent: Agent,
+    dataset: EpisodeDataset,
+    target: float,
+    share: float = 0.2,
+    timesteps: int = 50_000,
+    updates: int = 1_000,
+    seed: int = 0,
+) -> Estimates:
+    """Learn critics on part of the data, and estimate the agent's return on the ``share`` held out.
+
+    Each estimate is a held-out episode's return plus the sum over its timesteps of
+    Q(s, agent's action) - Q(s, data's action). With the agent's own Q and without discount this would be
+    exact (performance difference lemma, Kakade and Langford 2002). *First order* takes the Q of the data's
+    policy, regressed on its discounted returns. *Fitted Q evaluation* (Le et al. 2019, arXiv 1903.08738)
+    goes on from there with targets for the agent's actions.
+
+    Raises:
+        UserError: discrete actions, data that does not fit the agent, or a single episode.
+    """
+    sizes = (agent.config.model.observation_dim, agent.config.model.action_dim)
+    if dataset.action_choices or sizes != (dataset.observation_dim, dataset.action_dim):
+        raise UserError(
+            f"{dataset.dataset_id}: estimates need continuous actions and the agent's observations of "
+            f"{sizes[0]} and actions of {sizes[1]} numbers"
+        )
+    shuffled = np.random.default_rng(seed).permutation(dataset.num_episodes)
+    fitting = np.searchsorted(np.cumsum(dataset.episode_lengths[shuffled]), timesteps, side="right")
+    dataset = select_episodes(dataset, np.sort(shuffled[: max(int(fitting), 2)]))
+    known, unseen = held_out(dataset, min(share, 0.5))
+    assert unseen is not None
+    learned, tested = (_transitions(agent, part, target) for part in (known, unseen))
+    mean_value = np.full(known.num_transitions, known.rewards.mean() / (1 - DISCOUNT), dtype=np.float32)
+    returns = corrected_returns(known, mean_value, mean_value, trace=1.0)
+    learner = _Learner(learned, known, returns, updates, seed)
+
+    def with_agent() -> np.ndarray:
+        added = learner.values(tested.observations, tested.chosen)
+        added -= learner.values(tested.observations, tested.taken)
+        return unseen.episode_returns + np.add.reduceat(added, unseen.episode_starts)
+
+    learner.fit(returns, updates // 2)
+    first_order = with_agent()
+    for _ in range(ROUNDS):
+        taken = learner.values(learned.observations, learned.taken)
+        chosen = learner.values(learned.observations, learned.chosen)
+        learner.fit(corrected_returns(known, taken, chosen, TRACE), updates // (2 * ROUNDS))
+    return Estimates(unseen.episode_returns, first_order, with_agent())
+
+
+def agent_actions(agent: Agent, dataset: EpisodeDataset, target: float) -> np.ndarray:
+    """What the agent does at every timestep of the data's episodes, (transitions, action_dim).
+
+    It aims at ``target``, and remembers the data's observations, actions and rewards up to there.
+    """
+    longest_first = np.argsort(-dataset.episode_lengths, kind="stable")
+    starts, lengths = dataset.episode_starts[longest_first], dataset.episode_lengths[longest_first]
+    actions = np.empty_like(dataset.actions)
+    agent.reset(len(starts), target)
+    rewards = None
+    for step in range(dataset.max_episode_length):
+        running = int((lengths > step).sum())
+        if running < len(starts):
+            agent.keep(np.arange(running))
+            starts, lengths = starts[:running], lengths[:running]
+            rewards = None if rewards is None else rewards[:running]
+        rows = starts + step
+        actions[rows] = agent.act(dataset.observations[rows], rewards)
+        agent.took(dataset.actions[rows])
+        rewards = dataset.rewards[rows]
+    return actions
+
+
+def corrected_returns(
+    dataset: EpisodeDataset, taken: np.ndarray, chosen: np.ndarray, trace: float
+) -> np.ndarray:
+    """Discounted returns of the agent along the data's episodes, (transitions,) float32.
+
+    ``taken`` and ``chosen``, (transitions,), are Q at the data's actions and at the agent's; with a ``trace``
+    of 0 a target is a reward and the next ``chosen``, with 1 it takes the whole rest of the episode. The last
+    transition of an episode that was cut off has the value ``taken``. Source: Q(lambda) of Harutyunyan et al.
+    (2016), arXiv 1602.04951, Eq. 4.
+    """
+    lengths = dataset.episode_lengths
+    ends = dataset.episode_starts + lengths - 1
+    returns = np.empty(len(taken), dtype=np.float32)
+    returns[ends] = np.where(dataset.terminated, dataset.rewards[ends], taken[ends])
+    for back in range(1, dataset.max_episode_length):  # timesteps before the last one
+        now = ends[lengths > back] - back
+        following = chosen[now + 1] + trace * (returns[now + 1] - taken[now + 1])
+        returns[now] = dataset.rewards[now] + DISCOUNT * following
+    return returns
+
+
+class _Transitions(NamedTuple):
+    """Normalised, (transitions, ...)."""
+
+    observations: Tensor
+    taken: Tensor  # the data's actions
+    chosen: Tensor  # the agent's
+
+
+def _transitions(agent: Agent, dataset: EpisodeDataset, target: float) -> _Transitions:
+    arrays = (dataset.observations, dataset.actions, agent_actions(agent, dataset, target))
+    observations, taken, chosen = (torch.from_numpy(array) for array in arrays)
+    model = copy.deepcopy(agent.model).cpu()
+    actions = (model.normalize_actions(taken), model.normalize_actions(chosen))
+    return _Transitions(model.normalize_observations(observations), *actions)
+
+
+class _Learner:
+    """Critics, and their averaged weights, which estimate."""
+
+    def __init__(
+        self, data: _Transitions, dataset: EpisodeDataset, returns: np.ndarray, updates: int, seed: int
+    ) -> None:
+        self.data = data
+        self.mean, self.scale = float(returns.mean()), max(float(returns.std()), 1e-6)
+        usable = np.ones(len(returns), dtype=bool)  # of what was cut off, the last state's value is not known
+        usable[(dataset.episode_starts + dataset.episode_lengths - 1)[~dataset.terminated]] = False
+        self.choices = torch.from_numpy(np.flatnonzero(usable))
+        if not len(self.choices):
+            raise UserError(f"{dataset.dataset_id}: no episode has a state after its first action")
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            self.critics = Critics(data.observations.shape[1], data.taken.shape[1], MEMBERS)
+        self.averaged = copy.deepcopy(self.critics).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.critics.parameters(), LEARNING_RATE, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, updates, LEARNING_RATE / 20
+        )
+        self.update = 0
+
+    def fit(self, targets: np.ndarray, updates: int) -> None:
+        """Regress on ``targets``, (transitions,), at the data's actions."""
+        wanted = torch.from_numpy((targets - self.mean) / self.scale)
+        for _ in range(updates):
+            batch = self.choices[torch.randint(len(self.choices), (BATCH_SIZE,), generator=self.generator)]
+            values = self.critics.action_values(self.data.observations[batch], self.data.taken[batch])
+            loss = (values - wanted[batch]).square().mean(dim=1).sum()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.schedule.step()
+            self.update += 1
+            with torch.no_grad():
+                share = max(AVERAGING, 1 / self.update)
+                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.critics.parameters()), share)
+
+    @torch.no_grad()
+    def values(self, observations: Tensor, actions: Tensor) -> np.ndarray:
+        """The members' mean, in units of returns, (transitions,)."""
+        pairs = zip(observations.split(8192), actions.split(8192), strict=True)
+        members = torch.cat([self.averaged.action_values(*pair) for pair in pairs], dim=1)
+        return (members.mean(dim=0) * self.scale + self.mean).numpy()
