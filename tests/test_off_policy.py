@@ -132,7 +132,7 @@ def test_fitted_q_follows_the_agents_own_later_actions() -> None:
 def test_what_cannot_be_estimated_is_one_line(tiny_dataset, tmp_path) -> None:
     train_here(tiny_dataset, tmp_path / "run", steps=1, eval_episodes=0)
     table = estimate_run(EstimateConfig(tmp_path / "run", updates=20))
-    assert "file:tiny.hdf5, target 5, 1 episodes held out" in table
+    assert "file:tiny.hdf5, target 30, 1 episodes held out" in table
     assert "fitted q" in table
     agent = flowrl.load_agent(tmp_path / "run")
     agent.save(tmp_path / "alone")
