@@ -71,6 +71,30 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+HOLD = """
+import os, time
+fsync = os.fsync
+def held(descriptor):
+    step = os.readlink(f"/proc/self/fd/{{descriptor}}").partition("/.step-")[2][:8]
+    while os.path.exists({folder!r} + "/hold" + step):
+        time.sleep(0.02)
+    fsync(descriptor)
+os.fsync = held
+"""
+
+
+@pytest.fixture
+def held_at_20(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """While this file is there, trainings in new processes wait in their checkpoint of update 20."""
+    folder = tmp_path / "hold"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(HOLD.format(folder=str(folder)))
+    paths = filter(None, (str(folder), os.environ.get("PYTHONPATH")))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    (folder / "hold00000020").touch()
+    return folder / "hold00000020"
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of the file that :func:`write_tiny_dataset` makes; not to be changed."""

@@ -25,7 +25,7 @@ from flowrl.training.metrics import METRICS_FILE
 from flowrl.training.run import run_training
 
 STEP = "checkpoints/step-00000004"
-WRONG = (None, True, -1, 0, 1.5, 1 << 40, 10**400, math.nan, -math.inf, "x", "\ud800", [], [1], {"a": 1})
+WRONG = (None, True, -1, 1.5, 10**400, math.nan, "\ud800", [1], {"a": 1})
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_training_json_with_wrong_values(run: Path, config: TrainConfig, key: st
     data = json.loads(path.read_text())
     kept = sorted(file.name for file in run.iterdir())
     for value in (*WRONG, "missing"):
-        if value in (-1, 0, 1 << 40):  # some of them are counts like any other
+        if value == -1 and key == "evaluated_step":  # as before any evaluation
             continue
         changed = value if key is None else {**data, key: value}
         if key is not None and value == "missing":

@@ -1,6 +1,5 @@
 """The command line as a program, and what importing the package does to a process."""
 
-import os
 import re
 import runpy
 import subprocess
@@ -8,23 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_training import REPOSITORY, arguments
+from tiny_training import REPOSITORY, Command, arguments, finish, steps_on_disk
 
 from flowrl import __main__
 from flowrl.__main__ import COMMANDS, EXIT_BROKEN_PIPE, main
 
 # Importing torch's compiler takes as long as all the rest of torch.
 NOT_FOR_ACTING = ("tyro", "tensorboard", "minari", "h5py", "mujoco", "yaml", "matplotlib", "torch._dynamo")
-
-
-def run(words: list[str], **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables},
-        timeout=200,
-        check=False,
-    )
 
 
 def test_without_a_command_all_are_listed(capsys):
@@ -57,35 +46,35 @@ flowrl.load_agent, flowrl.flow_attention
 assert dict(os.environ) == before
 print(*(name for name in {NOT_FOR_ACTING} if name in sys.modules))
 """
-    result = run(["-c", program])
-    assert result.returncode == 0, result.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert result.stdout.strip() == b""
 
 
 def test_a_terminal_without_unicode(tiny_dataset: Path, tmp_path: Path):
     folder = tmp_path / "r\N{LATIN SMALL LETTER U WITH DIAERESIS}n"  # printed, and not ASCII
-    words = arguments(tiny_dataset, folder, steps=4, eval_episodes=1)
-    result = run(["-m", "flowrl", "train", *words], PYTHONIOENCODING="ascii:strict")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.isascii()
-    assert b"target_return" in result.stdout
+    words = ["train", *arguments(tiny_dataset, folder, steps=4, eval_episodes=1)]
+    hook = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')"
+    code, output, errors = finish(Command(words, hook))
+    assert code == 0, errors
+    assert output.isascii()
+    assert "target_return" in output
+
+
+CLOSED_PIPE = """
+import os
+from flowrl.training import trainer
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+evaluate = trainer.evaluate
+def closed(*arguments):
+    os.close(reader)
+    return evaluate(*arguments)
+trainer.evaluate = closed
+"""
 
 
 def test_an_evaluation_that_nobody_reads_costs_no_update(tiny_dataset: Path, tmp_path: Path):
-    """The pipe is closed once the run has begun; the table is the next output."""
-    run_dir = tmp_path / "run"
-    words = arguments(tiny_dataset, run_dir, eval_every=25, checkpoint_every=1000)
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "flowrl", "train", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-    )
-    while b"run folder" not in process.stdout.readline():
-        assert process.poll() is None
-    process.stdout.close()
-    errors = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(100) == EXIT_BROKEN_PIPE
-    assert b"Traceback" not in errors
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir())[-1] == "step-00000025"
+    """The pipe is closed before its table is printed."""
+    words = arguments(tiny_dataset, tmp_path / "run", eval_every=25, checkpoint_every=1000)
+    assert finish(Command(["train", *words], CLOSED_PIPE))[0] == EXIT_BROKEN_PIPE
+    assert steps_on_disk(tmp_path / "run")[-1] == "step-00000025"

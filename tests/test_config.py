@@ -20,6 +20,7 @@ from flowrl.training.config import (
     to_arguments,
     to_yaml,
 )
+from flowrl.training.presets import preset_options
 from flowrl.training.setup import build_agent, load_dataset
 
 
@@ -56,9 +57,10 @@ TARGETS = {"hopper": (3600.0, 1800.0), "halfcheetah": (12000.0, 6000.0), "walker
 SHAPES = {"-paper": (20, "interleaved", 64), "-fused": (20, "fused", 64), "-long": ("episode", "fused", 4)}
 
 
-@pytest.mark.parametrize("recipe", SHAPES)
-@pytest.mark.parametrize("data", ["medium", "medium-replay", "medium-expert"])
-@pytest.mark.parametrize("robot", TARGETS)
+@pytest.mark.parametrize(
+    ("robot", "data", "recipe"),
+    zip(TARGETS, ("medium", "medium-replay", "medium-expert"), SHAPES, strict=True),
+)
 def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, recipe):
     env = f"{robot}-{data}"
     context, layout, batch = SHAPES[recipe]
@@ -68,6 +70,9 @@ def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, r
     )  # fmt: skip
     assert env in D4RL_ENVIRONMENTS
     assert parse_train_config(["--config", expected.config]) == expected
+    for other in ("medium", "medium-replay", "medium-expert"):
+        options = preset_options(f"{robot}-{other}{recipe}", None)
+        assert options == {**preset_options(expected.config, None), "env": f"{robot}-{other}"}
     name = recipe.removeprefix("-")
     assert parse_train_config(["--env", env, "--config", name]) == replace(expected, config=name)
     default = TrainConfig(
@@ -227,6 +232,14 @@ def another(value):
 FIXED = sorted({field.name for field in fields(TrainConfig)} - RESUMABLE)
 
 
+def test_the_value_that_a_run_has_anyway_is_no_change(tmp_path):
+    run = tmp_path / "run"
+    saved = write_run(run)
+    values = {name: value for name in FIXED if (value := getattr(saved, name)) not in (None, (), False)}
+    flags = [f"{flag(name)}={value}" for name, value in values.items()]
+    assert parse_train_config(["--resume", str(run), *flags]) == replace(saved, resume=run)
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_resume_cannot_change_what_was_computed(tmp_path, name):
     run = tmp_path / "run"
@@ -240,8 +253,6 @@ def test_resume_cannot_change_what_was_computed(tmp_path, name):
     words = [another(same)] if words is None else words
     with pytest.raises(UserError, match=f"{flag(name)} .*: .* was trained with .*--resume cannot change it"):
         parse_train_config(["--resume", str(run), flag(name), *words])
-    if same not in (None, (), False):  # the value that holds anyway is no change
-        assert parse_train_config(["--resume", str(run), flag(name), str(same)]) == replace(saved, resume=run)
 
 
 @pytest.mark.parametrize("options", [{"embed_dim": 1 << 20}, {"embed_dim": 1 << 14, "num_layers": 1000}])

@@ -153,6 +153,7 @@ def test_choices_side_by_side_are_learned(tmp_path: Path, agent: str) -> None:
     store("flowrl-test/Locks-v0", 200)
     options = {"steps": 150, "embed_dim": 32, "context_length": 2, "batch_size": 128, "eval_episodes": 20}
     options |= {"learning_rate": 0.01, "agent": agent, "top_fraction": 0.1 if agent == "bc" else 1}
+    options["max_episode_steps"] = None
     run = tmp_path / "run"
     results = train_here("minari:test/toy-v0", run, env="flowrl-test/Locks-v0", targets="4 0", **options)
     assert load_agent(run).config.model.action_choices == (2, 3)
@@ -200,8 +201,9 @@ def noisy_cartpole(path: Path, column: bool) -> float:
 
 def test_cartpole_is_learned_from_poor_data_and_continues_when_resumed(tmp_path: Path, capsys: Any) -> None:
     mean = noisy_cartpole(tmp_path / "cartpole.hdf5", column=False)
-    options: dict[str, Any] = {"env": "CartPole-v1", "steps": 150, "embed_dim": 32, "context_length": 5}
-    options |= {"eval_episodes": 4, "eval_every": 0, "targets": 500, "learning_rate": 0.003, "batch_size": 32}
+    options: dict[str, Any] = {"env": "CartPole-v1", "max_episode_steps": None, "steps": 150, "embed_dim": 32}
+    options |= {"context_length": 5, "eval_episodes": 4, "eval_every": 0, "targets": 500}
+    options |= {"learning_rate": 0.003, "batch_size": 32}
     results = train_here(tmp_path / "cartpole.hdf5", tmp_path / "run", **options)
     assert results[0].returns.mean() > 1.5 * mean
     options |= {

@@ -140,7 +140,8 @@ def test_a_run_remembers_how_its_environment_is_made(
     module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     env_id, run = f"{module}/Weak-v0", tmp_path / "run"
-    words = arguments(pendulum_data(tmp_path / "data.hdf5"), run, env=f"{module}:{env_id}", steps=5)
+    options = {"env": f"{module}:{env_id}", "max_episode_steps": None, "steps": 5}
+    words = arguments(pendulum_data(tmp_path / "data.hdf5"), run, **options)
     kwargs = ["--env-kwargs", '{"torque": 0.25}', "--reference-scores", "-100", "0"]
     run_train([*words, *kwargs])
     output = capsys.readouterr().out

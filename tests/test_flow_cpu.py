@@ -3,10 +3,10 @@
 There must be a compiler: without one these tests fail.
 """
 
-import os
-import subprocess
+import atexit
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import warnings
 
 import pytest
 import torch
@@ -18,10 +18,12 @@ from attention_forms import (
     unwritten_is_nan,  # noqa: F401
     with_gradients,
 )
+from tiny_training import Command, finish
 
 from flowrl.attention import flow_attention, naive_flow_attention
 from flowrl.attention.flow import cpu
 from flowrl.attention.flow.cpu import WIDTHS
+from flowrl.native import library
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="C++ is built on Linux alone"),
@@ -108,36 +110,43 @@ def test_training_takes_it_where_it_applies(monkeypatch):
     assert called == []
 
 
-BUILD = """
-import sys, torch, warnings
-warnings.simplefilter("always")
-from flowrl.attention import flow_attention
-x = torch.ones(1, 1, 3, 16)
-print(flow_attention(x, x, x).isfinite().all().item())
-"""
+@pytest.fixture
+def build(monkeypatch):
+    """A function that attends in this environment as in a new process; the warnings of it."""
+    caches = (library.native_library, library._cache_folder, cpu.flow_library)
+
+    def forget():
+        for cached in caches:
+            cached.cache_clear()
+
+    def attend(**environment):
+        forget()
+        for name in ("CXX", "HOME", "TMPDIR", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        x = torch.ones(1, 1, 3, 16)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert flow_attention(x, x, x).isfinite().all()
+        return [str(warning.message) for warning in caught]
+
+    yield attend
+    forget()
 
 
-def build(**environment):
-    """The warnings of a process that attends once in this environment."""
-    environment |= {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    result = subprocess.run(
-        [sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert result.stdout == "True\n", result.stderr
-    return result.stderr
-
-
-def test_without_a_compiler_torch_does_the_work(tmp_path):
-    assert build(PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path)) == ""
+def test_without_a_compiler_torch_does_the_work(build, tmp_path):
+    assert build(PATH=tmp_path, XDG_CACHE_HOME=tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("says", ["exit 3", "echo 'some error: no AVX' >&2; exit 1"])
-def test_a_compiler_that_fails_is_reported(tmp_path, says):
+def test_a_compiler_that_fails_is_reported(build, tmp_path, says):
     compiler = tmp_path / "broken-compiler"
     compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{says}\n')
     compiler.chmod(0o755)
-    told = build(PATH="/usr/bin:/bin", CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    (told,) = build(CXX=compiler, XDG_CACHE_HOME=tmp_path / "cache")
     assert "could not be built, torch's forms are used" in told
     assert ("no AVX" if "AVX" in says else "exited with 3") in told
     assert list((tmp_path / "cache" / "flowrl").iterdir()) == []  # nothing half-written
@@ -152,18 +161,31 @@ def quick_compiler(folder):
 
 
 @pytest.mark.parametrize("home", [{"XDG_CACHE_HOME": "a-file"}, {"HOME": "/proc/no"}])
-def test_without_a_folder_for_libraries_a_temporary_one_serves(tmp_path, home):
+def test_without_a_folder_for_libraries_a_temporary_one_serves(build, tmp_path, monkeypatch, home):
     (tmp_path / "a-file").write_text("a file where a folder should be")
     (tmp_path / "temporary").mkdir()
-    places = {name: str(tmp_path / path) for name, path in home.items()}
-    places |= {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path / "temporary")}
-    assert build(CXX=quick_compiler(tmp_path), **places) == ""
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **options: at_exit.append((call, options)))
+    places = {name: tmp_path / path for name, path in home.items()}
+    assert build(CXX=quick_compiler(tmp_path), TMPDIR=tmp_path / "temporary", **places) == []
     assert f"-o {tmp_path}/temporary/flowrl-" in (tmp_path / "calls").read_text()
-    assert list((tmp_path / "temporary").iterdir()) == []  # removed at the end
+    (((remove, *arguments), options),) = at_exit
+    remove(*arguments, **options)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
-    environment = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "CXX": quick_compiler(tmp_path)}
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(lambda _: build(**environment), range(2))) == [""] * 2
+BUILD = """
+import sys, torch
+from flowrl.attention import flow_attention
+x = torch.ones(1, 1, 3, 16)
+flow_attention(x, x, x)
+sys.exit()
+"""
+
+
+def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", quick_compiler(tmp_path))
+    both = [Command([], BUILD) for _ in range(2)]
+    assert [finish(process) for process in both] == [(0, "", "")] * 2
     assert [path.suffix for path in (tmp_path / "flowrl").iterdir()] == [".so"]

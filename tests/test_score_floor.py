@@ -16,9 +16,9 @@ def test_a_small_training_reaches_a_normalized_score_of_50(tmp_path):
         CollectCommand("hopper", policies=("medium", "expert"), steps=20_000, format="d4rl", out=data)
     )
     (result,) = train_here(
-        data, tmp_path / "run", env="Hopper-v5", token_layout="fused", context_length=20, batch_size=64,
-        embed_dim=64, steps=800, learning_rate=3e-3, checkpoint_every=800, log_every=100, eval_every=0,
-        eval_episodes=10, targets=3500, return_scale=1000,
+        data, tmp_path / "run", env="Hopper-v5", max_episode_steps=None, token_layout="fused",
+        context_length=20, batch_size=64, embed_dim=64, steps=800, learning_rate=3e-3, checkpoint_every=800,
+        log_every=100, eval_every=0, eval_episodes=10, targets=3500, return_scale=1000,
     )  # fmt: skip
     assert result.normalized_scores is not None
     assert result.normalized_scores.mean() > FLOOR

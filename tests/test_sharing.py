@@ -3,9 +3,6 @@
 import contextlib
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
@@ -16,7 +13,7 @@ import torch
 import yaml
 from fake_hub import COMMIT, TOKEN, FakeHub
 from test_loading import make_agent, play
-from tiny_training import REPOSITORY, figures, train_here
+from tiny_training import REPOSITORY, Command, figures, finish, train_here
 
 from flowrl import load_agent
 from flowrl.errors import UserError
@@ -155,9 +152,14 @@ def hub():
 
 def commands(hub_url, cache, lines, **environment):
     """Run flowrl's commands in one process that reaches no other hub; exit code and output of each."""
+    variables = {"HF_ENDPOINT": hub_url, "HF_HOME": str(cache), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    variables |= environment
     program = f"""
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
 from flowrl.__main__ import main
+for name in [name for name in os.environ if "proxy" in name.lower()]:
+    del os.environ[name]
+os.environ.update({variables!r})
 results = []
 for line in {lines!r}:
     output = io.StringIO()
@@ -168,15 +170,11 @@ for line in {lines!r}:
             code = end.code
     results.append((code, output.getvalue()))
 print(json.dumps(results))
+sys.exit()
 """
-    variables = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    variables |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(cache), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    variables |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    code, output, errors = finish(Command([], program))
+    assert code == 0, errors
+    return json.loads(output.splitlines()[-1])
 
 
 def test_push_and_pull_by_way_of_a_hub(run, hub, tmp_path):

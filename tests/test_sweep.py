@@ -1,17 +1,14 @@
 """Sweeps: their plans, and real processes that are stopped, killed, broken and resumed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from tiny_training import REPOSITORY, assert_same_end, figures, steps_on_disk, wait_for
+from tiny_training import Command, assert_same_end, figures, steps_on_disk, wait_for
 
 from flowrl.data import load_episodes
 from flowrl.data.sampler import WindowSampler
@@ -34,7 +31,7 @@ TINY = {
     "log_every": 5,
     "targets": [5.0],
 }
-STEPS = 200  # long enough to be stopped on the way
+STEPS = 40
 METHODS = {"flow-6": {"context_length": 6}, "softmax-6": {"attention": "softmax", "context_length": 6}}
 
 
@@ -46,16 +43,9 @@ def write_sweep(path: Path, dataset: Path, steps: int, seeds: tuple[int, ...] = 
     return path
 
 
-def start_sweep(file: Path, runs_dir: Path, *words: str) -> subprocess.Popen:
-    """Start scripts/sweep.py in a process of its own."""
-    arguments = ["--sweep", str(file), "--runs-dir", str(runs_dir), "--jobs", "2", *words]
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "scripts" / "sweep.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
+def start_sweep(file: Path, runs_dir: Path, *words: str) -> Command:
+    """Start a sweep in a process of its own."""
+    return Command(["sweep", "--sweep", str(file), "--runs-dir", str(runs_dir), "--jobs", "2", *words])
 
 
 def last_step(run_dir: Path) -> int:
@@ -188,13 +178,14 @@ def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_sweep_goes_on_exactly(
-    number: int, whole_runs: Path, tiny_dataset: Path, tmp_path: Path
+    number: int, whole_runs: Path, tiny_dataset: Path, held_at_20: Path, tmp_path: Path
 ) -> None:
     file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
     plan = plan_runs(read_sweep(str(file)), runs)
     process = start_sweep(file, runs)
-    wait_for(lambda: all(last_step(run.run_dir) >= 20 for run in plan), process)
+    wait_for(lambda: all(last_step(run.run_dir) == 20 for run in plan), process)
     process.send_signal(number)
+    held_at_20.unlink()
     process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     for run in plan:  # every training has ended too; with SIGKILL, soon

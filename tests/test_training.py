@@ -196,7 +196,7 @@ def test_the_last_evaluation_is_that_of_the_saved_agent(tiny_dataset, tmp_path):
     agent = flowrl.load_agent(tmp_path / "run")
     assert agent.acting == "window"
     (seed,) = {line["seed"] for line in figures(tmp_path / "run", "evaluation")}
-    again = evaluate(agent, EnvironmentSpec("Hopper-v4"), [30.0, 5.0], 2, seed, agent.config.reference)
+    again = evaluate(agent, agent.environment, [30.0, 5.0], 2, seed, agent.config.reference)
     for ours, theirs in zip(results, again, strict=True):
         np.testing.assert_array_equal(ours.returns, theirs.returns)
         np.testing.assert_array_equal(ours.lengths, theirs.lengths)

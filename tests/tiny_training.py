@@ -21,6 +21,7 @@ from flowrl.training.run import run_train
 REPOSITORY = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {
     "env": "Hopper-v4",
+    "max-episode-steps": 15,
     "device": "cpu",
     "embed-dim": 8,
     "num-heads": 2,

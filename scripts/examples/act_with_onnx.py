@@ -15,7 +15,8 @@ def act(path: str, seed: int = 0) -> float:
     """Act for one episode; return what it earned."""
     session = onnxruntime.InferenceSession(path)
     about = json.loads(session.get_modelmeta().custom_metadata_map["flowrl"])
-    env = gymnasium.make(about["environment"]["env_id"], **about["environment"]["kwargs"])
+    task = about["environment"]
+    env = gymnasium.make(task["env_id"], max_episode_steps=task["max_episode_steps"], **task["kwargs"])
 
     # All zeros before the first timestep: the episode so far, in arrays of constant size.
     state = {
