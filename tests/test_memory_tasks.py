@@ -162,7 +162,7 @@ def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused() 
         lambda: make_vector_env(early, 2),
         lambda: check_corridor(replace(load_episodes("tmaze-20"), environment=early)),
     ):
-        with pytest.raises(UserError, match="max_episode_steps 19 ends it before the junction; length 20"):
+        with pytest.raises(UserError, match="max_episode_steps 19: its episodes have 20"):
             refused()
 
 
@@ -212,13 +212,13 @@ def test_the_target_speed_is_shown_for_ten_timesteps_and_pays_after_the_run_up()
     env = make_env(EnvironmentSpec("flowrl/HalfCheetahCued-v0"))
     check_env(env.unwrapped, skip_render_check=True)
     observation, _ = env.reset(seed=2)
-    simulation: Any = env.unwrapped._env.unwrapped  # type: ignore[attr-defined]
-    cue, positions, generator = observation[-3], [simulation.data.qpos[0]], np.random.default_rng(1)
+    simulation: Any = env.unwrapped._simulation  # type: ignore[attr-defined]
+    cue, positions, generator = observation[-3], [simulation.qpos[0]], np.random.default_rng(1)
     target = 3.5 + (cue + 1) / 2 * (11.5 - 3.5)
     assert min(abs(target - known) for known in SPEEDS["halfcheetah"].targets) < 1e-9
     for timestep in range(1, 401):
         observation, reward, _, truncated, _ = env.step(generator.uniform(-1, 1, 6).astype(np.float32))
-        positions.append(simulation.data.qpos[0])
+        positions.append(simulation.qpos[0])
         shown = timestep < 10
         assert observation[-3:].tolist() == [cue * shown, shown, timestep >= 100]
         speed = (positions[-1] - positions[max(timestep - 50, 0)]) / (50 * 0.05)

@@ -4,10 +4,10 @@ import numpy as np
 
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, load_embedded
-from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, check_limit, cue_size, tmaze_environment
+from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, cue_size, tmaze_environment
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import make_env
+from flowrl.envs.vector import check_limit
 from flowrl.errors import UserError
 
 TRANSITIONS = 200_000  # of a dataset, if that many episodes fit
@@ -52,7 +52,7 @@ def _tmaze_dataset(name: str, environment: EnvironmentSpec) -> EpisodeDataset:
     length, arms, distractors = (environment.kwargs[key] for key in ("length", "arms", "distractors"))
     episodes = min(max(TRANSITIONS // length, FEWEST_EPISODES), MOST_EPISODES)
     generator = np.random.default_rng([length, arms, distractors])
-    envs = TMazeVectorEnv(make_env(environment), episodes)
+    envs = TMazeVectorEnv(episodes, length, arms, distractors)
     observations = np.empty((episodes, length, cue_size(arms) + 3), dtype=np.float32)
     actions = generator.normal(0, WALKING_NOISE, (episodes, length, 1)).clip(-1, 1).astype(np.float32)
     actions[:, -1, 0] = arm_action(generator.integers(arms, size=episodes), arms)
@@ -87,4 +87,4 @@ def check_corridor(dataset: EpisodeDataset) -> None:
             f"{dataset.dataset_id}: its longest episode has {longest} timesteps, the environment's corridor "
             f"{expected}: give --env tmaze-{longest}"
         )
-    check_limit(expected, dataset.environment.max_episode_steps)
+    check_limit(dataset.environment, expected)

@@ -7,7 +7,6 @@ memory of it: the gait is one.
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 
 from flowrl.envs.robot_task import ENV_IDS, RobotTask, RobotTaskVectorEnv
@@ -46,40 +45,19 @@ class CuedSpeed(RobotTask):
     """
 
     def __init__(self, robot: str = "halfcheetah", render_mode: str | None = None) -> None:
-        super().__init__(robot, CUE_SIZE, render_mode)
-        self._speeds = SPEEDS[robot]
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        own, _ = self._env.reset(seed=seed)
-        self._target = self._speeds.targets[int(self.np_random.integers(len(self._speeds.targets)))]
-        self._timestep = 0
-        self._positions = np.zeros(SPEED_TIMESTEPS)  # of the last timesteps, by timestep modulo their number
-        return np.concatenate((own, cue_of(self._speeds, self._target, 0))), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        own, _, terminated, _, _ = self._env.step(action)
-        self._timestep += 1
-        place, position = self._timestep % SPEED_TIMESTEPS, self._env.unwrapped.data.qpos[0]
-        speed = (position - self._positions[place]) / (SPEED_TIMESTEPS * self._env.unwrapped.dt)
-        self._positions[place] = position
-        reward = speed_reward(speed, self._target, self._timestep, self._speeds)
-        truncated = self._timestep >= EPISODE_TIMESTEPS
-        observation = np.concatenate((own, cue_of(self._speeds, self._target, self._timestep)))
-        return observation, float(reward), terminated, truncated, {}
+        super().__init__(CuedSpeedVectorEnv(1, robot), render_mode)
 
 
 class CuedSpeedVectorEnv(RobotTaskVectorEnv):
     """``num_envs`` robots with cues; each is what :class:`CuedSpeed` is alone."""
 
-    def __init__(self, template: gym.Env, num_envs: int) -> None:
-        """``template`` is one such environment, whose robot is taken."""
-        base: Any = template.unwrapped
-        self._speeds = SPEEDS[base.robot]
-        self._positions = np.zeros((num_envs, SPEED_TIMESTEPS))
-        super().__init__(template, num_envs, len(self._speeds.targets), EPISODE_TIMESTEPS)
+    max_episode_steps = EPISODE_TIMESTEPS
+
+    def __init__(self, num_envs: int, robot: str = "halfcheetah") -> None:
+        super().__init__(num_envs, robot, CUE_SIZE)
+        self._speeds = SPEEDS[robot]
+        self._variant_count = len(self._speeds.targets)
+        self._positions = np.zeros((num_envs, SPEED_TIMESTEPS))  # of the last timesteps
 
     def step(
         self, actions: np.ndarray
@@ -93,7 +71,8 @@ class CuedSpeedVectorEnv(RobotTaskVectorEnv):
         positions = self._envs.x
         speeds = (positions - self._positions[slots, places]) / (SPEED_TIMESTEPS * self._envs.dt)
         self._positions[slots[running], places[running]] = positions[running]
-        rewards = np.where(running, speed_reward(speeds, self._targets, self._timesteps, self._speeds), 0.0)
+        nearness = np.maximum(0.0, 1 - np.abs(speeds - self._targets) / self._speeds.tolerance)
+        rewards = np.where(running & (self._timesteps >= RUN_UP + SPEED_TIMESTEPS), nearness, 0.0)
         self._finished[:, running] = terminated[running], self._timesteps[running] >= EPISODE_TIMESTEPS
         return self._observe(own), rewards, *self._finished.copy(), {}
 
@@ -106,20 +85,8 @@ class CuedSpeedVectorEnv(RobotTaskVectorEnv):
         return np.array(self._speeds.targets)[self._variants]
 
     def _observe(self, own: np.ndarray) -> np.ndarray:
-        return np.concatenate((own, cue_of(self._speeds, self._targets, self._timesteps)), axis=1)
-
-
-def cue_of(speeds: Speeds, target: float | np.ndarray, timestep: int | np.ndarray) -> np.ndarray:
-    """The observation's last three, (..., 3): target speed, whether it is shown, whether it counts."""
-    shown = np.asarray(timestep) < CUE_TIMESTEPS
-    slowest, fastest = speeds.targets[0], speeds.targets[-1]
-    speed = 2 * (target - slowest) / (fastest - slowest) - 1  # in m/s the targets of a robot hardly differ
-    return np.stack((speed * shown, shown, np.asarray(timestep) >= RUN_UP), axis=-1).astype(np.float64)
-
-
-def speed_reward(
-    speed: float | np.ndarray, target: float | np.ndarray, timestep: int | np.ndarray, speeds: Speeds
-) -> np.ndarray:
-    """Return the reward of the step that led to ``timestep``, 0 to 1."""
-    nearness = np.maximum(0.0, 1 - np.abs(speed - target) / speeds.tolerance)
-    return np.where(np.asarray(timestep) >= RUN_UP + SPEED_TIMESTEPS, nearness, 0.0)
+        """The robots' own, then their target speed, whether it is shown, and whether it counts."""
+        shown, counts = self._timesteps < CUE_TIMESTEPS, self._timesteps >= RUN_UP
+        slowest, fastest = self._speeds.targets[0], self._speeds.targets[-1]
+        speeds = 2 * (self._targets - slowest) / (fastest - slowest) - 1  # in m/s they hardly differ
+        return np.column_stack((own, speeds * shown, shown, counts))

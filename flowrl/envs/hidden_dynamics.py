@@ -7,9 +7,7 @@ window would still hold the trial.
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box
 
 from flowrl.envs.robot_task import ENV_IDS, RobotTask, RobotTaskVectorEnv
 
@@ -32,41 +30,19 @@ class HiddenDynamics(RobotTask):
     """
 
     def __init__(self, robot: str = "halfcheetah", render_mode: str | None = None) -> None:
-        super().__init__(robot, 1, render_mode)
-        self._wirings = wirings(self._env.action_space.shape[0])
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        self._own, _ = self._env.reset(seed=seed)
-        self._world = int(self.np_random.integers(len(self._wirings)))
-        self._timestep, self._fallen = 0, False
-        return observe(self._own, 0), {"world": self._world}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        reward = 0.0
-        if self._timestep >= START or (self._timestep < TRIAL and not self._fallen):
-            wired = action * self._wirings[self._world]
-            self._own, reward, self._fallen, _, _ = self._env.step(wired)
-        in_run = self._timestep >= START
-        self._timestep += 1
-        if self._timestep == START:
-            self._own, _ = self._env.reset()
-        truncated = self._timestep >= EPISODE_TIMESTEPS
-        observation = observe(self._own, self._timestep)
-        info = {"world": self._world}
-        return observation, float(reward) * in_run, self._fallen and in_run, truncated, info
+        super().__init__(HiddenDynamicsVectorEnv(1, robot), render_mode)
 
 
 class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
     """``num_envs`` robots, each what :class:`HiddenDynamics` is alone; info holds (num_envs,) worlds."""
 
-    def __init__(self, template: gym.Env, num_envs: int) -> None:
-        """``template`` is one such environment, whose robot is taken."""
-        assert isinstance(template.action_space, Box)
-        self._wirings = wirings(template.action_space.shape[0])
-        super().__init__(template, num_envs, len(self._wirings), EPISODE_TIMESTEPS)
+    max_episode_steps = EPISODE_TIMESTEPS
+
+    def __init__(self, num_envs: int, robot: str = "halfcheetah") -> None:
+        super().__init__(num_envs, robot, added=1)
+        assert self.single_action_space.shape is not None
+        self._wirings = wirings(self.single_action_space.shape[0])
+        self._variant_count = len(self._wirings)
 
     def step(
         self, actions: np.ndarray
@@ -90,7 +66,10 @@ class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
         return np.where(timesteps < TRIAL, opening, np.where(timesteps < START, 0, made_good))
 
     def _observe(self, own: np.ndarray) -> np.ndarray:
-        return observe(own, self._timesteps)
+        """The robots' own, zeros while they are off, then whether it is the run."""
+        in_run = self._timesteps >= START
+        is_on = in_run | (self._timesteps < TRIAL)
+        return np.column_stack((own * is_on[:, None], in_run))
 
     def _info(self) -> dict[str, Any]:
         return {"world": self._variants.copy()}
@@ -99,10 +78,3 @@ class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
 def wirings(action_dim: int) -> np.ndarray:
     """The sign of each actuator in each world, float32 (1 + action_dim, action_dim)."""
     return np.concatenate((np.ones((1, action_dim)), 1 - 2 * np.eye(action_dim))).astype(np.float32)
-
-
-def observe(own: np.ndarray, timestep: int | np.ndarray) -> np.ndarray:
-    """The robot's own observations (..., dim), zeros while it is off, then whether it is the run."""
-    in_run = np.asarray(timestep)[..., None] >= START
-    is_on = in_run | (np.asarray(timestep)[..., None] < TRIAL)
-    return np.concatenate((own * is_on, in_run), axis=-1)

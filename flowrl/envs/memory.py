@@ -9,13 +9,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from flowrl.envs.slots import SlotGenerators
+from flowrl.envs.slots import OneSlot, SlotGenerators
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
@@ -26,7 +25,7 @@ _NAME = re.compile(r"tmaze-(\d+)(?:-arms-(\d+))?(?:-distractors-(\d+))?")
 _NOISE_BLOCK = 1024  # timesteps whose noise a slot draws together
 
 
-class TMaze(gym.Env[np.ndarray, np.ndarray]):
+class TMaze(OneSlot):
     """A corridor of ``length`` timesteps whose last one is a junction of ``arms`` arms.
 
     Observation, float32 in [-1, 1]: the cue, whether this is the junction, timestep / length, and noise.
@@ -38,56 +37,21 @@ class TMaze(gym.Env[np.ndarray, np.ndarray]):
     """
 
     def __init__(self, length: int = 500, arms: int = 2, distractors: int = 0) -> None:
-        check_tmaze(length, arms, distractors)
-        self.length, self.arms, self.distractors = length, arms, distractors
-        self.max_episode_steps = length  # it ends by itself
-        self._shape = (cue_size(arms) + 3,)
-        self.observation_space = Box(-1.0, 1.0, self._shape, np.float32)
-        self.action_space = Box(-1.0, 1.0, (1,), np.float32)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        super().reset(seed=seed)
-        self._timestep = 0
-        self._arm, self._false_cues = draw_cues(self.np_random, self.length, self.arms, self.distractors)
-        return self._observation(), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        at_junction = self._timestep == self.length - 1
-        chosen = int(nearest_arm(np.asarray(action, dtype=np.float32), self.arms)[0])
-        reward = float(at_junction and chosen == self._arm)
-        self._timestep += 1
-        observation = np.zeros(self._shape, np.float32) if at_junction else self._observation()
-        return observation, reward, at_junction, False, {}
-
-    def _observation(self) -> np.ndarray:
-        observation = np.zeros(self._shape, dtype=np.float32)
-        shown = self._arm if self._timestep == 0 else self._false_cues.get(self._timestep)
-        if shown is not None:
-            observation[:-3] = cue_vector(shown, self.arms)
-        observation[-3] = self._timestep == self.length - 1
-        observation[-2] = self._timestep / self.length
-        observation[-1] = self.np_random.uniform(-1, 1)
-        return observation
+        super().__init__(TMazeVectorEnv(1, length, arms, distractors), length)
 
 
 class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """``num_envs`` T-Mazes in step, whose finished slots stay still; see :class:`TMaze`.
 
-    Every slot sees what a single environment of its seed does. See
-    :func:`flowrl.envs.vector.make_vector_env` for what ``step`` and ``reset`` promise.
+    See :func:`flowrl.envs.vector.make_vector_env` for what ``step`` and ``reset`` promise.
     """
 
-    def __init__(self, template: gym.Env, num_envs: int) -> None:
-        """``template`` is one such environment, whose arguments are used."""
-        base: Any = template.unwrapped
-        self.length, self.arms, self.distractors = base.length, base.arms, base.distractors
-        check_limit(self.length, None if template.spec is None else template.spec.max_episode_steps)
-        self.num_envs = num_envs
-        self.metadata = {**template.metadata, "autoreset_mode": AutoresetMode.DISABLED}
-        self.single_observation_space = template.observation_space
-        self.single_action_space = template.action_space
+    def __init__(self, num_envs: int, length: int = 500, arms: int = 2, distractors: int = 0) -> None:
+        check_tmaze(length, arms, distractors)
+        self.num_envs, self.length, self.arms, self.distractors = num_envs, length, arms, distractors
+        self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
+        self.single_observation_space = Box(-1.0, 1.0, (cue_size(arms) + 3,), np.float32)
+        self.single_action_space = Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._generators = SlotGenerators(num_envs)
@@ -175,15 +139,6 @@ def check_tmaze(length: int, arms: int, distractors: int) -> None:
     ):
         if not lowest <= value <= highest:
             raise UserError(f"T-Maze: {name} {value}: must be from {lowest} to {highest}")
-
-
-def check_limit(length: int, max_episode_steps: int | None) -> None:
-    """Raise a UserError if the time limit ends a corridor of this length before its junction."""
-    if max_episode_steps is not None and max_episode_steps < length:
-        raise UserError(
-            f"environment {TMAZE_ID}: max_episode_steps {max_episode_steps} ends it before the junction; "
-            f"length {length} takes at least as many"
-        )
 
 
 def cue_size(arms: int) -> int:

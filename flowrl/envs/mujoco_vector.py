@@ -109,13 +109,13 @@ class MujocoVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         template.close()
 
-        self._datas = [mujoco.MjData(self._model) for _ in range(num_envs)]
+        self.simulations = [mujoco.MjData(self._model) for _ in range(num_envs)]
         # Views into each slot's simulation, made once: MjData makes a new one at every access.
-        self._qpos = [data.qpos for data in self._datas]
-        self._qvel = [data.qvel for data in self._datas]
-        self._ctrl = [data.ctrl for data in self._datas]
-        self._body = [data.xpos[1] for data in self._datas]
-        self._forces = [data.cfrc_ext for data in self._datas]
+        self._qpos = [data.qpos for data in self.simulations]
+        self._qvel = [data.qvel for data in self.simulations]
+        self._ctrl = [data.ctrl for data in self.simulations]
+        self._body = [data.xpos[1] for data in self.simulations]
+        self._forces = [data.cfrc_ext for data in self.simulations]
         self._generators = SlotGenerators(num_envs)
 
         assert isinstance(self.observation_space, Box)
@@ -188,7 +188,7 @@ class MujocoVectorEnv(VectorEnv):
         self._pool.shutdown()
 
     def _reset_slot(self, slot: int, generator: np.random.Generator) -> None:
-        scale, model, data = self._task.reset_noise_scale, self._model, self._datas[slot]
+        scale, model, data = self._task.reset_noise_scale, self._model, self.simulations[slot]
         mujoco.mj_resetData(model, data)
         self._qpos[slot][:] = self._init_qpos + generator.uniform(-scale, scale, model.nq)
         if self._task.gaussian_velocity_noise:
@@ -210,9 +210,9 @@ class MujocoVectorEnv(VectorEnv):
     def _simulate_each(self, slots: Iterator[int], actions: np.ndarray) -> None:
         for slot in slots:
             self._ctrl[slot][:] = actions[slot]
-            mujoco.mj_step(self._model, self._datas[slot], self._frame_skip)
+            mujoco.mj_step(self._model, self.simulations[slot], self._frame_skip)
             if self._task.contact_cost_weight is not None:
-                mujoco.mj_rnePostConstraint(self._model, self._datas[slot])  # computes cfrc_ext
+                mujoco.mj_rnePostConstraint(self._model, self.simulations[slot])  # computes cfrc_ext
 
     def _observe(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Update observations and positions of these slots; return their qpos and qvel."""

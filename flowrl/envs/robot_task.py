@@ -1,6 +1,7 @@
 """What flowrl's own tasks on Gymnasium's robots have in common, one and many at once."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
@@ -10,38 +11,36 @@ from gymnasium.vector import VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from flowrl.envs.mujoco_vector import MujocoVectorEnv
-from flowrl.envs.slots import SlotGenerators
+from flowrl.envs.slots import OneSlot, SlotGenerators
 from flowrl.errors import UserError
 
 ENV_IDS = {"halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "hopper": "Hopper-v5"}
 
 
-class RobotTask(gym.Env[np.ndarray, np.ndarray]):
-    """A robot whose observations have ``added`` numbers after its own."""
+class RobotTask(OneSlot):
+    """A single robot, drawn as Gymnasium draws it."""
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array", "depth_array"]}  # noqa: RUF012
 
-    def __init__(self, robot: str, added: int, render_mode: str | None) -> None:
-        """Raise UserError for a robot that is not in :data:`ENV_IDS`."""
-        if robot not in ENV_IDS:
-            raise UserError(f"no robot {robot!r}; known: {', '.join(ENV_IDS)}")
-        self.robot, self.render_mode = robot, render_mode
-        self._env: Any = gym.make(ENV_IDS[robot], disable_env_checker=True, render_mode=render_mode)
-        self.metadata = self._env.metadata
-        self.action_space, own = self._env.action_space, self._env.observation_space
-        assert isinstance(own, Box)
-        self.observation_space = Box(-np.inf, np.inf, (own.shape[0] + added,), np.float64)
+    def __init__(self, envs: "RobotTaskVectorEnv", render_mode: str | None) -> None:
+        super().__init__(envs, envs.max_episode_steps)
+        self._env_id, self._simulation = ENV_IDS[envs.robot], envs.simulations[0]
+        self.render_mode = render_mode
 
-    def render(self) -> Any:
-        return self._env.render()
-
-    @property
+    @cached_property
     def mujoco_renderer(self) -> Any:
         """What Gymnasium draws the robot with."""
-        return self._env.unwrapped.mujoco_renderer
+        plain: Any = gym.make(self._env_id, disable_env_checker=True, render_mode=self.render_mode).unwrapped
+        plain.mujoco_renderer.data = self._simulation
+        return plain.mujoco_renderer
+
+    def render(self) -> Any:
+        return self.mujoco_renderer.render(self.render_mode)
 
     def close(self) -> None:
-        self._env.close()
+        if "mujoco_renderer" in vars(self):
+            self.mujoco_renderer.close()
+        super().close()
 
 
 class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -51,27 +50,30 @@ class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ``reset`` promise.
     """
 
-    def __init__(self, template: gym.Env, num_envs: int, variants: int, episode_timesteps: int) -> None:
-        """``template`` is one such environment, whose robot is taken."""
-        base: Any = template.unwrapped
-        limit = None if template.spec is None else template.spec.max_episode_steps
-        if limit != episode_timesteps:
-            raise UserError(f"max_episode_steps {limit}: the episodes of this task have {episode_timesteps}")
-        self.robot: str = base.robot
-        own = gym.make(ENV_IDS[self.robot], disable_env_checker=True)
-        self._envs = MujocoVectorEnv(own, num_envs)
-        self._variant_count = variants
-        self.num_envs = num_envs
-        self.metadata = self._envs.metadata
-        self.single_observation_space = template.observation_space
-        self.single_action_space = template.action_space
+    max_episode_steps: int
+    _variant_count: int
+
+    def __init__(self, num_envs: int, robot: str, added: int) -> None:
+        """``added`` numbers follow the robot's own in its observations.
+
+        Raises:
+            UserError: a robot that is not in :data:`ENV_IDS`.
+        """
+        if robot not in ENV_IDS:
+            raise UserError(f"no robot {robot!r}; known: {', '.join(ENV_IDS)}")
+        self.robot = robot
+        self._envs = MujocoVectorEnv(gym.make(ENV_IDS[robot], disable_env_checker=True), num_envs)
+        self.num_envs, self.metadata, self.simulations = num_envs, self._envs.metadata, self._envs.simulations
+        own = self._envs.single_observation_space
+        assert isinstance(own, Box)
+        self.single_observation_space = Box(-np.inf, np.inf, (own.shape[0] + added,), np.float64)
+        self.single_action_space = self._envs.single_action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._generators = SlotGenerators(num_envs)
         self._variants = np.zeros(num_envs, dtype=np.int64)
         self._timesteps = np.zeros(num_envs, dtype=np.int64)
         self._finished = np.zeros((2, num_envs), dtype=bool)  # terminated, truncated
-        template.close()
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None

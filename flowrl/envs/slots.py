@@ -1,10 +1,12 @@
-"""The random generators of a vector environment's slots."""
+"""What vector environments of flowrl's own share: a generator for each slot, and one slot taken alone."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.utils import seeding
+from gymnasium.vector import VectorEnv
 
 
 class SlotGenerators:
@@ -45,3 +47,29 @@ class SlotGenerators:
         generator = self._generators[slot]
         assert generator is not None, "reset comes first"
         return generator
+
+
+class OneSlot(gym.Env[np.ndarray, np.ndarray]):
+    """A vector environment of one slot as a single environment."""
+
+    def __init__(self, envs: VectorEnv[np.ndarray, np.ndarray, np.ndarray], max_episode_steps: int) -> None:
+        """``max_episode_steps`` are those after which its episodes end by themselves."""
+        self._envs, self.max_episode_steps = envs, max_episode_steps
+        self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
+        self.metadata = {**type(self).metadata, **envs.metadata}
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        observations, info = self._envs.reset(seed=seed)
+        return observations[0], {name: values[0] for name, values in info.items()}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observations, rewards, *ended, info = self._envs.step(np.asarray(action)[None])
+        terminated, truncated = (bool(flags[0]) for flags in ended)
+        one_info = {name: values[0] for name, values in info.items()}
+        return observations[0], float(rewards[0]), terminated, truncated, one_info
+
+    def close(self) -> None:
+        self._envs.close()

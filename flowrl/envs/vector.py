@@ -1,7 +1,7 @@
 """Gymnasium environments from a spec: one at a time, or many whose finished slots stay still."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,13 @@ APPLICABLE_WRAPPERS = frozenset(
         *("DtypeObservation", "DelayObservation", "FrameStackObservation"),
     )
 )
+
+
+_OWN_TASKS: dict[str, Callable[..., VectorEnv]] = {
+    TMAZE_ID: TMazeVectorEnv,
+    **dict.fromkeys(CUED_IDS.values(), CuedSpeedVectorEnv),
+    **dict.fromkeys(HIDDEN_IDS.values(), HiddenDynamicsVectorEnv),
+}
 
 
 class EnvironmentUnavailable(UserError):
@@ -117,15 +124,23 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
     Raises:
         UserError: see :func:`make_env`.
     """
-    if environment.env_id == TMAZE_ID:
-        return TMazeVectorEnv(make_env(environment), num_envs)
-    if environment.env_id in CUED_IDS.values():
-        return CuedSpeedVectorEnv(make_env(environment), num_envs)
-    if environment.env_id in HIDDEN_IDS.values():
-        return HiddenDynamicsVectorEnv(make_env(environment), num_envs)
+    if environment.env_id in _OWN_TASKS and not environment.wrappers:
+        env = make_env(environment)
+        assert env.spec is not None
+        check_limit(environment, env.get_wrapper_attr("max_episode_steps"))
+        return _OWN_TASKS[environment.env_id](num_envs, **env.spec.kwargs)
     if environment.env_id in MUJOCO_VECTOR_IDS and not environment.kwargs and not environment.wrappers:
         return MujocoVectorEnv(make_env(environment), num_envs)
     return StillVectorEnv([lambda: StayFinished(make_env(environment))] * num_envs)
+
+
+def check_limit(environment: EnvironmentSpec, timesteps: int) -> None:
+    """Raise a UserError if the time limit ends episodes of a task of flowrl's own before their reward."""
+    limit = environment.max_episode_steps
+    if limit is not None and limit < timesteps:
+        raise UserError(
+            f"environment {environment.env_id}: max_episode_steps {limit}: its episodes have {timesteps}"
+        )
 
 
 @contextmanager
