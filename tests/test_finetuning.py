@@ -49,7 +49,7 @@ def resume(run_dir, *flags):
 def trained(tiny_dataset, tmp_path_factory):
     """A run of a few updates; not to be changed."""
     run = tmp_path_factory.mktemp("finetuning") / "trained"
-    train_here(tiny_dataset, run, steps=3, eval_episodes=0)
+    train_here(tiny_dataset, run, max_episode_steps=None, steps=3, eval_episodes=0)
     return run
 
 
