@@ -61,7 +61,7 @@ def test_distribution_and_mode_equal_torch() -> None:
     numpy_mean, numpy_log_std = policy.distribution(observations)
     np.testing.assert_allclose(numpy_mean, mean.numpy(), rtol=0, atol=1e-12)
     np.testing.assert_allclose(numpy_log_std, log_std.numpy(), rtol=0, atol=1e-12)
-    actions = policy.act(observations, np.random.default_rng(0), stochastic=False)
+    actions = policy.act(observations, 0.0)
     assert actions.dtype == np.float32
     np.testing.assert_allclose(actions, torch.tanh(mean).numpy(), rtol=0, atol=ACTION_GRID / 2 + 1e-9)
 

@@ -235,7 +235,7 @@ def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it() -> Non
     assert "opening" not in EMBEDDED["hopper-medium"].recipe.provenance()["recipe"]
     policy = load_behavior("hopper", "350k")
     for episode in episodes:
-        mean = policy.act(episode.observations[:-1, :-3], np.random.default_rng(0), stochastic=False)
+        mean = policy.act(episode.observations[:-1, :-3], 0.0)
         distance = np.abs(mean - episode.actions).mean(axis=1)
         assert (distance[100:].mean() > 1.3 * distance[:100].mean()) == (episode.policy == "expert")
     cues = {(episode.policy, episode.observations[0, -3]) for episode in episodes}
@@ -289,9 +289,9 @@ def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good() ->
     for episode in episodes:
         world = env.reset(seed=episode.seed)[1]["world"]
         seen.add((episode.policy, world))
-        observations, still = episode.observations[:-1, :-1], np.random.default_rng(0)
-        opening = load_behavior("hopper", "expert").act(observations, still, stochastic=False)
-        policy = load_behavior("hopper", episode.policy).act(observations, still, stochastic=False)
+        observations = episode.observations[:-1, :-1]
+        opening = load_behavior("hopper", "expert").act(observations, 0.0)
+        policy = load_behavior("hopper", episode.policy).act(observations, 0.0)
         wired = np.where(np.arange(1, 4) == world, -episode.actions, episode.actions)
         assert np.abs(opening - episode.actions)[:20].mean() < 0.3
         assert not episode.actions[20:50].any()

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from pretrained import quantized
 
 from flowrl import load_agent
 from flowrl.data.embedded import EMBEDDED
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate
-from flowrl.model.pretrained import PRETRAINED_DIR, dequantized, pretrained_names, quantized
+from flowrl.model.pretrained import PRETRAINED_DIR, dequantized, pretrained_names
 
 
 def test_datasets_of_flowrl_have_an_agent_with_a_score():

@@ -11,7 +11,6 @@ from failing_server import Server, sends, status
 from test_minari import create
 
 from flowrl.data import EpisodeDataset, d4rl, load_episodes, sources
-from flowrl.data.d4rl import PublishedFile
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.spaces import check_environment
 from flowrl.envs.specs import EnvironmentSpec
@@ -43,9 +42,7 @@ def write(path: Path, seed: int = 0) -> Path:
 
 def publish(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """Let the file at ``path`` be what D4RL published as hopper-medium."""
-    content = path.read_bytes()
-    known = PublishedFile(len(content), hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(d4rl.PUBLISHED_FILES, "hopper-medium", known)
+    monkeypatch.setitem(d4rl.PUBLISHED, "hopper-medium", hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def first_reward(dataset: EpisodeDataset) -> float:
@@ -90,7 +87,7 @@ def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_fol
 
 def test_only_the_published_file_is_called_d4rls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "d4rl" / FILE)
-    dataset = load_episodes("hopper-medium")  # smaller than the 152,756,557 bytes that D4RL published
+    dataset = load_episodes("hopper-medium")
     assert dataset.dataset_id == f"file:{FILE}"
     assert "is not D4RL's published hopper-medium-v2: its scores are not D4RL scores" in dataset.notes[0]
     assert dataset.environment == EnvironmentSpec("Hopper-v4")
@@ -134,7 +131,7 @@ def test_a_downloaded_file_is_used_only_if_its_content_is_right(
     serve(server, monkeypatch, f"/{FILE}", content)
     with pytest.raises(UserError, match="does not match the known hash"):
         d4rl.read_d4rl("hopper-medium")
-    monkeypatch.delitem(d4rl.PUBLISHED_FILES, "hopper-medium")
+    monkeypatch.delitem(d4rl.PUBLISHED, "hopper-medium")
     for damaged in (b"<html>moved</html>", content[:-100]):
         serve(server, monkeypatch, f"/{FILE}", damaged)
         with pytest.raises(UserError, match=r"-v2.hdf5: Unable to synchronously open file"):

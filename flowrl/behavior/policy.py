@@ -52,23 +52,12 @@ class BehaviorPolicy:
         return mean, np.clip(log_std, LOG_STD_MIN, LOG_STD_MAX)
 
     def act(
-        self, observations: np.ndarray, generator: np.random.Generator, stochastic: bool = True
+        self, observations: np.ndarray, normals: np.ndarray | float, noise: np.ndarray | float = 0.0
     ) -> NDArray[np.float32]:
         """Return float32 actions (batch, action_dim) in [-1, 1] for (batch, observation_dim) observations.
 
-        ``stochastic`` samples with ``generator``, one (batch, action_dim) draw of normals a call; otherwise
-        the action is tanh of the mean and the generator is left alone.
-        """
-        shape = (len(observations), self.action_dim)
-        normals = generator.standard_normal(shape) if stochastic else np.zeros(shape)
-        return self.act_with(observations, normals)
-
-    def act_with(
-        self, observations: np.ndarray, normals: np.ndarray, noise: np.ndarray | float = 0.0
-    ) -> NDArray[np.float32]:
-        """Act with given standard normals, (batch, action_dim); see :meth:`act`.
-
-        ``noise``, of the same shape, is added to the actions, which are then clipped to [-1, 1].
+        ``normals``, (batch, action_dim) standard normals, choose from the distribution; 0 takes tanh of the
+        mean. ``noise``, of the same shape, is added to the actions, which are then clipped to [-1, 1].
         """
         mean, log_std = self.distribution(observations)
         actions = np.clip(np.tanh(mean + np.exp(log_std) * normals) + noise, -1.0, 1.0)

@@ -108,7 +108,7 @@ class UniformPolicy:
     def action_dim(self) -> int:
         return self.facts.action_dim
 
-    def act_with(
+    def act(
         self, observations: np.ndarray, normals: np.ndarray, noise: np.ndarray | float = 0.0
     ) -> np.ndarray:
         """Return float32 actions (batch, action_dim) from standard normals of that shape."""
@@ -239,9 +239,9 @@ def _collect_part(
         normals = np.stack([slot.normals[step] for slot, step in zip(slots, steps, strict=True)])
         noise = np.stack([slot.noise[step] for slot, step in zip(slots, steps, strict=True)])
         seen = observations[:, : policy.observation_dim]
-        actions = policy.act_with(seen, normals, part.noise * noise)
+        actions = policy.act(seen, normals, part.noise * noise)
         if opening is not None:
-            actions = envs.behavior_actions(opening.act_with(seen, normals, part.noise * noise), actions)
+            actions = envs.behavior_actions(opening.act(seen, normals, part.noise * noise), actions)
         observations, rewards, terminations, truncations, _ = envs.step(actions)
         for i in np.flatnonzero(active).tolist():
             slots[i].observations.append(observations[i])

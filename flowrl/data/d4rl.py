@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +51,8 @@ D4RL_URLS = (
 )
 
 
-@dataclass(frozen=True)
-class PublishedFile:
-    """What is known of a file as D4RL published it."""
-
-    size: int  # bytes
-    sha256: str
-
-
-PUBLISHED_FILES = {
-    "hopper-medium": PublishedFile(
-        152_756_557, "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"
-    ),
-}
+# SHA-256 of files as D4RL published them, where it is known.
+PUBLISHED = {"hopper-medium": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"}
 
 _CHUNK_CACHE = 1 << 26  # bytes; a compressed chunk is read in several pieces, but decompressed once
 
@@ -77,27 +65,21 @@ def read_d4rl(name: str) -> EpisodeDataset:
 
     The file, ``hopper_medium-v2.hdf5`` for ``hopper-medium``, is looked for in ``$D4RL_DATASET_DIR`` and
     ``~/.d4rl/datasets``. A local file is used whatever it holds, but its data is named D4RL's only when its
-    size and SHA-256 do not contradict that.
+    SHA-256 does not contradict that.
 
     Raises:
         UserError: neither found nor downloaded, or not a valid file (see :func:`read_d4rl_file`).
     """
     path = find_d4rl_file(name)
-    environment = D4RL_ENVIRONMENTS[name]
-    published = PUBLISHED_FILES.get(name)
+    published = PUBLISHED.get(name)
     dataset_id = f"d4rl/{name}-v2"
     notes: tuple[str, ...] = ()
     if published is None:
         notes = (f"{path} is taken for D4RL's {name}-v2 by its name: no published hash is known to check it",)
-    elif path.stat().st_size != published.size or file_sha256(path) != published.sha256:
+    elif file_sha256(path) != published:
         dataset_id = f"file:{path.name}"
         notes = (f"{path} is not D4RL's published {name}-v2: its scores are not D4RL scores",)
-    return read_d4rl_file(
-        path,
-        dataset_id=dataset_id,
-        environment=environment,
-        notes=notes,
-    )
+    return read_d4rl_file(path, dataset_id=dataset_id, environment=D4RL_ENVIRONMENTS[name], notes=notes)
 
 
 def find_d4rl_file(name: str) -> Path:
@@ -115,14 +97,9 @@ def find_d4rl_file(name: str) -> Path:
         if (folder / file_name).is_file():
             return folder / file_name
     path = folders[0] / file_name
-    published = PUBLISHED_FILES.get(name)
+    urls = [url.format(file=file_name) for url in D4RL_URLS]
     try:
-        download(
-            [url.format(file=file_name) for url in D4RL_URLS],
-            path,
-            sha256=published.sha256 if published else None,
-            check=_check_readable,
-        )
+        download(urls, path, PUBLISHED.get(name), _check_readable)
     except DownloadError as error:
         raise UserError(
             f"dataset {name}: {file_name} is not in {' or '.join(map(str, folders))}, and {error}; "

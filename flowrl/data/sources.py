@@ -23,7 +23,7 @@ _DEFAULTS = EvaluationOptions()
 
 
 def load_episodes(
-    source: str | Sequence[str],
+    source: str | EpisodeDataset | Sequence[str | EpisodeDataset],
     env: str | None = None,
     options: EvaluationOptions = _DEFAULTS,
     split_at_timeouts: bool = False,
@@ -35,7 +35,8 @@ def load_episodes(
         source: ``"minari:ID"`` (local cache, else downloaded), the path of an ``.hdf5`` or ``.h5`` file in
             D4RL's layout, a D4RL v2 dataset such as ``"hopper-medium"`` (local file, else downloaded, else
             flowrl's own data of that name), a memory task such as ``"tmaze-500"``, or ``"flowrl"``: flowrl's
-            own data, which ``env`` names. Several are taken together, one after another.
+            own data, which ``env`` names; or data that is loaded already. Several are taken together, one
+            after another.
         env: environment to evaluate in, see :func:`environment_named`. A file names none itself; a Minari
             or D4RL dataset brings its own, which this replaces.
         options: what differs from the environment as registered or recorded.
@@ -51,29 +52,19 @@ def load_episodes(
         UserError: unknown source or environment, or data that is missing, damaged or invalid.
     """
     named, reference = None, options.reference()
-    sources = (source,) if isinstance(source, str) else tuple(source)
+    sources = (source,) if isinstance(source, str | EpisodeDataset) else tuple(source)
     if not sources:
         raise UserError("give at least one dataset")
-    if env is not None and SOURCE not in sources:
+    if env is not None and not any(each == SOURCE for each in sources if isinstance(each, str)):
         named = environment_named(env, options.env_import)
     else:
         import_modules(options.env_import)
     datasets = []
     for each in sources:
-        dataset = _load(each, env, named, options, split_at_timeouts, memory_map)
-        datasets.append(_evaluated_in(dataset, named, options))
+        if isinstance(each, str):
+            each = _load(each, env, named, options, split_at_timeouts, memory_map)
+        datasets.append(_evaluated_in(each, named, options))
     dataset = datasets[0] if len(datasets) == 1 else _joined(datasets, memory_map)
-    return dataset if reference is None else replace(dataset, reference=reference)
-
-
-def with_environment(
-    dataset: EpisodeDataset, env: str | None, options: EvaluationOptions = _DEFAULTS
-) -> EpisodeDataset:
-    """Return data that is loaded already, evaluated in ``env``; see :func:`load_episodes`."""
-    named, reference = None, options.reference()
-    if env is not None:
-        named = environment_named(env, options.env_import)
-    dataset = _evaluated_in(dataset, named, options)
     return dataset if reference is None else replace(dataset, reference=reference)
 
 

@@ -10,7 +10,7 @@ from flowrl.model.checkpoint import MANIFEST
 
 PREFIX = "pretrained:"
 PRETRAINED_DIR = Path(__file__).parents[1] / "assets" / "pretrained"
-_SCALE = ".row_scale"
+ROW_SCALE = ".row_scale"
 
 
 def pretrained_names() -> list[str]:
@@ -26,22 +26,11 @@ def pretrained_folder(name: str) -> Path:
     return PRETRAINED_DIR / name
 
 
-def quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Store each matrix as integers from -127 to 127, and one float32 per row that they are multiples of."""
-    stored = dict(tensors)
-    for name, matrix in tensors.items():
-        if matrix.ndim == 2:
-            scale = (matrix.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-            stored[name] = (matrix / scale).round().to(torch.int8)
-            stored[name + _SCALE] = scale
-    return stored
-
-
 def dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`quantized`; what does not fit together stays as it is, and fits no model."""
+    """Matrices from 8-bit integers and scales of their rows; what does not fit together stays as it is."""
     restored = dict(tensors)
     for name, integers in tensors.items():
-        scale = tensors.get(name + _SCALE)
+        scale = tensors.get(name + ROW_SCALE)
         if integers.dtype == torch.int8 and scale is not None and scale.shape == (len(integers), 1):
-            restored[name] = integers.float() * restored.pop(name + _SCALE)
+            restored[name] = integers.float() * restored.pop(name + ROW_SCALE)
     return restored

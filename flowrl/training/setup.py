@@ -11,7 +11,6 @@ import torch
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import delayed_rewards, top_episodes
 from flowrl.data.matching import match_environment
-from flowrl.data.sources import with_environment
 from flowrl.envs.spaces import environment_facts
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import EnvironmentUnavailable, make_env
@@ -88,16 +87,12 @@ def mean_window_length(config: TrainConfig, episode_lengths: np.ndarray) -> floa
 
 def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) -> EpisodeDataset:
     """Load what ``--dataset`` or ``--env`` names, or take ``episodes``; check it against its environment."""
-    if episodes is not None:
-        dataset = with_environment(episodes, config.env, config)
-    elif config.dataset:
-        dataset = load_episodes(
-            config.dataset, config.env, config, config.split_at_timeouts, config.memory_map
-        )
-    elif config.env is not None:
+    if episodes is None and not config.dataset:
+        assert config.env is not None  # check_values saw to it
         dataset = load_episodes(config.env, options=config)
     else:
-        raise UserError("nothing to train on: give --env (such as hopper-medium) or --dataset")
+        source = config.dataset if episodes is None else episodes
+        dataset = load_episodes(source, config.env, config, config.split_at_timeouts, config.memory_map)
     if dataset.environment is not None:
         try:
             dataset = match_environment(dataset)

@@ -51,7 +51,8 @@ class RecordingPolicy:
         self.actions: list[list[np.ndarray]] = [[] for _ in range(num_envs)]
 
     def act(self, observations: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
-        acted = self._policy.act(observations, self._generator)
+        normals = self._generator.standard_normal((len(observations), self._policy.action_dim))
+        acted = self._policy.act(observations, normals)
         for slot, action in zip(self.slots.tolist(), acted, strict=True):
             self.actions[slot].append(action)
         return acted

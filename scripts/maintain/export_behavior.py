@@ -53,7 +53,7 @@ def measure_returns(policy: BehaviorPolicy, episodes: int, seed: int) -> Measure
         observation, _ = environment.reset(seed=seed + episode)
         episode_return, length, finished = 0.0, 0, False
         while not finished:
-            action = policy.act(observation[None], generator)[0]
+            action = policy.act(observation[None], generator.standard_normal((1, policy.action_dim)))[0]
             observation, reward, terminated, truncated, _ = environment.step(action)
             episode_return += float(reward)
             length += 1

@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import tyro
+from torch import Tensor
 
 from flowrl.atomic import write_text
 from flowrl.errors import UserError, exit_on_user_error
@@ -18,7 +20,7 @@ from flowrl.evaluation.evaluate import TargetResult, evaluate, standard_error
 from flowrl.model.agent import Agent, Conditioning
 from flowrl.model.checkpoint import save_agent
 from flowrl.model.loading import load_agent
-from flowrl.model.pretrained import PREFIX, PRETRAINED_DIR, pretrained_names, quantized
+from flowrl.model.pretrained import PREFIX, PRETRAINED_DIR, ROW_SCALE, pretrained_names
 from flowrl.report.table import markdown_table
 
 
@@ -74,6 +76,17 @@ class PretrainedConfig:
     """Folders of sweeps, RUNS/<dataset>/<method>/seed<k>; without any the agents there are measured."""
     episodes: int = 100
     """Episodes of each agent."""
+
+
+def quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Store each matrix as integers from -127 to 127, and one float32 per row that they are multiples of."""
+    stored = dict(tensors)
+    for name, matrix in tensors.items():
+        if matrix.ndim == 2:
+            scale = (matrix.abs().amax(dim=1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            stored[name] = (matrix / scale).round().to(torch.int8)
+            stored[name + ROW_SCALE] = scale
+    return stored
 
 
 def make_agent(name: str, choice: Choice, runs: tuple[Path, ...]) -> None:
