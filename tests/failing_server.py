@@ -43,13 +43,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def head(self, status: int, length: int | None, **headers: str) -> None:
+    def head(self, status: int, length: int, **headers: str) -> None:
         self.send_response(status)
         self.send_header("Connection", "close")
-        if length is not None:
-            self.send_header("Content-Length", str(length))
+        self.send_header("Content-Length", str(length))
         for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
+            self.send_header(name, value)
         self.end_headers()
 
 
@@ -61,17 +60,6 @@ def sends(content: bytes, length: int | None = None) -> Callable[[Handler], None
         handler.wfile.write(content)
 
     return answer
-
-
-def until_close(handler: Handler) -> None:
-    """Send the content without its length."""
-    handler.head(200, None)
-    handler.wfile.write(CONTENT)
-
-
-def broken_chunks(handler: Handler) -> None:
-    handler.head(200, None, Transfer_Encoding="chunked")
-    handler.wfile.write(b"ff\r\nshort")
 
 
 def stalled_halfway(handler: Handler) -> None:

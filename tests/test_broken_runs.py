@@ -70,18 +70,15 @@ def with_value(data: Any, place: tuple, value: Any) -> Any:
     return changed
 
 
-@pytest.mark.parametrize("name", ["agent.json", "manifest.json"])
-def test_every_entry_with_every_wrong_value(run: Path, name: str) -> None:
-    path = run / STEP / name
+def test_every_entry_of_the_manifest_with_every_wrong_value(run: Path) -> None:
+    path = run / STEP / "manifest.json"
     data, tried, refused = json.loads(path.read_text()), 0, 0
     for place in places(data):
         for value in WRONG:
             path.write_text(json.dumps(with_value(data, place, value)))
-            if name != "manifest.json":
-                reseal(run / STEP)
             tried += 1
             refused += ending(lambda: flowrl.load_agent(run)) is not None
-    assert tried > 150
+    assert tried > 100
     assert refused > 0.75 * tried  # the rest are other values of the right kind, such as another dataset_id
 
 
