@@ -1,4 +1,4 @@
-"""``flowrl check``: what it says is used is used, and why not otherwise."""
+"""``flowrl check``: what it lists as used is used, and why not otherwise."""
 
 import re
 

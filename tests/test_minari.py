@@ -28,7 +28,7 @@ ID = "test/hopper/tiny-v0"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A local cache of our own, and no network to ask."""
+    """A local cache of our own, and no network."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("MINARI_REMOTE", raising=False)
@@ -205,7 +205,7 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(
     source, attempts = cache.with_name("remote"), []
     cache.rename(source)
     (cache / f".incomplete-{ID.replace('/', '--')}" / ID).mkdir(parents=True)  # of a process killed earlier
-    monkeypatch.setenv("MINARI_REMOTE", "gcp://none")  # asks nothing before the download
+    monkeypatch.setenv("MINARI_REMOTE", "gcp://none")  # no request before the download
 
     def download_dataset(dataset_id: str) -> None:
         attempts.append(dataset_id)

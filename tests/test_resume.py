@@ -49,8 +49,8 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("step", [1, 7, 25])
-def test_stopped_at_any_update_a_run_goes_on_exactly(reference, tiny_dataset, tmp_path, monkeypatch, step):
-    """On a checkpoint, a log line, an evaluation, or between them; dropout and batches go on in order."""
+def test_stopped_at_any_update_a_run_continues_exactly(reference, tiny_dataset, tmp_path, monkeypatch, step):
+    """On a checkpoint, a log line, an evaluation, or between them; dropout and batches continue in order."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_after(patch, step)
@@ -151,7 +151,7 @@ def test_other_data_or_another_model_is_refused(reference, tiny_dataset, tmp_pat
 
 
 def test_a_disk_that_fills_up_costs_nothing_already_saved(tiny_dataset, tmp_path):
-    """The metrics and TensorBoard's events grow until no file may: a clear end, then the run goes on."""
+    """The metrics and TensorBoard's events grow until no file may: a clear end, then the run continues."""
     options = {"steps": 1500, "eval_episodes": 0, "checkpoint_every": 100, "log_every": 1}
     run = tmp_path / "run"
     words = ["train", *arguments(tiny_dataset, run, **options)]
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_costs_nothing_already_saved(tiny_dataset, tmp_path
     assert figures(run)[-1]["step"] == step + 20
 
 
-def test_a_disk_too_full_for_any_checkpoint_is_said_at_once(tiny_dataset, tmp_path):
+def test_a_disk_too_full_for_any_checkpoint_is_reported_at_once(tiny_dataset, tmp_path):
     words = ["train", *arguments(tiny_dataset, tmp_path / "run")]
     code, _, errors = finish(Command(words, limit=9_000))
     assert code == 2

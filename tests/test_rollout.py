@@ -94,7 +94,7 @@ def test_returns_and_lengths_equal_those_of_single_environments(environment, dim
 
 
 class FaultyEnv(gym.Env):
-    """Runs for ``seed`` steps; fails at the third with a NaN where it was told to."""
+    """Runs for ``seed`` steps; fails at the third with a NaN where ``fault`` names."""
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float64)
     action_space = Box(-1.0, 1.0, (1,), np.float32)

@@ -177,7 +177,7 @@ def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_sweep_goes_on_exactly(
+def test_a_stopped_sweep_continues_exactly(
     number: int, whole_runs: Path, tiny_dataset: Path, held_at_20: Path, tmp_path: Path
 ) -> None:
     file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"

@@ -41,7 +41,7 @@ class EvaluateConfig(EvaluationOptions):
     """Environment to evaluate in, by default the run's own: such as tmaze-20000, forty times as long as the
     tmaze-500 that a run was trained on."""
     targets: tuple[float, ...] | Literal["sweep"] = ()
-    """Target returns; by default those of the run's configuration. sweep: a curve of achieved over asked
+    """Target returns; by default those of the run's configuration. sweep: a curve of achieved over target
     returns, from the reference score 0 (or the smallest of the run's targets) to a quarter above its
     largest target."""
     acting: Acting | None = None

@@ -155,7 +155,7 @@ def _render(env: gym.Env) -> np.ndarray:
 
 
 def _captioned(frame: np.ndarray, target: float, return_so_far: float, step: int) -> np.ndarray:
-    """Write what is asked for, what was earned and when; readable at half the frame's size."""
+    """Write target, return so far and timestep on it; readable at half the frame's size."""
     image = Image.fromarray(frame)
     size = max(frame.shape[0] // 16, 10)  # pixels
     caption = f"target {target:g}\nreturn {return_so_far:.0f}   step {step}"

@@ -1,1 +1,1 @@
-"""Many trainings as one: planned, packed onto cores, GPUs or a Ray cluster, and gone on with after a stop."""
+"""Many trainings as one: planned, packed onto cores, GPUs or a Ray cluster, and continued after a stop."""

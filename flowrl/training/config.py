@@ -263,7 +263,7 @@ def check_values(config: TrainConfig) -> None:
 
 
 def to_arguments(config: TrainConfig) -> list[str]:
-    """Return the command-line arguments that say all of the configuration, but for where the run is."""
+    """Return the command-line arguments that give the whole configuration, but for where the run is."""
     arguments: list[str] = []
     for name, value in asdict(config).items():
         if name in _WHERE:

@@ -161,7 +161,7 @@ def default_run_dir(config: TrainConfig) -> Path:
 
 
 def describe(dataset: EpisodeDataset, say: Callable[[str], None]) -> None:
-    """Say which data this is."""
+    """Print which data this is."""
     returns = dataset.episode_returns
     scores = ""
     if dataset.reference is not None:
