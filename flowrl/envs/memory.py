@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
-from flowrl.envs.slots import OneSlot, SlotGenerators
+from flowrl.envs.slots import OneSlot, SlotVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
@@ -40,21 +38,14 @@ class TMaze(OneSlot):
         super().__init__(TMazeVectorEnv(1, length, arms, distractors), length)
 
 
-class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """``num_envs`` T-Mazes in step, whose finished slots stay still; see :class:`TMaze`.
-
-    See :func:`flowrl.envs.vector.make_vector_env` for what ``step`` and ``reset`` promise.
-    """
+class TMazeVectorEnv(SlotVectorEnv):
+    """``num_envs`` T-Mazes in step; see :class:`TMaze`."""
 
     def __init__(self, num_envs: int, length: int = 500, arms: int = 2, distractors: int = 0) -> None:
         check_tmaze(length, arms, distractors)
-        self.num_envs, self.length, self.arms, self.distractors = num_envs, length, arms, distractors
-        self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
-        self.single_observation_space = Box(-1.0, 1.0, (cue_size(arms) + 3,), np.float32)
-        self.single_action_space = Box(-1.0, 1.0, (1,), np.float32)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generators = SlotGenerators(num_envs)
+        observation_space = Box(-1.0, 1.0, (cue_size(arms) + 3,), np.float32)
+        super().__init__(num_envs, observation_space, Box(-1.0, 1.0, (1,), np.float32), {})
+        self.length, self.arms, self.distractors = length, arms, distractors
         self._arm = np.zeros(num_envs, dtype=np.int64)
         self._false_cues: list[dict[int, int]] = [{}] * num_envs
         self._timestep = np.zeros(num_envs, dtype=np.int64)
@@ -68,7 +59,7 @@ class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others.
         """
-        slots, generators = self._generators.reset(seed, options)
+        slots, generators = self._restarted(seed, options)
         for slot, generator in zip(slots.tolist(), generators, strict=True):
             self._arm[slot], self._false_cues[slot] = draw_cues(
                 generator, self.length, self.arms, self.distractors
@@ -94,9 +85,8 @@ class TMazeVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Write the observations of these slots, (slots,)."""
         timesteps, places = self._timestep[slots], self._timestep[slots] % _NOISE_BLOCK
         for slot in slots[places == 0].tolist():
-            generator = self._generators[slot]
             count = min(_NOISE_BLOCK, self.length - int(self._timestep[slot]))
-            self._noise[slot, :count] = generator.uniform(-1, 1, count)
+            self._noise[slot, :count] = self._generator(slot).uniform(-1, 1, count)
         observations = np.zeros((len(timesteps), self._observations.shape[1]), dtype=np.float32)
         first = timesteps == 0
         observations[first, :-3] = cue_vector(self._arm[slots][first], self.arms)

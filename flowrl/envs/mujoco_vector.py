@@ -21,10 +21,8 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
-from flowrl.envs.slots import SlotGenerators
+from flowrl.envs.slots import SlotVectorEnv
 from flowrl.machine import available_cores
 
 SLOTS_PER_THREAD = 4  # fewer are stepped faster than another thread is woken
@@ -84,7 +82,7 @@ _TASKS = {
 MUJOCO_VECTOR_IDS = frozenset(_TASKS)
 
 
-class MujocoVectorEnv(VectorEnv):
+class MujocoVectorEnv(SlotVectorEnv):
     """``num_envs`` copies of one of :data:`MUJOCO_VECTOR_IDS` whose finished slots stay still.
 
     Observations, rewards, flags, reset noise and seeds are those of Gymnasium's single environment with
@@ -101,12 +99,7 @@ class MujocoVectorEnv(VectorEnv):
         self._max_episode_steps = template.spec.max_episode_steps or np.inf
         self._model, self._frame_skip, self._dt = base.model, base.frame_skip, base.dt
         self._init_qpos, self._init_qvel = base.init_qpos, base.init_qvel
-        self.num_envs = num_envs
-        self.metadata = {**template.metadata, "autoreset_mode": AutoresetMode.DISABLED}
-        self.single_observation_space = template.observation_space
-        self.single_action_space = template.action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        super().__init__(num_envs, template.observation_space, template.action_space, template.metadata)
         template.close()
 
         self.simulations = [mujoco.MjData(self._model) for _ in range(num_envs)]
@@ -116,7 +109,6 @@ class MujocoVectorEnv(VectorEnv):
         self._ctrl = [data.ctrl for data in self.simulations]
         self._body = [data.xpos[1] for data in self.simulations]
         self._forces = [data.cfrc_ext for data in self.simulations]
-        self._generators = SlotGenerators(num_envs)
 
         assert isinstance(self.observation_space, Box)
         self._observations = np.zeros(self.observation_space.shape)
@@ -136,7 +128,7 @@ class MujocoVectorEnv(VectorEnv):
         ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others;
         without one a slot draws from its current generator, as Gymnasium's environments do.
         """
-        slots, generators = self._generators.reset(seed, options)
+        slots, generators = self._restarted(seed, options)
         for slot, generator in zip(slots.tolist(), generators, strict=True):
             self._reset_slot(slot, generator)
         self._elapsed[slots] = 0

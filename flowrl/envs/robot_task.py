@@ -7,11 +7,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.vector import VectorEnv
-from gymnasium.vector.utils import batch_space
 
 from flowrl.envs.mujoco_vector import MujocoVectorEnv
-from flowrl.envs.slots import OneSlot, SlotGenerators
+from flowrl.envs.slots import OneSlot, SlotVectorEnv
 from flowrl.errors import UserError
 
 ENV_IDS = {"halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5", "hopper": "Hopper-v5"}
@@ -43,12 +41,8 @@ class RobotTask(OneSlot):
         super().close()
 
 
-class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """``num_envs`` robots, each with a variant of the task that is drawn at every reset.
-
-    Their physics run on all cores. See :func:`flowrl.envs.vector.make_vector_env` for what ``step`` and
-    ``reset`` promise.
-    """
+class RobotTaskVectorEnv(SlotVectorEnv):
+    """``num_envs`` robots on all cores, each with a variant of the task that is drawn at every reset."""
 
     max_episode_steps: int
     _variant_count: int
@@ -61,16 +55,12 @@ class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         if robot not in ENV_IDS:
             raise UserError(f"no robot {robot!r}; known: {', '.join(ENV_IDS)}")
-        self.robot = robot
         self._envs = MujocoVectorEnv(gym.make(ENV_IDS[robot], disable_env_checker=True), num_envs)
-        self.num_envs, self.metadata, self.simulations = num_envs, self._envs.metadata, self._envs.simulations
+        self.robot, self.simulations = robot, self._envs.simulations
         own = self._envs.single_observation_space
         assert isinstance(own, Box)
-        self.single_observation_space = Box(-np.inf, np.inf, (own.shape[0] + added,), np.float64)
-        self.single_action_space = self._envs.single_action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self._generators = SlotGenerators(num_envs)
+        observation_space = Box(-np.inf, np.inf, (own.shape[0] + added,), np.float64)
+        super().__init__(num_envs, observation_space, self._envs.single_action_space, self._envs.metadata)
         self._variants = np.zeros(num_envs, dtype=np.int64)
         self._timesteps = np.zeros(num_envs, dtype=np.int64)
         self._finished = np.zeros((2, num_envs), dtype=bool)  # terminated, truncated
@@ -80,7 +70,7 @@ class RobotTaskVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start every slot anew, or those of ``options["reset_mask"]``; see :class:`MujocoVectorEnv`."""
         own, _ = self._envs.reset(seed=seed, options=options)
-        slots, generators = self._generators.reset(seed, options)
+        slots, generators = self._restarted(seed, options)
         self._variants[slots] = [generator.integers(self._variant_count) for generator in generators]
         self._timesteps[slots], self._finished[:, slots] = 0, False
         return self._observe(own), self._info()

@@ -1,21 +1,34 @@
-"""What vector environments of flowrl's own share: a generator for each slot, and one slot taken alone."""
+"""Vector environments of flowrl's own: slots with a random generator each, and one slot taken alone."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Space
 from gymnasium.utils import seeding
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 
 
-class SlotGenerators:
-    """One random generator for each slot, reseeded as Gymnasium's environments are."""
+class SlotVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """``num_envs`` slots, reseeded as Gymnasium's environments are, which stay still after their episode.
 
-    def __init__(self, num_envs: int) -> None:
+    See :func:`flowrl.envs.vector.make_vector_env` for what ``step`` and ``reset`` promise.
+    """
+
+    def __init__(
+        self, num_envs: int, observation_space: Space[Any], action_space: Space[Any], metadata: dict[str, Any]
+    ) -> None:
+        """The spaces and ``metadata`` are those of one slot."""
+        self.num_envs = num_envs
+        self.metadata = {**metadata, "autoreset_mode": AutoresetMode.DISABLED}
+        self.single_observation_space, self.single_action_space = observation_space, action_space
+        self.observation_space = batch_space(observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
         self._generators: list[np.random.Generator | None] = [None] * num_envs
 
-    def reset(
+    def _restarted(
         self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None
     ) -> tuple[np.ndarray, list[np.random.Generator]]:
         """Return the slots that start anew, (slots,) rising, and the generator of each.
@@ -28,22 +41,21 @@ class SlotGenerators:
         Raises:
             ValueError: another number of seeds, or a mask of another shape.
         """
-        num_envs = len(self._generators)
         if seed is None or isinstance(seed, int):
-            seeds = [None if seed is None else seed + slot for slot in range(num_envs)]
+            seeds = [None if seed is None else seed + slot for slot in range(self.num_envs)]
         else:
             seeds = list(seed)
-        mask = (options or {}).get("reset_mask", np.ones(num_envs, dtype=bool))
-        if len(seeds) != num_envs or mask.shape != (num_envs,):
-            raise ValueError(f"expected {num_envs} seeds and a mask of that length")
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        if len(seeds) != self.num_envs or mask.shape != (self.num_envs,):
+            raise ValueError(f"expected {self.num_envs} seeds and a mask of that length")
         slots = np.flatnonzero(mask)
         for slot in slots.tolist():
             own = seeds[slot]
             if own is not None or self._generators[slot] is None:
                 self._generators[slot] = seeding.np_random(None if own is None else int(own))[0]
-        return slots, [self[slot] for slot in slots.tolist()]
+        return slots, [self._generator(slot) for slot in slots.tolist()]
 
-    def __getitem__(self, slot: int) -> np.random.Generator:
+    def _generator(self, slot: int) -> np.random.Generator:
         generator = self._generators[slot]
         assert generator is not None, "reset comes first"
         return generator
