@@ -23,7 +23,6 @@ NAIVE = {
 }
 NAMES = list(NAIVE)
 FIRST_DIRECTIONS = [[0.007634183479121073, 1.0986133188034695], [2.032999461575345, -0.014127164341612443]]
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def parallel(name):
@@ -66,21 +65,6 @@ def test_naive_form_is_the_formula(name):
             assert row[c].item() == pytest.approx(expected, rel=1e-11, abs=1e-12)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("length", [1, 2, 128, 129, 300, 3000])
-def test_parallel_recurrent_and_naive_forms_agree(name, length, dtype):
-    q, k, v, weight = tokens(length, heads=1 if length > 1000 else 2, batch=1 if length > 1000 else 2)
-    expected = with_gradients(NAIVE[name], q, k, v, weight)
-    cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
-    actual = with_gradients(parallel(name), *cast)
-    assert actual[0].dtype == dtype
-    assert_all_close(actual, expected, TOLERANCE[dtype])
-    assert (by_steps(name)(*cast[:3]).double() - expected[0]).abs().max() <= TOLERANCE[dtype] * max(
-        1.0, expected[0].abs().max()
-    )
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_join_at_every_length(monkeypatch, name):
     """Blocks of a few tokens put every boundary into a few: all lengths from 1 to 19, five sequences."""
@@ -90,21 +74,6 @@ def test_blocks_join_at_every_length(monkeypatch, name):
         inputs = tokens(length, batch=5, heads=1, head_dim=2, value_dim=3, seed=length)
         expected = with_gradients(NAIVE[name], *inputs)
         assert_all_close(with_gradients(parallel(name), *inputs), expected, 1e-10)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("changed", [0, 127, 128, 299])
-def test_a_change_alters_nothing_before_it(name, changed):
-    inputs = tokens(300)[:3]
-    before = parallel(name)(*inputs)
-    effect = 0.0
-    for index in range(3):
-        altered = [tensor.clone() for tensor in inputs]
-        altered[index][:, :, changed] += 100  # were a maximum taken over all keys, this would move it
-        after = parallel(name)(*altered)
-        assert torch.equal(after[:, :, :changed], before[:, :, :changed])
-        effect += float((after[:, :, changed:] - before[:, :, changed:]).abs().max())
-    assert effect > 1e-2
 
 
 @pytest.mark.parametrize("name", NAMES)
