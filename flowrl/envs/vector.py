@@ -125,10 +125,11 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
         UserError: see :func:`make_env`.
     """
     if environment.env_id in _OWN_TASKS and not environment.wrappers:
-        env = make_env(environment)
-        assert env.spec is not None
-        check_limit(environment, env.get_wrapper_attr("max_episode_steps"))
-        return _OWN_TASKS[environment.env_id](num_envs, **env.spec.kwargs)
+        one = make_env(environment)
+        one.close()
+        assert one.spec is not None
+        check_limit(environment, one.get_wrapper_attr("max_episode_steps"))
+        return _OWN_TASKS[environment.env_id](num_envs, **one.spec.kwargs)
     if environment.env_id in MUJOCO_VECTOR_IDS and not environment.kwargs and not environment.wrappers:
         return MujocoVectorEnv(make_env(environment), num_envs)
     return StillVectorEnv([lambda: StayFinished(make_env(environment))] * num_envs)
