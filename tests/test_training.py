@@ -90,8 +90,9 @@ def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
         tiny_dataset, run, steps=12, eval_episodes=0, seed=5, learning_rate=0.01, warmup_steps=3, ema_decay=0
     )
     config = TrainConfig(
-        dataset=str(tiny_dataset), env="Hopper-v4", embed_dim=8, num_heads=2, num_layers=2, context_length=6
-    )
+        dataset=str(tiny_dataset), env="Hopper-v4", max_episode_steps=15,
+        embed_dim=8, num_heads=2, num_layers=2, context_length=6,
+    )  # fmt: skip
     dataset = load_dataset(config)
     torch.manual_seed(stream_seed(5, Stream.WEIGHTS))
     model = build_agent(config, dataset).model.train()
