@@ -39,7 +39,12 @@ TIMES = ("tokens_per_second", "updates_per_second", "seconds")  # all that may d
 
 # New processes are forked from one that has imported what a command needs.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["flowrl.training.run", "flowrl.evaluation.command", "flowrl.data.command"])
+PROCESSES.set_forkserver_preload(
+    [
+        *("flowrl.training.run", "flowrl.evaluation.command", "flowrl.data.command"),
+        "gymnasium.envs.mujoco.mujoco_rendering",  # starts a program of its own while it is imported
+    ]
+)
 
 
 def arguments(dataset: Path, run: Path, **options: Any) -> list[str]:
