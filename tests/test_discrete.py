@@ -164,7 +164,7 @@ def test_choices_side_by_side_are_learned(tmp_path: Path, agent: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_choices_are_drawn_in_fine_tuning_and_replayed_beside_what_they_earned(tmp_path: Path) -> None:
     store("flowrl-test/Locks-v0", 20)
-    options = {"steps": 1, "embed_dim": 8, "eval_episodes": 0}
+    options = {"max_episode_steps": None, "steps": 1, "embed_dim": 8, "eval_episodes": 0}
     train_here("minari:test/toy-v0", tmp_path / "run", env="flowrl-test/Locks-v0", **options)
     flags = ["--episodes-per-round=50", "--replay-timesteps=100", "--steps=1", "--eval-episodes=0"]
     run_finetune([str(tmp_path / "run"), *flags, f"--run-dir={tmp_path / 'online'}"])
