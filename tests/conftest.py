@@ -76,7 +76,9 @@ import os, time
 fsync = os.fsync
 def held(descriptor):
     step = os.readlink(f"/proc/self/fd/{{descriptor}}").partition("/.step-")[2][:8]
-    while os.path.exists({folder!r} + "/hold" + step):
+    for _ in range(10_000):  # 200 s, as long as tests wait
+        if not os.path.exists({folder!r} + "/hold" + step):
+            break
         time.sleep(0.02)
     fsync(descriptor)
 os.fsync = held
