@@ -88,13 +88,14 @@ def predicted(agent, seed, actions, target, start, stop):
 
 @pytest.mark.parametrize(("attention", "convolution_width"), KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_recurrent_acting_equals_the_parallel_forward(layout, attention, convolution_width):
-    timesteps = 1000 if (attention, convolution_width) == ("flow", 0) else 100
+def test_recurrent_acting_equals_the_parallel_forward_after_1000_timesteps(
+    layout, attention, convolution_width
+):
     agent = make_agent(layout, attention, convolution_width=convolution_width)
-    actions = play(agent, 7, timesteps, 300.0)
-    expected = predicted(agent, 7, actions, 300.0, 0, timesteps)
+    actions = play(agent, 7, 1000, 300.0)
+    expected = predicted(agent, 7, actions, 300.0, 0, 1000)
     assert np.abs(actions - expected).max() < 1e-4
-    assert actions[timesteps // 2 :].std(axis=0).min() > 0.01
+    assert actions[500:].std(axis=0).min() > 0.02
 
 
 @pytest.mark.parametrize(("attention", "convolution_width"), KINDS)

@@ -254,9 +254,8 @@ def held_out(dataset: EpisodeDataset, fraction: float) -> tuple[EpisodeDataset, 
         raise UserError(f"--validation-fraction {fraction:g}: {dataset.dataset_id} has a single episode")
     count = min(max(round(fraction * dataset.num_episodes), 1), dataset.num_episodes - 1)
     shuffled = np.random.default_rng(0).permutation(dataset.num_episodes)
-    return select_episodes(dataset, np.sort(shuffled[count:])), select_episodes(
-        dataset, np.sort(shuffled[:count])
-    )
+    kept, left_out = np.sort(shuffled[count:]), np.sort(shuffled[:count])
+    return select_episodes(dataset, kept), select_episodes(dataset, left_out)
 
 
 def select_episodes(dataset: EpisodeDataset, kept: np.ndarray) -> EpisodeDataset:

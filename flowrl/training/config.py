@@ -41,6 +41,7 @@ FINETUNE_FILE = "finetune.yaml"  # in the folder of a run that was fine-tuned, b
 
 
 def several(value: object) -> object:
+    """A tuple of what may be given as one name, several, or none."""
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
