@@ -8,10 +8,11 @@ import torch
 from tiny_training import assert_same_end, resume_here, train_here
 
 from flowrl.data.dataset import build_episodes
+from flowrl.data.returns import DISCOUNT, lambda_returns
 from flowrl.errors import UserError
 from flowrl.model.action_model import ActionModel
 from flowrl.training import guidance
-from flowrl.training.guidance import DISCOUNT, guide, lambda_returns, learn_critics
+from flowrl.training.guidance import guide, learn_critics
 
 
 def episodes(rewards_of, lengths=(5,) * 800, terminated=True, action_choices=()):
@@ -58,7 +59,7 @@ def test_lambda_returns_are_the_weighted_mean_of_n_step_returns(trace):
         if not ends_well:
             expected[stop] = values[stop]
     np.testing.assert_allclose(
-        lambda_returns(dataset, rewards, values, trace), expected, rtol=1e-5, atol=1e-5
+        lambda_returns(dataset, rewards, values, values, trace), expected, rtol=1e-5, atol=1e-5
     )
 
 

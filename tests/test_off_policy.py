@@ -10,12 +10,11 @@ from tiny_training import train_here
 import flowrl
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import build_episodes
+from flowrl.data.returns import DISCOUNT, lambda_returns
 from flowrl.errors import UserError
 from flowrl.evaluation.off_policy import (
-    DISCOUNT,
     EstimateConfig,
     agent_actions,
-    corrected_returns,
     estimate,
     estimate_run,
 )
@@ -29,7 +28,7 @@ def test_corrected_returns_are_their_sum_of_errors(tiny_dataset, trace) -> None:
     dataset = load_episodes(str(tiny_dataset))
     random = np.random.default_rng(0)
     taken, chosen = random.normal(size=(2, dataset.num_transitions)).astype(np.float32)
-    returns = corrected_returns(dataset, taken, chosen, trace)
+    returns = lambda_returns(dataset, dataset.rewards, taken, chosen, trace)
     for start, length, terminated in zip(
         dataset.episode_starts, dataset.episode_lengths, dataset.terminated, strict=True
     ):

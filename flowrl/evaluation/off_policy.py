@@ -12,19 +12,18 @@ from torch import Tensor
 
 from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import held_out, select_episodes
+from flowrl.data.returns import DISCOUNT, lambda_returns, with_known_return
 from flowrl.errors import UserError
 from flowrl.evaluation.command import options_of
 from flowrl.evaluation.evaluate import standard_error
 from flowrl.model.agent import Agent, Conditioning
 from flowrl.model.checkpoint import CheckpointName
-from flowrl.model.critic import Critics
+from flowrl.model.critic import CriticLearner
 from flowrl.model.loading import load_agent
 from flowrl.options import PositiveCount, Seed, Share, checked, flag
 
 MEMBERS = 2  # critics of different initial weights, whose mean counts
-BATCH_SIZE, LEARNING_RATE = 256, 1e-3
-AVERAGING = 0.005  # share of the current weights that the averaged ones take up at each update
-DISCOUNT = 0.99
+BATCH_SIZE = 256
 TRACE = 0.95  # lambda: about twenty timesteps of the data enter a target
 ROUNDS = 8  # of targets of fitted Q evaluation
 
@@ -127,7 +126,7 @@ def estimate(
     assert unseen is not None
     learned, tested = (_transitions(agent, part, target) for part in (known, unseen))
     mean_value = np.full(known.num_transitions, known.rewards.mean() / (1 - DISCOUNT), dtype=np.float32)
-    returns = corrected_returns(known, mean_value, mean_value, trace=1.0)
+    returns = lambda_returns(known, known.rewards, mean_value, mean_value, trace=1.0)
     learner = _Learner(learned, known, returns, updates, seed)
 
     def with_agent() -> np.ndarray:
@@ -140,7 +139,8 @@ def estimate(
     for _ in range(ROUNDS):
         taken = learner.values(learned.observations, learned.taken)
         chosen = learner.values(learned.observations, learned.chosen)
-        learner.fit(corrected_returns(known, taken, chosen, TRACE), updates // (2 * ROUNDS))
+        targets = lambda_returns(known, known.rewards, taken, chosen, TRACE)
+        learner.fit(targets, updates // (2 * ROUNDS))
     return Estimates(unseen.episode_returns, first_order, with_agent())
 
 
@@ -167,27 +167,6 @@ def agent_actions(agent: Agent, dataset: EpisodeDataset, target: float) -> np.nd
     return actions
 
 
-def corrected_returns(
-    dataset: EpisodeDataset, taken: np.ndarray, chosen: np.ndarray, trace: float
-) -> np.ndarray:
-    """Discounted returns of the agent along the data's episodes, (transitions,) float32.
-
-    ``taken`` and ``chosen``, (transitions,), are Q at the data's actions and at the agent's; with a ``trace``
-    of 0 a target is a reward and the next ``chosen``, with 1 it takes the whole rest of the episode. The last
-    transition of an episode that was cut off has the value ``taken``. Source: Q(lambda) of Harutyunyan et al.
-    (2016), arXiv 1602.04951, Eq. 4.
-    """
-    lengths = dataset.episode_lengths
-    ends = dataset.episode_starts + lengths - 1
-    returns = np.empty(len(taken), dtype=np.float32)
-    returns[ends] = np.where(dataset.terminated, dataset.rewards[ends], taken[ends])
-    for back in range(1, dataset.max_episode_length):  # timesteps before the last one
-        now = ends[lengths > back] - back
-        following = chosen[now + 1] + trace * (returns[now + 1] - taken[now + 1])
-        returns[now] = dataset.rewards[now] + DISCOUNT * following
-    return returns
-
-
 class _Transitions(NamedTuple):
     """Normalised, (transitions, ...)."""
 
@@ -205,48 +184,30 @@ def _transitions(agent: Agent, dataset: EpisodeDataset, target: float) -> _Trans
 
 
 class _Learner:
-    """Critics, and their averaged weights, which estimate."""
+    """Critics in the units of returns."""
 
     def __init__(
         self, data: _Transitions, dataset: EpisodeDataset, returns: np.ndarray, updates: int, seed: int
     ) -> None:
         self.data = data
         self.mean, self.scale = float(returns.mean()), max(float(returns.std()), 1e-6)
-        usable = np.ones(len(returns), dtype=bool)  # of what was cut off, the last state's value is not known
-        usable[(dataset.episode_starts + dataset.episode_lengths - 1)[~dataset.terminated]] = False
-        self.choices = torch.from_numpy(np.flatnonzero(usable))
-        if not len(self.choices):
-            raise UserError(f"{dataset.dataset_id}: no episode has a state after its first action")
+        self.choices = torch.from_numpy(with_known_return(dataset))
         self.generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
-            self.critics = Critics(data.observations.shape[1], data.taken.shape[1], MEMBERS)
-        self.averaged = copy.deepcopy(self.critics).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.critics.parameters(), LEARNING_RATE, weight_decay=0.0)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, updates, LEARNING_RATE / 20
-        )
-        self.update = 0
+        sizes = (data.observations.shape[1], data.taken.shape[1])
+        self.learner = CriticLearner(*sizes, MEMBERS, updates, seed)
 
     def fit(self, targets: np.ndarray, updates: int) -> None:
         """Regress on ``targets``, (transitions,), at the data's actions."""
         wanted = torch.from_numpy((targets - self.mean) / self.scale)
         for _ in range(updates):
             batch = self.choices[torch.randint(len(self.choices), (BATCH_SIZE,), generator=self.generator)]
-            values = self.critics.action_values(self.data.observations[batch], self.data.taken[batch])
-            loss = (values - wanted[batch]).square().mean(dim=1).sum()
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            self.schedule.step()
-            self.update += 1
-            with torch.no_grad():
-                share = max(AVERAGING, 1 / self.update)
-                torch._foreach_lerp_(list(self.averaged.parameters()), list(self.critics.parameters()), share)
+            pair = self.data.observations[batch], self.data.taken[batch]
+            values = self.learner.critics.action_values(*pair)
+            self.learner.update((values - wanted[batch]).square().mean(dim=1).sum())
 
     @torch.no_grad()
     def values(self, observations: Tensor, actions: Tensor) -> np.ndarray:
         """The members' mean, in units of returns, (transitions,)."""
         pairs = zip(observations.split(8192), actions.split(8192), strict=True)
-        members = torch.cat([self.averaged.action_values(*pair) for pair in pairs], dim=1)
+        members = torch.cat([self.learner.averaged.action_values(*pair) for pair in pairs], dim=1)
         return (members.mean(dim=0) * self.scale + self.mean).numpy()

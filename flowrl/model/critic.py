@@ -1,5 +1,6 @@
 """Critics: how much return an action brings, by the data alone."""
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH, HIDDEN_LAYERS = 256, 2
+LEARNING_RATE = 1e-3
+AVERAGING = 0.005  # share of the current weights that the averaged ones take up at each update
 
 
 class Critics(nn.Module):
@@ -55,6 +58,35 @@ class Directions(NamedTuple):
     moves: Tensor  # (transitions, action_dim) the mean gradient times 2 max(agreement, 0)
     agreement: Tensor  # (transitions,) mean cosine between the gradients of two members
     norms: Tensor  # (transitions,) mean norm of a member's gradient
+
+
+class CriticLearner:
+    """Critics that learn, and the average of their weights, which is what to use."""
+
+    def __init__(self, observation_dim: int, action_dim: int, members: int, updates: int, seed: int) -> None:
+        """``updates`` is how many there will be: the learning rate falls to a twentieth along a cosine."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            self.critics = Critics(observation_dim, action_dim, members)
+        self.averaged = copy.deepcopy(self.critics).requires_grad_(False)
+        self._optimizer = torch.optim.AdamW(
+            self.critics.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self._optimizer, updates, LEARNING_RATE / 20
+        )
+        self._updates = 0
+
+    def update(self, loss: Tensor) -> None:
+        """One step down the gradient of a loss of :attr:`critics`."""
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
+        self._updates += 1
+        share = max(AVERAGING, 1 / self._updates)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.critics.parameters()), share)
 
 
 def _perceptron(inputs: int) -> nn.Sequential:

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from flowrl.data import EpisodeDataset
 from flowrl.data.arrays import chunks, release
+from flowrl.data.returns import DISCOUNT, lambda_returns, with_known_return
 from flowrl.errors import UserError
 from flowrl.model.action_model import ActionModel
-from flowrl.model.critic import Critics
+from flowrl.model.critic import CriticLearner, Critics
 
 MEMBERS = 4
-UPDATES, BATCH_SIZE, LEARNING_RATE = 3_000, 256, 1e-3
-AVERAGING = 0.005  # share of the current weights that the averaged ones take up at each update
-DISCOUNT = 0.99
+UPDATES, BATCH_SIZE = 3_000, 256
 TRACE = 0.9  # lambda: 1 for the returns in the data, 0 for one reward and the value of the next state
 EXPECTILE = 0.7  # of the smallest Q, for V: above 0.5, nearer to the data's better actions
 UPDATES_PER_TARGET = 250
@@ -69,29 +68,19 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
     Source: the expectile is IQL's (arXiv 2110.06169, Eq. 5).
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        critics = Critics(dataset.observation_dim, dataset.action_dim, MEMBERS)
-    averaged = copy.deepcopy(critics).requires_grad_(False)
-    optimizer = torch.optim.AdamW(critics.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES, LEARNING_RATE / 20)
+    learner = CriticLearner(dataset.observation_dim, dataset.action_dim, MEMBERS, UPDATES, seed)
+    critics = learner.critics
     rewards = dataset.rewards * ((1 - DISCOUNT) / max(float(np.abs(dataset.rewards).mean()), 1e-12))
-    # The state after an episode's last transition is not in the data: if it was cut off, its return is
-    # unknown.
-    ends = dataset.episode_starts + dataset.episode_lengths - 1
-    usable = np.ones(len(rewards), dtype=bool)
-    usable[ends[~dataset.terminated]] = False
-    choices = torch.from_numpy(np.flatnonzero(usable))
+    choices = torch.from_numpy(with_known_return(dataset))
     episodes = np.repeat(np.arange(dataset.num_episodes), dataset.episode_lengths)  # of each transition
-    if not len(choices):
-        raise UserError(f"--q-weight: no episode of {dataset.dataset_id} has a state after its first action")
     learns = torch.from_numpy(_halves(dataset, seed))
-    targets = lambda_returns(dataset, rewards, np.ones_like(rewards), 1.0)  # values: of a mean reward forever
+    values = np.ones_like(rewards)  # of a mean reward forever
+    targets = lambda_returns(dataset, rewards, values, values, 1.0)
     mean, scale = float(targets.mean()), max(float(targets.std()), 1e-12)
     for update in range(UPDATES):
         if update > 0 and update % UPDATES_PER_TARGET == 0:
-            values = _state_values(dataset, model, averaged) * scale + mean
-            targets = lambda_returns(dataset, rewards, values, TRACE)
+            values = _state_values(dataset, model, learner.averaged) * scale + mean
+            targets = lambda_returns(dataset, rewards, values, values, TRACE)
         drawn = torch.randint(len(choices), (BATCH_SIZE,), generator=generator)
         batch = choices[drawn].numpy()
         observations, actions = _transitions(dataset, model, batch)
@@ -101,14 +90,8 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
         weight = torch.where(error < 0, 1 - EXPECTILE, EXPECTILE)
         own = learns[:, torch.from_numpy(episodes[batch])]  # (members, batch) bool
         loss = ((action_values - target).square() * own).mean(dim=1).sum() + (weight * error.square()).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            share = max(AVERAGING, 1 / (update + 1))
-            torch._foreach_lerp_(list(averaged.parameters()), list(critics.parameters()), share)
-    return averaged
+        learner.update(loss)
+    return learner.averaged
 
 
 def _halves(dataset: EpisodeDataset, seed: int) -> np.ndarray:
@@ -118,25 +101,6 @@ def _halves(dataset: EpisodeDataset, seed: int) -> np.ndarray:
     """
     ranks = np.random.default_rng(seed).random((MEMBERS, dataset.num_episodes)).argsort(axis=1)
     return ranks < (dataset.num_episodes + 1) // 2
-
-
-def lambda_returns(
-    dataset: EpisodeDataset, rewards: np.ndarray, values: np.ndarray, trace: float
-) -> np.ndarray:
-    """Discounted lambda-returns of all transitions, (transitions,) float32, from their states' ``values``.
-
-    The return of a truncated episode's last transition is its state's value. Source: Sutton and Barto,
-    "Reinforcement Learning", second edition, section 12.1.
-    """
-    lengths = dataset.episode_lengths
-    ends = dataset.episode_starts + lengths - 1
-    returns = np.empty(len(rewards), dtype=np.float32)
-    returns[ends] = np.where(dataset.terminated, rewards[ends], values[ends])
-    for back in range(1, dataset.max_episode_length):  # timesteps before the last one
-        now = ends[lengths > back] - back
-        following = (1 - trace) * values[now + 1] + trace * returns[now + 1]
-        returns[now] = rewards[now] + DISCOUNT * following
-    return returns
 
 
 @torch.no_grad()
