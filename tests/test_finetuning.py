@@ -105,6 +105,21 @@ def test_a_round_that_is_stopped_is_collected_anew(reference, trained, tmp_path,
     assert_same_end(tmp_path / "run", reference)
 
 
+def test_every_round_has_starts_of_its_own_and_its_timesteps_are_counted(trained, tmp_path, monkeypatch):
+    collect, rounds = online.collect_episodes, []
+
+    def kept(*arguments) -> EpisodeDataset:
+        rounds.append(collect(*arguments))
+        return rounds[-1]
+
+    monkeypatch.setattr(online, "collect_episodes", kept)
+    finetune(trained, tmp_path / "run", eval_episodes=0)
+    starts = np.concatenate([episodes.observations[episodes.episode_starts] for episodes in rounds])
+    assert len(np.unique(starts, axis=0)) == 3 * 3
+    collected = np.cumsum([episodes.num_transitions for episodes in rounds])
+    assert [line["timesteps"] for line in figures(tmp_path / "run", "round")] == collected.tolist()
+
+
 def test_a_damaged_checkpoint_takes_the_replay_back_as_well(reference, tmp_path):
     run = shutil.copytree(reference, tmp_path / "run")
     path = run / "checkpoints" / "step-00000030" / "training.safetensors"
