@@ -62,7 +62,7 @@ def reference(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [10, 24])
-def test_stopped_at_any_update_it_goes_on_exactly(reference, trained, tmp_path, monkeypatch, step):
+def test_stopped_at_any_update_it_continues_exactly(reference, trained, tmp_path, monkeypatch, step):
     """At the end of a round, and in one after the replay has dropped episodes."""
     update = OnlineTrainer.update
 

@@ -108,7 +108,7 @@ def estimate(
     Q(s, agent's action) - Q(s, data's action). With the agent's own Q and without discount this would be
     exact (performance difference lemma, Kakade and Langford 2002). *First order* takes the Q of the data's
     policy, regressed on its discounted returns. *Fitted Q evaluation* (Le et al. 2019, arXiv 1903.08738)
-    goes on from there with targets for the agent's actions.
+    continues from there with targets for the agent's actions.
 
     Raises:
         UserError: discrete actions, data that does not fit the agent, or a single episode.

@@ -34,7 +34,7 @@ class Critics(nn.Module):
         return self.state_value(observations).squeeze(-1)
 
     def directions(self, observations: Tensor, actions: Tensor) -> "Directions":
-        """Where actions (transitions, action_dim) are to move for more return, and how far that is sure."""
+        """Where actions (transitions, action_dim) are to move for more return, and how sure that is."""
         slopes = self.slopes(observations, actions)
         members = len(slopes)
         together = F.normalize(slopes, dim=-1).sum(dim=0).square().sum(dim=-1)

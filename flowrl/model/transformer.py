@@ -163,8 +163,8 @@ class RecentTokens(NamedTuple):
 class TokenConvolution(nn.Module):
     """Adds to each token a linear map of itself and the few before it.
 
-    Attention by sums over the whole past is blunt about which token was the last but one, and it takes two to
-    see a velocity. Source: Kim et al., "Decision ConvFormer" (arXiv 2310.03022), has convolutions alone.
+    Attention by sums over the whole past hardly singles out the last token but one, and a velocity takes two
+    positions. Source: Kim et al., "Decision ConvFormer" (arXiv 2310.03022), has convolutions alone.
     """
 
     def __init__(self, embed_dim: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Value guidance: the agent learns the data's actions, moved to where critics see more return.
+"""Value guidance: the agent learns the data's actions, moved to where critics predict more return.
 
 Several critics are learned from the data first, in about a minute. Then each action moves along their mean
 gradient, far where they agree on its direction and not at all where they do not. The policy's loss, the cost
