@@ -64,7 +64,7 @@ def test_lambda_returns_are_the_weighted_mean_of_n_step_returns(trace):
 
 
 def test_actions_move_towards_more_return_and_hardly_where_they_do_not_matter(monkeypatch):
-    """The reward falls with the distance to an action that depends on the observation; otherwise it is noise."""
+    """The reward falls with the distance to an action given by the observation; otherwise it is noise."""
     monkeypatch.setattr(guidance, "UPDATES", 300)
 
     def best(observations):
