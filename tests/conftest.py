@@ -72,12 +72,13 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 HOLD = """
-import os, time
+import os, signal, time
 fsync = os.fsync
 def held(descriptor):
     step = os.readlink(f"/proc/self/fd/{{descriptor}}").partition("/.step-")[2][:8]
+    stop = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)  # flowrl.signals.StopSignals
     for _ in range(10_000):  # 200 s, as long as tests wait
-        if not os.path.exists({folder!r} + "/hold" + step):
+        if not os.path.exists({folder!r} + "/hold" + step) or getattr(stop, "received", None) is not None:
             break
         time.sleep(0.02)
     fsync(descriptor)
@@ -87,7 +88,7 @@ os.fsync = held
 
 @pytest.fixture
 def held_at_20(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """While this file is there, trainings in new processes wait in their checkpoint of update 20."""
+    """While this file is there, new processes wait for SIGTERM in their checkpoint of update 20."""
     folder = tmp_path / "hold"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HOLD.format(folder=str(folder)))
