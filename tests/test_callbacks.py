@@ -197,3 +197,29 @@ def test_weights_and_biases_receives_every_figure(reference, tiny_dataset, tmp_p
     tracked.finish()
     assert {"train/loss", "evaluation/target2/return_mean"} <= shown.keys()
     assert shown == {name: pytest.approx(last[name]) for name in shown}
+
+
+def test_trackio_receives_every_figure(reference, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "tracked"))
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    tracked = trackio.init("flowrl", name="run", embed=False, auto_log_cpu=False)
+    callbacks = [flowrl.TrackerCallback(tracked)]
+    flowrl.train(str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=callbacks, progress_bar=False)
+    tracked.finish()
+    assert next(iter(trackio.Api().runs("flowrl"))).config["embed_dim"] == 8
+    lines = SQLiteStorage.get_logs("flowrl", "run")
+    expected = [
+        (line["step"], line[name]) for line in figures(reference, "train") for name in ("loss", "learning_rate")
+    ]
+    shown = [
+        (line["step"], line[f"train/{name}"])
+        for line in lines
+        if "train/loss" in line
+        for name in ("loss", "learning_rate")
+    ]
+    assert shown == [(step, pytest.approx(value)) for step, value in expected]
+    last = {line["step"]: line for line in lines if "evaluation/target2/return_mean" in line}
+    returns = [line["return_mean"] for line in figures(reference, "evaluation")][1::2]
+    assert [line["evaluation/target2/return_mean"] for line in last.values()] == pytest.approx(returns)

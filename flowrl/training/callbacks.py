@@ -31,10 +31,10 @@ class Callback:
 
 
 class TrackerCallback(Callback):
-    """Send figures to a run of Weights & Biases, by the names that they have in TensorBoard.
+    """Send figures to a run of Weights & Biases or Trackio, by the names that they have in TensorBoard.
 
     Args:
-        run: what ``wandb.init(...)`` returned; finishing it is up to its owner.
+        run: what ``wandb.init(...)`` or ``trackio.init(...)`` returned; finishing it is up to its owner.
     """
 
     def __init__(self, run: Any) -> None:
