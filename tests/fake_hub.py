@@ -1,4 +1,4 @@
-"""The part of the Hugging Face Hub's interface that pushing and pulling an agent uses, on this machine."""
+"""The part of the Hugging Face Hub's interface that agents and datasets are sent and loaded by."""
 
 import base64
 import json
@@ -11,7 +11,10 @@ TOKEN = "hf_token"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Repositories in memory: ``files[repo][path]`` is a file's content; every revision is the same."""
+    """Repositories in memory: ``files[repo][path]`` is a file's content; every revision is the same.
+
+    Datasets are beside models, without a folder of their own.
+    """
 
     daemon_threads = True
 
@@ -37,8 +40,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:  # api/models/OWNER/NAME[/revision/REVISION], .../tree/REVISION
+        parts = self._parts()
+        if parts == ["api", "models"]:  # all of them
+            self._answer(json.dumps([{"id": repo} for repo in self.server.files]).encode())
+        elif parts[:2] == ["api", "models"]:  # api/models/OWNER/NAME[/revision/REVISION], .../tree/REVISION
             repo, revision = "/".join(parts[2:4]), (parts[5:6] or ["main"])[0]
             if not self._exists(repo, revision):
                 return
@@ -51,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
             repo, path = "/".join(parts[:2]), unquote("/".join(parts[4:]))
             content = self.server.files.get(repo, {}).get(path)
             if content is None:
-                self._answer(b"{}", status=404)
+                self._answer(b"{}", {"X-Error-Code": "EntryNotFound"}, status=404)
                 return
             if self.command == "GET":
                 self.server.downloaded.append(path)
@@ -63,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
             if "Content-Length" in self.headers
             else self._chunks()
         )
-        parts = self.path.split("?")[0].strip("/").split("/")
+        parts = self._parts()
         repo = "/".join(parts[2:4])
         if "paths-info" in parts:
             if self._exists(repo, parts[-1]):
@@ -94,6 +99,12 @@ class _Handler(BaseHTTPRequestHandler):
                     self.server.files[repo][entry["value"]["path"]] = content
             url = f"{self.server.url}/{repo}/commit/{COMMIT}"
             self._answer(json.dumps({"commitUrl": url, "commitOid": COMMIT}).encode())
+
+    def _parts(self) -> list[str]:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "datasets"]:
+            parts[1] = "models"
+        return parts[1:] if parts[0] == "datasets" else parts
 
     def _entries(self, repo: str, paths: Iterable[str]) -> list[dict[str, object]]:
         sizes = {path: len(content) for path, content in self.server.files[repo].items()}

@@ -211,7 +211,9 @@ def test_trackio_receives_every_figure(reference, tiny_dataset, tmp_path, monkey
     assert next(iter(trackio.Api().runs("flowrl"))).config["embed_dim"] == 8
     lines = SQLiteStorage.get_logs("flowrl", "run")
     expected = [
-        (line["step"], line[name]) for line in figures(reference, "train") for name in ("loss", "learning_rate")
+        (line["step"], line[name])
+        for line in figures(reference, "train")
+        for name in ("loss", "learning_rate")
     ]
     shown = [
         (line["step"], line[f"train/{name}"])

@@ -249,6 +249,73 @@ def test_without_a_network_the_cache_is_used_or_one_line_says_so(run, hub, tmp_p
     assert reason.startswith("error: me/walker: the Hub cannot be reached")
 
 
+def test_a_dataset_is_pushed_and_minari_downloads_the_same(hub, tmp_path):
+    def collect(name, *words):
+        recipe = ["collect", "hopper", "--policies", "medium", "--steps", "300"]
+        return [*recipe, "--id", f"mine/hopper/{name}", "--push", "me", *words]
+
+    first, same, second = commands(
+        hub.url,
+        tmp_path / "cache",
+        [collect("one-v0"), collect("one-v0"), collect("two-v1", "--seed", "4")],
+        MINARI_DATASETS_PATH=str(tmp_path / "here"),
+    )
+    for code, output in (first, same, second):
+        assert code == 0, output
+        assert output.endswith(f"sent to {hub.url}/me/mine/commit/{COMMIT}\n")
+    places = [f"hopper/{name}" for name in ("one-v0", "two-v1")]
+    files = {f"{place}/{file}" for place in places for file in
+             ("README.md", "data/main_data.hdf5", "data/metadata.json")}  # fmt: skip
+    namespaces = {"namespace_metadata.json", "hopper/namespace_metadata.json"}
+    assert set(hub.files["me/mine"]) == files | namespaces | {"README.md"}
+    for place in places:  # the page of the repository names both
+        assert f"]({place}/README.md)".encode() in hub.files["me/mine"]["README.md"]
+    for content in hub.files["me/mine"].values():
+        assert str(tmp_path).encode() not in content
+
+    (code, output), (missing, message) = commands(
+        hub.url,
+        tmp_path / "other-cache",
+        [["info", f"minari:mine/hopper/{name}"] for name in ("two-v1", "three-v0")],
+        MINARI_DATASETS_PATH=str(tmp_path / "there"),
+        MINARI_REMOTE="hf://me",
+    )
+    assert code == 0, output
+    sha256 = second[1].splitlines()[0].rpartition(" ")[2]
+    assert f"SHA-256      {sha256}\n" in output
+    card = hub.files["me/mine"]["hopper/two-v1/README.md"].decode()
+    assert sha256 in card
+    assert "| medium | 1 | 0 | " in card
+    assert missing == 2, message
+
+
+def test_a_dataset_that_cannot_be_pushed_is_one_line_and_is_not_collected(hub, tmp_path):
+    words = ["collect", "hopper", "--policies", "medium", "--steps", "300", "--push"]
+    lines = {
+        "--id mixed-v0: its first part names the repository": [*words, "me", "--id", "mixed-v0"],
+        "--push me/mine: expected a user": [*words, "me/mine", "--id", "mine/mixed-v0"],
+        "--push sends Minari datasets": [*words, "me", "--format", "d4rl", "--out", str(tmp_path / "a.hdf5")],
+        "--dry-run goes with --push": [
+            *words[:-1],
+            "--id",
+            "mine/mixed-v0",
+            "--dry-run",
+            str(tmp_path / "dry"),
+        ],
+    }
+    results = commands(hub.url, tmp_path, list(lines.values()), MINARI_DATASETS_PATH=str(tmp_path / "here"))
+    for message, (code, output) in zip(lines, results, strict=True):
+        assert (code, output.count("\n")) == (2, 1), output
+        assert output.startswith(f"error: {message}"), output
+    assert not (tmp_path / "here").exists()
+    ((code, output),) = commands(
+        hub.url, tmp_path, [[*words, "me", "--id", "mine/mixed-v0"]],
+        MINARI_DATASETS_PATH=str(tmp_path / "here"), HF_TOKEN="wrong",
+    )  # fmt: skip
+    assert code == 2
+    assert output.splitlines()[-1].startswith("error: me/mine: the Hub refused: ")
+
+
 def test_the_folder_of_a_dry_run_has_a_card_and_nothing_of_this_machine(run, tmp_path, capsys):
     folder = tmp_path / "folder"
     push(PushConfig(run, "me/walker", dry_run=folder))

@@ -9,12 +9,13 @@ import tyro
 from flowrl.behavior.shipped import behavior_assets, behavior_names
 from flowrl.data.collect import UNIFORM, Part, Recipe
 from flowrl.data.embedded import EMBEDDED, embedded_id
-from flowrl.data.writers import collect_d4rl, collect_minari, read_provenance
+from flowrl.data.writers import collect_d4rl, collect_minari, ensure_minari, read_provenance
 from flowrl.envs.options import EnvironmentOptions
 from flowrl.envs.specs import EnvironmentSpec, named_environment
 from flowrl.errors import UserError
 from flowrl.options import Count, NotNegative, PositiveCount, checked, flag
 from flowrl.process import prepare_process
+from flowrl.sharing.dataset import check_push, push_dataset
 from flowrl.signals import StopSignals
 
 
@@ -38,6 +39,11 @@ class CollectCommand(EnvironmentOptions):
     out: Path | None = None
     """HDF5 file to write with --format d4rl."""
     overwrite: bool = False
+    push: str | None = None
+    """User or organisation of the Hugging Face Hub: send the dataset there, with a card of its recipe. The
+    first part of its id names the repository. One that is here already is sent if its recipe is the same."""
+    dry_run: Path | None = None
+    """With --push: write what would be sent to this new folder, and send nothing."""
 
 
 def run_collect(command: CollectCommand) -> None:
@@ -48,6 +54,12 @@ def run_collect(command: CollectCommand) -> None:
     """
     checked(CollectCommand, asdict(command), flag)
     recipe = _recipe(command)
+    if command.push is not None:
+        if command.format == "d4rl":
+            raise UserError("--push sends Minari datasets: leave --format d4rl out")
+        check_push(_dataset_id(command, recipe), command.push, recipe.acts_in)
+    elif command.dry_run is not None:
+        raise UserError("--dry-run goes with --push")
     prepare_process()
     with StopSignals() as signals, signals.interruptible():
         if command.format == "d4rl":
@@ -59,8 +71,13 @@ def run_collect(command: CollectCommand) -> None:
         if command.out is not None:
             raise UserError("--out needs --format d4rl; Minari datasets go to MINARI_DATASETS_PATH")
         dataset_id = _dataset_id(command, recipe)
-        folder = collect_minari(recipe, dataset_id, command.overwrite)
+        if command.push is not None and not command.overwrite:
+            folder = ensure_minari(recipe, dataset_id)
+        else:
+            folder = collect_minari(recipe, dataset_id, command.overwrite)
         print(f"{dataset_id}: {folder}, content SHA-256 {read_provenance(folder)['sha256']}")
+        if command.push is not None:
+            print(push_dataset(dataset_id, folder, command.push, command.dry_run))
 
 
 def _recipe(command: CollectCommand) -> Recipe:

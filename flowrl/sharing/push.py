@@ -3,14 +3,15 @@
 import json
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 import yaml
 
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError, one_line
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig
@@ -63,7 +64,7 @@ def push(config: PushConfig) -> None:
     if config.repo.count("/") != 1:
         raise UserError(f"{config.repo}: expected OWNER/NAME")
     agent = load_agent(config.run, checkpoint=config.checkpoint)
-    _refuse_paths(agent.config)
+    refuse_paths(agent.config.environment)
     if config.video is not None and not (config.video.is_file() and config.video.suffix == ".mp4"):
         raise UserError(f"--video {config.video}: expected an .mp4 file")
     with tempfile.TemporaryDirectory() as temporary:
@@ -77,7 +78,8 @@ def push(config: PushConfig) -> None:
         if config.dry_run is not None:
             print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}; nothing was sent")
         else:
-            print(f"sent to {_send(folder, config)}")
+            link = send_folder(folder, config.repo, "model", "Upload an agent of flowrl", config.private)
+            print(f"sent to {link}")
 
 
 def pull(config: PullConfig) -> None:
@@ -94,35 +96,41 @@ def pull(config: PullConfig) -> None:
     print(f"{config.folder}: {', '.join(sorted(AGENT_FILES))}; load it with flowrl.load_agent")
 
 
-def _send(folder: Path, config: PushConfig) -> str:
+def send_folder(
+    folder: Path, repo: str, kind: Literal["model", "dataset"], message: str, private: bool = False
+) -> str:
+    """Upload a folder as one commit to OWNER/NAME on the Hub, made if there is none; return its address.
+
+    Raises:
+        UserError: the Hub cannot be reached or refuses.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
     hub = huggingface_hub.HfApi()
     try:
-        hub.create_repo(config.repo, private=config.private, exist_ok=True)
+        hub.create_repo(repo, private=private, exist_ok=True, repo_type=kind)
         return hub.upload_folder(
-            repo_id=config.repo, folder_path=folder, commit_message="Upload an agent of flowrl"
+            repo_id=repo, folder_path=folder, commit_message=message, repo_type=kind
         ).commit_url
     except errors.HFValidationError as error:
-        raise UserError(f"{config.repo}: not a name that the Hub takes: {one_line(error)}") from error
+        raise UserError(f"{repo}: not a name that the Hub takes: {one_line(error)}") from error
     except errors.LocalTokenNotFoundError as error:
         raise UserError("no token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN") from error
     except errors.HfHubHTTPError as error:
         hint = "; check the token: `hf auth login`, or HF_TOKEN" if _unauthorized(error) else ""
-        raise UserError(f"{config.repo}: the Hub refused: {one_line(error)}{hint}") from error
+        raise UserError(f"{repo}: the Hub refused: {one_line(error)}{hint}") from error
     except Exception as error:  # whatever its HTTP library raises without a network, or offline mode
-        raise UserError(f"{config.repo}: the Hub cannot be reached: {one_line(error)}") from error
+        raise UserError(f"{repo}: the Hub cannot be reached: {one_line(error)}") from error
 
 
 def _unauthorized(error: Any) -> bool:
     return error.response is not None and error.response.status_code in (401, 403)
 
 
-def _refuse_paths(about: AgentConfig) -> None:
-    """Folders of this machine are of no use to others, and name its user."""
-    options = asdict(about.environment)["kwargs"] if about.environment else {}
-    for name, value in options.items():
+def refuse_paths(environment: EnvironmentSpec | None) -> None:
+    """Raise UserError for a folder of this machine: it is of no use to others, and names its user."""
+    for name, value in environment.kwargs.items() if environment else ():
         if isinstance(value, str) and Path(value).is_absolute():
             raise UserError(f"the environment's option '{name}' is a path of this machine, {value}")
 
