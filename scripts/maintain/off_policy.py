@@ -1,13 +1,15 @@
 """Off-policy estimates of many trained agents beside their true scores: results/off-policy.md.
 
-    python scripts/maintain/off_policy.py estimates.jsonl --runs runs/default/*/flow-episode/seed*
+    python scripts/maintain/off_policy.py estimates.jsonl --runs pretrained:hopper-medium runs/seed0 ...
 
-Estimates are appended to the file, and runs that are in it already are not estimated again.
+Agents are trained on flowrl's own data and act on the target itself, the first of theirs. Lines are appended
+to the file, and runs that are in it already are not estimated again.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -15,56 +17,59 @@ import tyro
 from flowrl import load_agent
 from flowrl.data import load_episodes
 from flowrl.errors import exit_on_user_error
+from flowrl.evaluation.evaluate import evaluate
 from flowrl.evaluation.off_policy import estimate
 from flowrl.report.table import markdown_table
 
 COLUMNS = ("data", "first_order", "fitted_q")
+EVALUATION_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where the agents and their true scores are."""
+    """Which agents, and how long the critics learn."""
 
     estimates: tyro.conf.Positional[Path]
     """A .jsonl file."""
-    runs: tuple[Path, ...] = ()
-    """Folders DATASET/METHOD/seed<k>."""
-    scores: Path = Path("results/default/scores.jsonl")
-    """True scores at the first target, conditioned on the target itself."""
+    runs: tuple[str, ...] = ()
+    """Run folders or pretrained:NAME."""
     timesteps: int = 20_000
     updates: int = 600
+    episodes: int = 100
+    """Of the true score."""
 
 
 def measure(options: Options) -> str:
     """Estimate what is missing, and return the table and the rank correlations."""
     done = _lines(options.estimates)
     for run in options.runs:
-        name, seed = run.parents[1].name, int(run.name.removeprefix("seed"))
-        if any((line["dataset"], line["seed"]) == (name, seed) for line in done):
+        if any(line["run"] == run for line in done):
             continue
         agent = load_agent(run, conditioning="target")
-        data = load_episodes("flowrl", name)
-        estimates = estimate(
-            agent, data, agent.config.targets[0], timesteps=options.timesteps, updates=options.updates
+        assert agent.environment is not None
+        _, robot, version = agent.config.dataset_id.split("/")  # flowrl/hopper/medium-v0
+        data, target = (
+            load_episodes("flowrl", f"{robot}-{version.removesuffix('-v0')}"),
+            agent.config.targets[0],
         )
-        line = {"dataset": name, "seed": seed}
+        assert data.reference is not None
+        estimates = estimate(agent, data, target, timesteps=options.timesteps, updates=options.updates)
+        (result,) = evaluate(
+            agent, agent.environment, [target], options.episodes, EVALUATION_SEED, data.reference
+        )
+        line: dict[str, Any] = {"run": run, "dataset": f"{robot}-{version.removesuffix('-v0')}"}
         for column in COLUMNS:
-            mean = float(getattr(estimates, column).mean())
-            line[column] = mean if data.reference is None else data.reference.normalized_score(mean)
+            line[column] = data.reference.normalized_score(float(getattr(estimates, column).mean()))
+        line["true"] = data.reference.normalized_score(float(result.returns.mean()))
         with options.estimates.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         done.append(line)
-    true = {
-        (line["dataset"], line["seed"]): line["normalized_score_mean"]
-        for line in _lines(options.scores)
-        if line["conditioning"] == "target"
-    }
-    rows = [(*(line[name] for name in COLUMNS), true[line["dataset"], line["seed"]]) for line in done]
+    done.sort(key=lambda line: (line["dataset"], line["run"]))
+    rows = [tuple(line[name] for name in (*COLUMNS, "true")) for line in done]
     table = [
-        [line["dataset"], str(line["seed"]), *(f"{value:.1f}" for value in row)]
-        for line, row in zip(done, rows, strict=True)
+        [line["dataset"], *(f"{value:.1f}" for value in row)] for line, row in zip(done, rows, strict=True)
     ]
-    head = ["set", "seed", "data", "first order", "fitted Q", "true score"]
+    head = ["set", "data", "first order", "fitted Q", "true score"]
     values, robots = np.array(rows), np.array([line["dataset"].partition("-")[0] for line in done])
     ranks = []
     for robot in ("all", *dict.fromkeys(robots)):
@@ -76,9 +81,9 @@ def measure(options: Options) -> str:
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's, of values without ties."""
-    distances = first.argsort().argsort() - second.argsort().argsort()
-    return float(1 - 6 * np.square(distances).sum() / (len(first) * (len(first) ** 2 - 1)))
+    """Spearman's: the correlation of ranks, where equal values have their mean rank."""
+    ranks = [np.sign(values[:, None] - values).sum(axis=1) for values in (first, second)]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def _lines(path: Path) -> list[dict]:
