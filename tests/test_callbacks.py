@@ -180,7 +180,8 @@ def test_held_out_episodes_are_never_trained_on_and_their_loss_is_logged(tiny_da
 
 
 def test_weights_and_biases_receives_every_figure(reference, tiny_dataset, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     monkeypatch.setenv("WANDB_SILENT", "true")
     tracked = wandb.init(mode="offline", project="flowrl", dir=tmp_path)
     callbacks = [flowrl.TrackerCallback(tracked)]
