@@ -316,6 +316,23 @@ def test_a_dataset_that_cannot_be_pushed_is_one_line_and_is_not_collected(hub, t
     assert output.splitlines()[-1].startswith("error: me/mine: the Hub refused: ")
 
 
+def test_a_dataset_is_not_sent_where_the_list_of_the_others_cannot_be_read(hub, tmp_path):
+    collect = ["collect", "hopper", "--policies", "medium", "--steps", "300", "--id", "mine/mixed-v0"]
+    hub.files["me/mine"] = {"namespace_metadata.json": b"[]"}
+    (damaged, first), (there, second) = commands(
+        hub.url,
+        tmp_path,
+        [[*collect, "--push", "me"], [*collect, "--push", "me", "--dry-run", str(tmp_path)]],
+        MINARI_DATASETS_PATH=str(tmp_path / "here"),
+    )
+    assert (damaged, there) == (2, 2)
+    assert first.endswith(
+        "error: me/mine: its namespace_metadata.json is not a JSON object; repair it there first\n"
+    )
+    assert set(hub.files["me/mine"]) == {"namespace_metadata.json"}
+    assert second == f"error: --dry-run {tmp_path}: already there\n"
+
+
 def test_the_folder_of_a_dry_run_has_a_card_and_nothing_of_this_machine(run, tmp_path, capsys):
     folder = tmp_path / "folder"
     push(PushConfig(run, "me/walker", dry_run=folder))

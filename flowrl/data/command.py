@@ -15,7 +15,6 @@ from flowrl.envs.specs import EnvironmentSpec, named_environment
 from flowrl.errors import UserError
 from flowrl.options import Count, NotNegative, PositiveCount, checked, flag
 from flowrl.process import prepare_process
-from flowrl.sharing.dataset import check_push, push_dataset
 from flowrl.signals import StopSignals
 
 
@@ -57,7 +56,10 @@ def run_collect(command: CollectCommand) -> None:
     if command.push is not None:
         if command.format == "d4rl":
             raise UserError("--push sends Minari datasets: leave --format d4rl out")
-        check_push(_dataset_id(command, recipe), command.push, recipe.acts_in)
+        # Here, for only sending imports what agents are made of.
+        from flowrl.sharing.dataset import check_push, push_dataset
+
+        check_push(_dataset_id(command, recipe), command.push, recipe.acts_in, command.dry_run)
     elif command.dry_run is not None:
         raise UserError("--dry-run goes with --push")
     prepare_process()

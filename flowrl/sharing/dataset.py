@@ -14,17 +14,17 @@ from flowrl.data.writers import read_provenance
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.report.table import markdown_table
-from flowrl.sharing.push import CARD, refuse_paths, send_folder
+from flowrl.sharing.push import CARD, hub_errors, refuse_paths, send_folder
 
 NAMESPACE = "namespace_metadata.json"  # where minari looks up what a repository holds
 
 
-def check_push(dataset_id: str, owner: str, environment: EnvironmentSpec) -> None:
+def check_push(dataset_id: str, owner: str, environment: EnvironmentSpec, dry_run: Path | None) -> None:
     """Refuse what :func:`push_dataset` could not send, before anything is collected.
 
     Raises:
         UserError: an id without a namespace, an owner that is no name, options of the environment that are
-            paths of this machine.
+            paths of this machine, a folder for a dry run that is there already.
     """
     if "/" not in dataset_id:
         raise UserError(f"--id {dataset_id}: its first part names the repository, as in mine/hopper/mixed-v0")
@@ -33,6 +33,8 @@ def check_push(dataset_id: str, owner: str, environment: EnvironmentSpec) -> Non
             f"--push {owner}: expected a user or an organisation; the repository is named by --id"
         )
     refuse_paths(environment)
+    if dry_run is not None and dry_run.exists():
+        raise UserError(f"--dry-run {dry_run}: already there")
 
 
 def push_dataset(dataset_id: str, folder: Path, owner: str, dry_run: Path | None = None) -> str:
@@ -51,15 +53,12 @@ def push_dataset(dataset_id: str, folder: Path, owner: str, dry_run: Path | None
         The commit's address, or what was written.
 
     Raises:
-        UserError: a damaged dataset, a folder that is there already, or a Hub that cannot be reached or
-            refuses.
+        UserError: a damaged dataset, or a Hub that cannot be reached, refuses, or holds a damaged list.
     """
     name, _, place = dataset_id.partition("/")
     repo = f"{owner}/{name}"
     with tempfile.TemporaryDirectory() as temporary:
         root = dry_run or Path(temporary) / "dataset"
-        if root.exists():
-            raise UserError(f"--dry-run {root}: already there")
         card = _card(dataset_id, owner, read_minari(dataset_id), read_provenance(folder))
         shutil.copytree(folder, root / place)
         (root / place / CARD).write_text(card, encoding="utf-8")
@@ -79,15 +78,23 @@ def push_dataset(dataset_id: str, folder: Path, owner: str, dry_run: Path | None
 
 
 def _registered(repo: str) -> dict[str, Any]:
-    """What the repository says that it holds; nothing where it is new or cannot be read."""
+    """The repository's list of what it holds; empty where there is none yet.
+
+    A list that cannot be read is an error: sending a new one would drop the other datasets from it.
+    """
     import huggingface_hub
 
-    try:
+    with hub_errors(repo):
+        if not huggingface_hub.file_exists(repo, NAMESPACE, repo_type="dataset"):
+            return {}
         path = huggingface_hub.hf_hub_download(repo, NAMESPACE, repo_type="dataset")
+    try:
         known = json.loads(Path(path).read_text(encoding="utf-8"))
-    except Exception:  # sending says what is wrong with the name, the token or the network
-        return {}
-    return known if isinstance(known, dict) else {}
+    except ValueError:
+        known = None
+    if not isinstance(known, dict):
+        raise UserError(f"{repo}: its {NAMESPACE} is not a JSON object; repair it there first")
+    return known
 
 
 def _header(environments: list[str]) -> str:
@@ -116,21 +123,17 @@ def _card(dataset_id: str, owner: str, dataset: EpisodeDataset, about: dict[str,
     if dataset.reference is not None:
         spread += f" (normalised {dataset.reference.normalized_score(float(returns.mean())):.1f})"
     use = f"MINARI_REMOTE=hf://{owner} flowrl train --dataset minari:{dataset_id}"
-    return (
-        "\n\n".join(
-            (
-                _header([environment["env_id"]]),
-                f"# {dataset_id}",
-                "Collected by flowrl; not D4RL's nor Minari's own data, nor comparable with it.",
-                f"- Environment: `{environment['env_id']}`, options {environment['kwargs'] or 'none'}\n"
-                f"- {dataset.num_transitions} transitions, {dataset.num_episodes} episodes, "
-                f"{int(dataset.terminated.sum())} of them terminated\n- Returns {spread}\n"
-                f"- Content SHA-256 `{about['sha256']}`\n"
-                f"- Versions: flowrl {about['flowrl_version']}, mujoco {about['mujoco_version']}",
-                f"## Recipe\n\nSeed {recipe['seed']}, at least {recipe['steps']} transitions.\n\n"
-                + markdown_table(("policy", "share", "noise", "its SHA-256"), policies),
-                f"## Use\n\n```bash\n{use}\n```",
-            )
-        )
-        + "\n"
+    parts = (
+        _header([environment["env_id"]]),
+        f"# {dataset_id}",
+        "Collected by flowrl; not D4RL's nor Minari's own data, nor comparable with it.",
+        f"- Environment: `{environment['env_id']}`, options {environment['kwargs'] or 'none'}\n"
+        f"- {dataset.num_transitions} transitions, {dataset.num_episodes} episodes, "
+        f"{int(dataset.terminated.sum())} of them terminated\n- Returns {spread}\n"
+        f"- Content SHA-256 `{about['sha256']}`\n"
+        f"- Versions: flowrl {about['flowrl_version']}, mujoco {about['mujoco_version']}",
+        f"## Recipe\n\nSeed {recipe['seed']}, at least {recipe['steps']} transitions.\n\n"
+        + markdown_table(("policy", "share", "noise", "its SHA-256"), policies),
+        f"## Use\n\n```bash\n{use}\n```",
     )
+    return "\n\n".join(parts) + "\n"

@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -105,14 +107,22 @@ def send_folder(
         UserError: the Hub cannot be reached or refuses.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
     hub = huggingface_hub.HfApi()
-    try:
+    with hub_errors(repo):
         hub.create_repo(repo, private=private, exist_ok=True, repo_type=kind)
         return hub.upload_folder(
             repo_id=repo, folder_path=folder, commit_message=message, repo_type=kind
         ).commit_url
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Turn what the Hub answers, and whatever happens without a network, into one UserError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.HFValidationError as error:
         raise UserError(f"{repo}: not a name that the Hub takes: {one_line(error)}") from error
     except errors.LocalTokenNotFoundError as error:
