@@ -19,6 +19,7 @@ from flowrl.data import load_episodes
 from flowrl.errors import exit_on_user_error
 from flowrl.evaluation.evaluate import evaluate
 from flowrl.evaluation.off_policy import estimate
+from flowrl.report.statistics import correlation
 from flowrl.report.table import markdown_table
 
 COLUMNS = ("data", "first_order", "fitted_q")
@@ -48,16 +49,14 @@ def measure(options: Options) -> str:
         agent = load_agent(run, conditioning="target")
         assert agent.environment is not None
         _, robot, version = agent.config.dataset_id.split("/")  # flowrl/hopper/medium-v0
-        data, target = (
-            load_episodes("flowrl", f"{robot}-{version.removesuffix('-v0')}"),
-            agent.config.targets[0],
-        )
+        name, target = f"{robot}-{version.removesuffix('-v0')}", agent.config.targets[0]
+        data = load_episodes("flowrl", name)
         assert data.reference is not None
         estimates = estimate(agent, data, target, timesteps=options.timesteps, updates=options.updates)
         (result,) = evaluate(
             agent, agent.environment, [target], options.episodes, EVALUATION_SEED, data.reference
         )
-        line: dict[str, Any] = {"run": run, "dataset": f"{robot}-{version.removesuffix('-v0')}"}
+        line: dict[str, Any] = {"run": run, "dataset": name}
         for column in COLUMNS:
             line[column] = data.reference.normalized_score(float(getattr(estimates, column).mean()))
         line["true"] = data.reference.normalized_score(float(result.returns.mean()))
@@ -83,7 +82,7 @@ def measure(options: Options) -> str:
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Spearman's: the correlation of ranks, where equal values have their mean rank."""
     ranks = [np.sign(values[:, None] - values).sum(axis=1) for values in (first, second)]
-    return float(np.corrcoef(ranks)[0, 1])
+    return correlation(*ranks)
 
 
 def _lines(path: Path) -> list[dict]:
