@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -367,3 +368,27 @@ def test_the_example_acts_a_whole_episode_as_evaluation_does(run, tmp_path, monk
         results = evaluate(agent, agent.environment, agent.config.targets[:1], 2, 0, None)
         earned = [act(path, int(seed)) for seed in episode_seeds(0, 2)]
         np.testing.assert_allclose(earned, results[0].returns, rtol=1e-4)
+
+
+def test_the_example_refuses_a_file_of_another_version_in_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "examples")
+    from act_with_onnx import act
+
+    path = str(tmp_path / "step.onnx")
+    export_agent(load_agent(run, acting="recurrent"), Path(path), "onnx")
+    step = onnx.load(path)
+    for metadata in ({"flowrl": json.dumps({"format_version": 2})}, {"other": "{}"}):
+        del step.metadata_props[:]
+        onnx.helper.set_model_props(step, metadata)
+        onnx.save(step, path)
+        with pytest.raises(SystemExit, match=r"step.onnx: not a step that flowrl exported in format 1"):
+            act(path)
+
+
+def test_a_run_with_damaged_figures_is_not_pushed(run, tmp_path):
+    damaged = Path(shutil.copytree(run, tmp_path / "damaged"))
+    lines = (damaged / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (damaged / "metrics.jsonl").write_text("".join([lines[0], '{"kind": "evaluation"}\n', *lines[1:]]))
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not a line of metrics"):
+        push(PushConfig(damaged, "me/walker", dry_run=tmp_path / "folder"))
+    assert not (tmp_path / "folder").exists()

@@ -35,6 +35,7 @@ from flowrl.model.transformer import SelfAttention, SequenceModel
 ExportFormat = Literal["torch", "onnx"]
 SUFFIXES: dict[ExportFormat, str] = {"torch": ".pt2", "onnx": ".onnx"}
 TOLERANCE = 1e-4  # of actions, against the agent
+FORMAT_VERSION = 1  # of the inputs, outputs and metadata: another one where a reader of this one would fail
 _CHECKED_TIMESTEPS, _CHECKED_EPISODES = 20, 3
 
 
@@ -233,6 +234,7 @@ def _largest_difference(agent: Agent, step: ExportedStep, run: Any) -> float:
 def _metadata(agent: Agent, step: ExportedStep) -> dict[str, Any]:
     config = agent.config
     return {
+        "format_version": FORMAT_VERSION,
         "inputs": step.input_names,
         "outputs": step.output_names,
         "observation_dim": config.model.observation_dim,

@@ -1,6 +1,5 @@
 """A trained agent on the Hugging Face Hub, with a model card written from its run; and back."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from flowrl.model.checkpoint import AGENT_FILES, CheckpointName
 from flowrl.model.hub import PREFIX, agent_folder
 from flowrl.model.loading import load_agent
 from flowrl.report.table import markdown_table
+from flowrl.training.metrics import METRICS_FILE, read_metrics
 
 CARD = "README.md"
 CURVE = "learning-curve.png"
@@ -69,12 +69,12 @@ def push(config: PushConfig) -> None:
     refuse_paths(agent.config.environment)
     if config.video is not None and not (config.video.is_file() and config.video.suffix == ".mp4"):
         raise UserError(f"--video {config.video}: expected an .mp4 file")
+    evaluations = _evaluations(config.run, agent.checkpoint_step)
     with tempfile.TemporaryDirectory() as temporary:
         folder = config.dry_run or Path(temporary) / "agent"
         agent.save(folder)
         if config.video is not None:
             shutil.copyfile(config.video, folder / "video.mp4")
-        evaluations = _evaluations(config.run, agent.checkpoint_step)
         curve = _draw_curve(evaluations, folder / CURVE)
         (folder / CARD).write_text(_card(agent, config, evaluations, curve), encoding="utf-8")
         if config.dry_run is not None:
@@ -147,11 +147,10 @@ def refuse_paths(environment: EnvironmentSpec | None) -> None:
 
 def _evaluations(run: Path, step: int | None) -> list[dict[str, Any]]:
     """The lines of the run's evaluations up to this step; none beside a lone checkpoint."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
+    if not (run / METRICS_FILE).is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [line for line in lines if line["kind"] == "evaluation" and line["step"] <= (step or 0)]
+    lines = read_metrics(run, "evaluation", ("target_return", "return_mean"))
+    return [line for line in lines if line["step"] <= (step or 0)]
 
 
 def _draw_curve(evaluations: list[dict[str, Any]], path: Path) -> bool:

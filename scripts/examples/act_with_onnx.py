@@ -10,11 +10,15 @@ import gymnasium
 import numpy as np
 import onnxruntime
 
+FORMAT_VERSION = 1
+
 
 def act(path: str, seed: int = 0) -> float:
     """Act for one episode; return what it earned."""
     session = onnxruntime.InferenceSession(path)
-    about = json.loads(session.get_modelmeta().custom_metadata_map["flowrl"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map.get("flowrl", "{}"))
+    if about.get("format_version") != FORMAT_VERSION:
+        sys.exit(f"{path}: not a step that flowrl exported in format {FORMAT_VERSION}; export it again")
     task = about["environment"]
     env = gymnasium.make(task["env_id"], max_episode_steps=task["max_episode_steps"], **task["kwargs"])
 
