@@ -30,6 +30,8 @@ from flowrl.report.table import markdown_table
 from flowrl.training.config import TrainConfig
 from flowrl.training.metrics import METRICS_FILE
 
+COST_TICKS = (0.5, 1, 2, 5, 10)  # milliseconds
+
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -217,7 +219,9 @@ def draw(acted: list[Acted], path: Path) -> None:
         style = "o-" if clamp == SOURCE_CLAMP else "s--"
         successes = [[100 * entry.success for entry in some] for some in by_length]
         means = [float(np.mean(values)) for values in successes]
-        (line,) = success.plot(lengths, means, style, label=f"{label}, seeds: {len(by_length[0])}", alpha=0.8)
+        (line,) = success.plot(
+            lengths, means, style, label=f"{label}, seeds: {max(map(len, by_length))}", alpha=0.8
+        )
         lowest, highest = map(min, successes), map(max, successes)
         success.fill_between(lengths, list(lowest), list(highest), color=line.get_color(), alpha=0.12)
         milliseconds = [float(np.median([entry.last_ms for entry in some])) for some in by_length]
@@ -229,6 +233,8 @@ def draw(acted: list[Acted], path: Path) -> None:
     success.set_title("T-Maze: trained on 500 timesteps, acting in longer ones")
     success.legend(fontsize="small")
     cost.set(xscale="log", yscale="log", xlabel="timestep", ylabel=f"ms for {acted[0].episodes} episodes")
+    cost.set_yticks(COST_TICKS, [f"{tick:g}" for tick in COST_TICKS])
+    cost.minorticks_off()
     cost.set_title("acting and stepping once, at the end")
     for axes in (success, cost):
         axes.grid(alpha=0.3)
