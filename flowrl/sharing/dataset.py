@@ -103,7 +103,7 @@ def _header(environments: list[str]) -> str:
         "task_categories": ["reinforcement-learning"],
         "tags": ["offline-reinforcement-learning", "minari", "flowrl", *environments],
     }
-    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---"
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
 
 
 def _first_page(repo: str, datasets: list[str]) -> str:

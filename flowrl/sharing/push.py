@@ -194,7 +194,7 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
         del header["model-index"]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
     parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
         f"# {config.repo.split('/')[1]}",
         f"An agent of flowrl for `{environment}`: {_method(about)}, {agent.checkpoint_step} updates.",
         f"- Data: `{dataset}`, content SHA-256 `{about.dataset_sha256}`\n"
