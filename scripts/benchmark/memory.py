@@ -206,7 +206,7 @@ def update_twice(sizes: Sizes, config: TrainConfig) -> None:
 
 
 def draw(acted: list[Acted], path: Path) -> None:
-    """Draw success, mean and range over the seeds, and the fastest seed's milliseconds at the end, against length."""
+    """Success, mean and range over the seeds, and the fastest seed's time of acting at the end, by length."""
     from matplotlib.figure import Figure  # an extra: only drawing needs it
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
