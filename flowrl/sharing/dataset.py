@@ -6,15 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.minari import read_minari
 from flowrl.data.writers import read_provenance
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.report.table import markdown_table
-from flowrl.sharing.push import CARD, hub_errors, refuse_paths, send_folder
+from flowrl.sharing.push import CARD, card_header, hub_errors, refuse_paths, send_folder
 
 NAMESPACE = "namespace_metadata.json"  # where minari looks up what a repository holds
 
@@ -103,7 +101,7 @@ def _header(environments: list[str]) -> str:
         "task_categories": ["reinforcement-learning"],
         "tags": ["offline-reinforcement-learning", "minari", "flowrl", *environments],
     }
-    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+    return card_header(header)
 
 
 def _first_page(repo: str, datasets: list[str]) -> str:

@@ -177,6 +177,11 @@ def _draw_curve(evaluations: list[dict[str, Any]], path: Path) -> bool:
     return True
 
 
+def card_header(header: dict[str, Any]) -> str:
+    """The YAML that a card begins with, as the Hub reads it."""
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
+
+
 def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], curve: bool) -> str:
     """The model card: Markdown after the Hub's YAML header."""
     about = agent.config
@@ -194,7 +199,7 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
         del header["model-index"]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
     parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
+        card_header(header),
         f"# {config.repo.split('/')[1]}",
         f"An agent of flowrl for `{environment}`: {_method(about)}, {agent.checkpoint_step} updates.",
         f"- Data: `{dataset}`, content SHA-256 `{about.dataset_sha256}`\n"
