@@ -3,8 +3,9 @@
 import io
 import os
 import sys
+from dataclasses import asdict
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flowrl.errors import exit_on_user_error
 from flowrl.process import prepare_threads
@@ -26,11 +27,27 @@ class Command(NamedTuple):
         import tyro
 
         module = import_module(f"flowrl.{self.module}")
-        options = [tyro.cli(getattr(module, self.options))] if self.options else []
-        result = getattr(module, self.function)(*options)
+        if self.options:
+            result = self.call(tyro.cli(getattr(module, self.options)))
+        else:
+            result = getattr(module, self.function)()
         if isinstance(result, str):
             print(result)
         return result if isinstance(result, int) else 0
+
+    def call(self, config: Any) -> object:
+        """Run it with these options, interrupted at once by SIGINT and SIGTERM.
+
+        Raises:
+            UserError: bad input.
+            Stopped: a signal came; no file is left half-written.
+        """
+        from flowrl.options import checked, flag
+        from flowrl.signals import StopSignals
+
+        with StopSignals() as signals, signals.interruptible():
+            checked(type(config), asdict(config), flag)
+            return getattr(import_module(f"flowrl.{self.module}"), self.function)(config)
 
 
 COMMANDS = {

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import train_here
 
 import flowrl
+from flowrl.__main__ import COMMANDS
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.report.runs import load_runs
 from flowrl.signals import StopSignals
@@ -252,4 +253,4 @@ def test_an_environment_that_cannot_be_made_or_does_not_fit_is_refused(
 )
 def test_requests_that_make_no_sense_are_refused(run: Path, options: dict[str, Any]) -> None:
     config = EvaluateConfig(**{"run": run, "episodes": 1, "targets": (30.0,), **options})
-    refusal(lambda: evaluate_run(config))
+    refusal(lambda: COMMANDS["evaluate"].call(config))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny_training import Command, finish, wait_for
 
+from flowrl.__main__ import COMMANDS
 from flowrl.behavior.shipped import load_behavior
 from flowrl.data import collect as collect_module
 from flowrl.data.collect import Collection, Part, Recipe, collect, to_dataset
@@ -174,7 +175,7 @@ def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path: Path, storage
 )
 def test_options_that_make_no_sense_are_refused(storage: Path, command: CollectCommand, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        run_collect(command)
+        COMMANDS["collect"].call(command)
     assert "\n" not in str(error.value)
     assert not storage.exists() or visible(storage) == []
 

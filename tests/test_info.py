@@ -29,3 +29,9 @@ def test_a_dataset_is_described(tiny_dataset: Path, capsys: pytest.CaptureFixtur
     assert lines["environment"] == "Hopper-v4"
     assert lines["normalised"].endswith("returns of -20.2723 and 3234.3 are 0 and 100")
     assert "refused" not in lines
+
+
+def test_bad_options_are_named(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["info", str(tiny_dataset), "--max-episode-steps", "0"])
+    assert "--max-episode-steps 0" in capsys.readouterr().err

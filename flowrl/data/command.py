@@ -1,6 +1,6 @@
 """The command ``scripts/collect.py``: its options, and the recipe that they describe."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +13,8 @@ from flowrl.data.writers import collect_d4rl, collect_minari, ensure_minari, rea
 from flowrl.envs.options import EnvironmentOptions
 from flowrl.envs.specs import EnvironmentSpec, named_environment
 from flowrl.errors import UserError
-from flowrl.options import Count, NotNegative, PositiveCount, checked, flag
+from flowrl.options import Count, NotNegative, PositiveCount
 from flowrl.process import prepare_process
-from flowrl.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ def run_collect(command: CollectCommand) -> None:
     Raises:
         UserError: a name, policy or option that makes no sense, and see :mod:`flowrl.data.writers`.
     """
-    checked(CollectCommand, asdict(command), flag)
     recipe = _recipe(command)
     if command.push is not None:
         if command.format == "d4rl":
@@ -63,23 +61,22 @@ def run_collect(command: CollectCommand) -> None:
     elif command.dry_run is not None:
         raise UserError("--dry-run goes with --push")
     prepare_process()
-    with StopSignals() as signals, signals.interruptible():
-        if command.format == "d4rl":
-            if command.out is None or command.id is not None:
-                raise UserError("--format d4rl writes to --out FILE.hdf5, not to --id")
-            sha256 = collect_d4rl(recipe, command.out, command.overwrite)
-            print(f"{command.out}: content SHA-256 {sha256}")
-            return
-        if command.out is not None:
-            raise UserError("--out needs --format d4rl; Minari datasets go to MINARI_DATASETS_PATH")
-        dataset_id = _dataset_id(command, recipe)
-        if command.push is not None and not command.overwrite:
-            folder = ensure_minari(recipe, dataset_id)
-        else:
-            folder = collect_minari(recipe, dataset_id, command.overwrite)
-        print(f"{dataset_id}: {folder}, content SHA-256 {read_provenance(folder)['sha256']}")
-        if command.push is not None:
-            print(push_dataset(dataset_id, folder, command.push, command.dry_run))
+    if command.format == "d4rl":
+        if command.out is None or command.id is not None:
+            raise UserError("--format d4rl writes to --out FILE.hdf5, not to --id")
+        sha256 = collect_d4rl(recipe, command.out, command.overwrite)
+        print(f"{command.out}: content SHA-256 {sha256}")
+        return
+    if command.out is not None:
+        raise UserError("--out needs --format d4rl; Minari datasets go to MINARI_DATASETS_PATH")
+    dataset_id = _dataset_id(command, recipe)
+    if command.push is not None and not command.overwrite:
+        folder = ensure_minari(recipe, dataset_id)
+    else:
+        folder = collect_minari(recipe, dataset_id, command.overwrite)
+    print(f"{dataset_id}: {folder}, content SHA-256 {read_provenance(folder)['sha256']}")
+    if command.push is not None:
+        print(push_dataset(dataset_id, folder, command.push, command.dry_run))
 
 
 def _recipe(command: CollectCommand) -> Recipe:

@@ -24,9 +24,8 @@ from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting, Agent, Conditioning
 from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.loading import load_agent
-from flowrl.options import Episodes, NotNegative, Seed, SourceClamp, checked, flag
+from flowrl.options import Episodes, NotNegative, Seed, SourceClamp
 from flowrl.plain_yaml import read_yaml_mapping
-from flowrl.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
 
     Raises:
         UserError: the run, a flag or the environment is unusable.
-        Stopped: SIGINT or SIGTERM came; no file is left half-written.
     """
-    checked(EvaluateConfig, asdict(config), flag)
-    with StopSignals() as signals, signals.interruptible():
-        _evaluate_run(config)
-
-
-def _evaluate_run(config: EvaluateConfig) -> None:
     if config.json is not None:
         _check_writable("--json", config.json)
     if config.video is not None:

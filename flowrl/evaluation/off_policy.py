@@ -20,7 +20,7 @@ from flowrl.model.agent import Agent, Conditioning
 from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.critic import CriticLearner
 from flowrl.model.loading import load_agent
-from flowrl.options import PositiveCount, Seed, Share, checked, flag
+from flowrl.options import PositiveCount, Seed, Share
 
 MEMBERS = 2  # critics of different initial weights, whose mean counts
 BATCH_SIZE = 256
@@ -72,7 +72,6 @@ def estimate_run(config: EstimateConfig) -> str:
     Raises:
         UserError: an unusable run, flag or dataset.
     """
-    checked(EstimateConfig, asdict(config), flag)
     agent = load_agent(config.run, checkpoint=config.checkpoint, conditioning=config.conditioning)
     of_run = {} if config.dataset or config.env else options_of(config.run)
     sources = config.dataset or of_run.get("dataset") or ()

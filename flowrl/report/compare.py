@@ -1,6 +1,6 @@
 """Two trained agents on the same starts: paired differences with an interval."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -10,10 +10,9 @@ from flowrl.envs.reference_scores import reference_scores
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult, evaluate, standard_error
 from flowrl.model.loading import load_agent
-from flowrl.options import Episodes, Seed, checked, flag
+from flowrl.options import Episodes, Seed
 from flowrl.report.statistics import CONFIDENCE, difference_interval
 from flowrl.report.table import markdown_table
-from flowrl.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ def compare(config: CompareConfig) -> str:
     Raises:
         UserError: an unusable run or flag, or agents of different environments or numbers of observations.
     """
-    checked(CompareConfig, asdict(config), flag)
     agents = [load_agent(run, device="auto") for run in (config.first, config.second)]
     environments = [agent.environment for agent in agents]
     if environments[0] is None or environments[0] != environments[1]:
@@ -48,11 +46,10 @@ def compare(config: CompareConfig) -> str:
         )
     environment = config.apply(environments[0])
     reference = config.reference() or agents[0].config.reference or reference_scores(environment.env_id)
-    with StopSignals() as signals, signals.interruptible():
-        results: list[TargetResult] = []
-        for agent in agents:
-            target = agent.config.targets[0] if config.target is None else config.target
-            results += evaluate(agent, environment, [target], config.episodes, config.seed, reference)
+    results: list[TargetResult] = []
+    for agent in agents:
+        target = agent.config.targets[0] if config.target is None else config.target
+        results += evaluate(agent, environment, [target], config.episodes, config.seed, reference)
     unit = "return" if reference is None else "normalised score"
     values = [
         result.returns if result.normalized_scores is None else result.normalized_scores for result in results
