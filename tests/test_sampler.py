@@ -7,6 +7,8 @@ import pytest
 
 from flowrl.data.dataset import build_episodes
 from flowrl.data.sampler import WindowSampler
+from flowrl.training.config import TrainConfig
+from flowrl.training.setup import batch_size
 
 LENGTHS = np.array([9, 1, 14, 30, 6])
 STARTS = np.array([0, 9, 10, 24, 54])
@@ -88,3 +90,12 @@ def test_draws_are_uniform_over_windows(context_length):
     statistic = sum((counts[span] - count) ** 2 / count for span, count in expected.items())
     freedom = len(expected) - 1
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5  # mean and deviation of chi-square
+
+
+@pytest.mark.parametrize("context_length", ["episode", 1000, 1])
+def test_timesteps_per_update_decide_the_number_of_windows(context_length):
+    dataset = make_dataset()
+    sampler = WindowSampler(dataset, 30 if context_length == "episode" else context_length, 1, seed=0)
+    mean = sampler.gather(np.arange(sampler.num_windows)).num_timesteps / sampler.num_windows
+    config = TrainConfig(context_length=context_length, timesteps_per_update=1280)
+    assert batch_size(config, dataset) == round(1280 / mean)

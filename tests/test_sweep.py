@@ -6,12 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock, Timeout
 from tiny_training import Command, assert_same_end, figures, steps_on_disk, wait_for
 
-from flowrl.data import load_episodes
-from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.sweeps.command import run_sweep
 from flowrl.sweeps.local import Slots
@@ -77,19 +74,14 @@ def test_plan_goes_seed_by_seed_and_options_win_in_order(tmp_path: Path) -> None
     assert runs[1].run_dir == tmp_path / "hopper-medium" / "b" / "seed3"
 
 
-def test_timesteps_per_update_become_a_batch_size(tiny_dataset: Path, tmp_path: Path) -> None:
-    methods = {"episode": {"context_length": "episode"}, "windows": {"context_length": 20}, "one": {}}
-    methods["one"] = {"context_length": "episode", "timesteps_per_update": 1}
-    common = {"timesteps_per_update": 1280, "eval_episodes": 0}
-    runs = plan_runs(Sweep((str(tiny_dataset),), methods, (0,), common), tmp_path)
-    dataset = load_episodes(str(tiny_dataset))
-    sampler = WindowSampler(dataset, dataset.max_episode_length, 1, seed=0)
-    every_draw = sampler.gather(torch.arange(dataset.num_transitions).numpy())
-    per_episode = every_draw.num_timesteps / dataset.num_transitions  # 20.2, where the plain mean is 12
-    assert runs[0].config.batch_size == round(1280 / per_episode) == 63
-    assert runs[0].timesteps == round(63 * per_episode)
-    assert (runs[1].config.batch_size, runs[1].timesteps) == (64, 1280)
-    assert runs[2].config.batch_size == 1
+def test_timesteps_per_update_win_over_a_presets_batch_size(tmp_path: Path, capsys) -> None:
+    common = {"config": "paper", "timesteps_per_update": 1280}
+    [run] = plan_runs(Sweep(("hopper-medium",), {"windows": {}}, (0,), common), tmp_path)
+    assert (run.config.batch_size, run.config.timesteps_per_update) == (None, 1280)
+    words = ["--datasets", "hopper-medium", "--dry-run", "--runs-dir", str(tmp_path)]
+    for more, size in (([], "about 1280 timesteps"), (["--batch-size", "8"], "batch size 8")):
+        assert run_sweep([*words, *more]) == 0
+        assert f"new, 3000 updates of {size}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,10 @@ from flowrl.errors import UserError, did_you_mean
 from flowrl.model.transformer import MixerName, TokenLayout
 from flowrl.signals import StopSignals
 from flowrl.sweeps.local import local_slots, run_local
-from flowrl.sweeps.plan import (
-    TIMESTEPS_PER_UPDATE,
-    PlannedRun,
-    Sweep,
-    plan_runs,
-    product_methods,
-    read_sweep,
-    write_plan,
-)
+from flowrl.sweeps.plan import PlannedRun, Sweep, plan_runs, product_methods, read_sweep, write_plan
 from flowrl.sweeps.process import check_startable, is_finished
 from flowrl.sweeps.ray_cluster import check_ray, run_on_ray
+from flowrl.training.setup import DEFAULT_BATCH_SIZE
 
 EXIT_FAILED_RUNS = 1
 
@@ -48,8 +41,6 @@ class SweepConfig:
     """By default interleaved."""
     context_length: tuple[int | Literal["episode"], ...] = ()
     """By default 20."""
-    timesteps_per_update: int | None = None
-    """Choose each run's batch size so that an update sees this many timesteps on average."""
     runs_dir: Path | None = None
     """Folder of the runs, <dataset>/<method>/seed<k> each; by default runs/<name of the sweep>."""
     on: Literal["local", "ray"] = "local"
@@ -126,14 +117,11 @@ def _sweep_of(config: SweepConfig) -> Sweep:
     for method in config.methods:
         if method not in methods:
             raise UserError(f"--methods {method}: no such method{did_you_mean(method, methods)}")
-    common = dict(sweep.common)
-    if config.timesteps_per_update is not None:
-        common[TIMESTEPS_PER_UPDATE] = config.timesteps_per_update
     return Sweep(
         datasets=config.datasets or sweep.datasets,
         methods={name: methods[name] for name in config.methods or methods},
         seeds=config.seeds or sweep.seeds,
-        common=common,
+        common=sweep.common,
     )
 
 
@@ -142,9 +130,10 @@ def _format_plan(runs: list[PlannedRun], unfinished: list[PlannedRun]) -> str:
     lines = []
     for run in runs:
         state = "finished" if run not in unfinished else "started" if run.run_dir.exists() else "new"
-        timesteps = f", {run.timesteps} timesteps" if run.timesteps else ""
-        size = f"{run.config.steps} updates of batch size {run.config.batch_size}{timesteps}"
-        lines.append(f"{run.name}: {state}, {size}")
+        size = f"batch size {run.config.batch_size or DEFAULT_BATCH_SIZE}"
+        if run.config.batch_size is None and run.config.timesteps_per_update is not None:
+            size = f"about {run.config.timesteps_per_update} timesteps"
+        lines.append(f"{run.name}: {state}, {run.config.steps} updates of {size}")
     total = sum(run.config.steps for run in unfinished)
     lines.append(f"{len(runs)} runs, {len(unfinished)} of them to train: at most {total} updates")
     return "\n".join(lines)

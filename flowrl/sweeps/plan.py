@@ -12,11 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flowrl.atomic import write_text
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS
-from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.embedded import EMBEDDED, SOURCE, embedded_named
 from flowrl.data.memory import memory_environment
 from flowrl.data.sources import FILE_SUFFIXES, MINARI_PREFIX
@@ -31,10 +28,8 @@ from flowrl.training.config import (
     parse_train_config,
 )
 from flowrl.training.presets import PRESET_FOLDER
-from flowrl.training.setup import load_dataset, mean_window_length
 
 PLAN_FILE = "sweep.json"
-TIMESTEPS_PER_UPDATE = "timesteps_per_update"
 _OWN_OPTIONS = ("seed", "run_dir", "resume")  # of each run, given by the sweep
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -54,11 +49,8 @@ class PlannedRun:
     """One training of a sweep; ``config.run_dir`` is its folder, ``<dataset>/<method>/seed<k>``."""
 
     name: str
-    dataset: str
     method: str
     config: TrainConfig
-    timesteps: int
-    """Mean timesteps per update; 0 where the sweep does not fix them."""
 
     @property
     def run_dir(self) -> Path:
@@ -92,8 +84,6 @@ def product_methods(
 def plan_runs(sweep: Sweep, runs_dir: Path, arguments: Sequence[str] = ()) -> list[PlannedRun]:
     """Return the runs of a sweep, all of the first seed before any of the second.
 
-    Datasets are loaded only where ``timesteps_per_update`` needs the length of their episodes.
-
     Args:
         sweep: what to train.
         runs_dir: folder of the runs.
@@ -111,17 +101,14 @@ def plan_runs(sweep: Sweep, runs_dir: Path, arguments: Sequence[str] = ()) -> li
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and name in _OWN_OPTIONS:
             raise UserError(f"{argument}: the sweep gives each run its own; see --seeds and --runs-dir")
-    cells = []
-    for dataset in sweep.datasets:
-        loaded: dict[tuple, EpisodeDataset] = {}
-        for method, options in sweep.methods.items():
-            merged = {**sweep.common, **options}
-            cells.append((dataset, method, *_cell_config(dataset, method, merged, arguments, loaded)))
+    cells = [
+        (dataset, method, _cell_config(dataset, method, {**sweep.common, **options}, arguments))
+        for dataset, (method, options) in product(sweep.datasets, sweep.methods.items())
+    ]
     runs = []
-    for seed, (dataset, method, config, timesteps) in product(sweep.seeds, cells):
+    for seed, (dataset, method, config) in product(sweep.seeds, cells):
         name = f"{dataset_folder(dataset)}/{method}/seed{seed}"
-        seeded = replace(config, seed=seed, run_dir=runs_dir / name)
-        runs.append(PlannedRun(name, dataset, method, seeded, timesteps))
+        runs.append(PlannedRun(name, method, replace(config, seed=seed, run_dir=runs_dir / name)))
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"--datasets {' '.join(sweep.datasets)}: two of them have one folder name")
     return runs
@@ -160,9 +147,8 @@ def _cell_config(
     method: str,
     options: dict[str, Any],
     arguments: Sequence[str],
-    loaded: dict[tuple, EpisodeDataset],
-) -> tuple[TrainConfig, int]:
-    """The configuration of one dataset and method, seed and folder aside, and its timesteps per update."""
+) -> TrainConfig:
+    """The configuration of one dataset and method, seed and folder aside."""
     where = f"method '{method}'"
     if not _FOLDER_NAME.fullmatch(method):
         raise UserError(
@@ -171,11 +157,10 @@ def _cell_config(
     for name in _OWN_OPTIONS:
         if name in options:
             raise UserError(f"{where}: '{name}' is given by the sweep; see --seeds and --runs-dir")
-    wanted = options.pop(TIMESTEPS_PER_UPDATE, None)
-    if wanted is not None and "batch_size" in options:
-        raise UserError(f"{where}: give '{TIMESTEPS_PER_UPDATE}' or 'batch_size', not both")
-    if wanted is not None and (type(wanted) is not int or wanted < 1):
-        raise UserError(f"{where}: '{TIMESTEPS_PER_UPDATE}' must be a whole number above 0, not {wanted}")
+    if "timesteps_per_update" in options:
+        if "batch_size" in options:
+            raise UserError(f"{where}: give 'timesteps_per_update' or 'batch_size', not both")
+        options["batch_size"] = None  # not the preset's
     data = _data_options(dataset)
     options = {**data, **checked_options(options, where)}
     config = parse_train_config(arguments, options)
@@ -185,14 +170,7 @@ def _cell_config(
         raise UserError(f"{where}: {given} is not the sweep's dataset '{dataset}'; see --datasets")
     if config.dataset == (SOURCE,):
         embedded_named(dataset)
-    if wanted is None:
-        return config, 0
-    key = (config.env, config.dataset, config.top_fraction)
-    if config.context_length == "episode" and key not in loaded:
-        loaded[key] = load_dataset(config)
-    length = mean_window_length(config, loaded[key].episode_lengths if key in loaded else np.ones(1))
-    size = max(1, round(wanted / length))
-    return parse_train_config(arguments, {**options, "batch_size": size}), round(size * length)
+    return config
 
 
 def _data_options(dataset: str) -> dict[str, Any]:

@@ -67,22 +67,17 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 
 def batch_size(config: TrainConfig, dataset: EpisodeDataset) -> int:
-    """Windows per update: ``--batch-size``, or by ``--timesteps-per-update``, or 64."""
+    """Windows per update: ``--batch-size``, or by ``--timesteps-per-update``, or 64.
+
+    :class:`flowrl.data.sampler.WindowSampler` draws episodes in proportion to their lengths, so that windows
+    are longer than a plain mean over episodes. What overhangs an episode's ends counts.
+    """
     if config.batch_size is not None or config.timesteps_per_update is None:
         return config.batch_size or DEFAULT_BATCH_SIZE
-    return max(1, round(config.timesteps_per_update / mean_window_length(config, dataset.episode_lengths)))
-
-
-def mean_window_length(config: TrainConfig, episode_lengths: np.ndarray) -> float:
-    """Mean timesteps of a training window, from the lengths (episodes,) of the episodes.
-
-    Of whole episodes :class:`flowrl.data.sampler.WindowSampler` draws each with a probability in proportion
-    to its length, so that this is above the plain mean.
-    """
+    lengths = windows = dataset.episode_lengths.astype(np.float64)
     if isinstance(config.context_length, int):
-        return config.context_length
-    lengths = episode_lengths.astype(np.float64)
-    return float(np.square(lengths).sum() / lengths.sum())
+        windows = np.minimum(lengths, config.context_length)
+    return max(1, round(config.timesteps_per_update / np.average(windows, weights=lengths)))
 
 
 def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) -> EpisodeDataset:
