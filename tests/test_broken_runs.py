@@ -176,7 +176,7 @@ def test_a_training_state_that_does_not_fit_is_refused(run: Path, config: TrainC
     assert "training.safetensors" in refusal(lambda: run_training(replace(config, resume=run), StopSignals()))
 
 
-@pytest.mark.parametrize("key", ["evaluated_step", "pending_tokens", None])
+@pytest.mark.parametrize("key", ["evaluated_step", None])
 def test_training_json_with_wrong_values(run: Path, config: TrainConfig, key: str | None) -> None:
     path = run / STEP / "training.json"
     data = json.loads(path.read_text())

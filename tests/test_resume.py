@@ -25,6 +25,7 @@ from flowrl.errors import UserError
 from flowrl.model.checkpoint import load_checkpoint
 from flowrl.signals import Stopped
 from flowrl.training import trainer
+from flowrl.training.metrics import read_metrics
 from flowrl.training.trainer import Trainer
 
 
@@ -60,6 +61,23 @@ def test_stopped_at_any_update_a_run_continues_exactly(reference, tiny_dataset, 
     torch.rand(3)  # whatever else uses random numbers meanwhile
     resume_here(run)
     assert_same_end(run, reference)
+
+
+def test_speeds_after_a_resume_are_of_the_updates_since_then(tiny_dataset, tmp_path, monkeypatch):
+    clock, update = [0.0], Trainer.update
+
+    def takes_a_second(self):
+        update(self)
+        clock[0] += 1
+
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Trainer, "update", takes_a_second)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(Stopped):
+            train_here(tiny_dataset, tmp_path / "run")
+    resume_here(tmp_path / "run")
+    assert {line["updates_per_second"] for line in read_metrics(tmp_path / "run", "train")} == {1.0}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

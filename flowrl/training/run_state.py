@@ -15,7 +15,6 @@ from flowrl.model.checkpoint import TRAINING_TENSORS, Checkpoint
 from flowrl.model.critic import Critics
 from flowrl.model.loading import agent_config_from_dict, build_model
 from flowrl.model.transformer import TOKENS_PER_TIMESTEP
-from flowrl.options import LARGEST_COUNT
 from flowrl.ranks import Ranks
 from flowrl.training.config import TrainConfig
 
@@ -57,13 +56,14 @@ class RunState:
         self.evaluated_step = -1
         self.best_score: float | None = None  # of --keep-best
         self.pending: list[Tensor] = []  # (loss, gradient norm) of each update since the last line of metrics
-        self.pending_tokens = 0
+        self.timed_updates = self.timed_tokens = 0  # since that line, or since this process started
         self._unchecked: list[Tensor] = []  # spans of the batches whose loss is not known to be finite yet
 
     def record(self, figures: Tensor, batch: Batch) -> None:
         """Count an update with its (loss, gradient norm), (2,), which stays on its device."""
         self.pending.append(figures)
-        self.pending_tokens += batch.num_timesteps * TOKENS_PER_TIMESTEP[self.agent.config.model.token_layout]
+        self.timed_updates += 1
+        self.timed_tokens += batch.num_timesteps * TOKENS_PER_TIMESTEP[self.agent.config.model.token_layout]
         self._unchecked.append(batch.spans)
         self.step += 1
 
@@ -96,11 +96,7 @@ class RunState:
             tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
         if self.critics is not None:
             tensors |= {f"{_CRITICS}{name}": value for name, value in self.critics.state_dict().items()}
-        training = {
-            "evaluated_step": self.evaluated_step,
-            "pending_tokens": self.pending_tokens,
-            "best_score": self.best_score,
-        }
+        training = {"evaluated_step": self.evaluated_step, "best_score": self.best_score}
         model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
         return Checkpoint(self.step, self.agent.config.to_dict(), model, training, tensors)
 
@@ -145,9 +141,10 @@ class RunState:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = saved.step
-        self.evaluated_step = _count(saved.training, "evaluated_step", lowest=-1, highest=self.step)
+        self.evaluated_step = saved.training["evaluated_step"]
+        if type(self.evaluated_step) is not int or not -1 <= self.evaluated_step <= self.step:
+            raise ValueError(f"'evaluated_step' cannot be {short_repr(self.evaluated_step)}")
         self.best_score = _score(saved.training.get("best_score"))  # which older checkpoints lack
-        self.pending_tokens = _count(saved.training, "pending_tokens", lowest=0, highest=LARGEST_COUNT)
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]
@@ -163,13 +160,6 @@ def critic_tensors(saved: Checkpoint) -> dict[str, Tensor]:
 def _load(agent: Agent, model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Copy a file's tensors, once they are checked, into a model of the agent's shape."""
     model.load_state_dict(build_model(agent.config.model, tensors, where).state_dict())
-
-
-def _count(training: dict[str, Any], name: str, lowest: int, highest: int) -> int:
-    value = training[name]
-    if type(value) is not int or not lowest <= value <= highest:
-        raise ValueError(f"'{name}' cannot be {short_repr(value)}")
-    return value
 
 
 def _score(value: object) -> float | None:

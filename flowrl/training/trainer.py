@@ -203,19 +203,19 @@ class Trainer:
             return
         self._check_finite()
         state, now = self.state, time.perf_counter()
-        elapsed, updates = now - self._last_log, len(state.pending)
+        elapsed = now - self._last_log
         loss, norm = torch.stack(state.pending).mean(dim=0).tolist()
         figures = {
             "loss": loss,
             "gradient_norm": norm,
             "learning_rate": learning_rate_at(self.step - 1, self.config),
-            "tokens_per_second": state.pending_tokens / elapsed,
-            "updates_per_second": updates / elapsed,
+            "tokens_per_second": state.timed_tokens / elapsed,
+            "updates_per_second": state.timed_updates / elapsed,
         }
         self._write("train", figures)
         self._call("on_log", self.step, figures)
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        state.pending, state.pending_tokens, self._last_log = [], 0, now
+        state.pending, state.timed_updates, state.timed_tokens, self._last_log = [], 0, 0, now
 
     @torch.no_grad()
     def _validate_if_due(self) -> None:
