@@ -19,6 +19,7 @@ from test_loading import make_agent, play
 from tiny_training import REPOSITORY, Command, figures, finish, train_here
 
 from flowrl import load_agent
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import episode_seeds, evaluate
 from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
@@ -383,6 +384,18 @@ def test_the_example_refuses_a_file_of_another_version_in_one_line(run, tmp_path
         onnx.save(step, path)
         with pytest.raises(SystemExit, match=r"step.onnx: not a step that flowrl exported in format 1"):
             act(path)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "line"),
+    [("Hopper-v4", "`Hopper-v4`, at most 1000 timesteps\n"), ("flowrl/TMaze-v0", "`flowrl/TMaze-v0`\n")],
+)
+def test_a_card_gives_the_registered_time_limit_if_there_is_one(env_id, line, tmp_path):
+    agent = small_perceptron()
+    agent.config = replace(agent.config, environment=EnvironmentSpec(env_id))
+    agent.save(tmp_path / "agent")
+    push(PushConfig(tmp_path / "agent", "me/x", dry_run=tmp_path / "folder"))
+    assert f"- Environment: {line}" in (tmp_path / "folder" / "README.md").read_text()
 
 
 def test_a_run_with_damaged_figures_is_not_pushed(run, tmp_path):

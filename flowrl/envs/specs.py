@@ -70,6 +70,12 @@ class EnvironmentSpec:
         parts += [name for name, _ in self.wrappers]
         return f"{self.env_id}({', '.join(parts)})" if parts else self.env_id
 
+    @property
+    def time_limit(self) -> int | None:
+        """Timesteps of an episode at most, as given here or registered; None where neither says."""
+        registered = gymnasium.registry.get(self.env_id)
+        return self.max_episode_steps or (registered and registered.max_episode_steps)
+
     @classmethod
     def from_gymnasium_json(cls, json_string: str) -> "EnvironmentSpec":
         """Build from the JSON of a Gymnasium ``EnvSpec``, the form in which Minari stores one.

@@ -187,6 +187,7 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
     about = agent.config
     dataset = about.dataset_id
     environment = about.environment.env_id if about.environment else "none"
+    limit = about.environment and about.environment.time_limit
     final = [line for line in evaluations if line["step"] == agent.checkpoint_step]
     header: dict[str, Any] = {
         "library_name": "flowrl",
@@ -203,7 +204,8 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
         f"# {config.repo.split('/')[1]}",
         f"An agent of flowrl for `{environment}`: {_method(about)}, {agent.checkpoint_step} updates.",
         f"- Data: `{dataset}`, content SHA-256 `{about.dataset_sha256}`\n"
-        f"- Environment: `{environment}`, at most {_limit(about)} timesteps\n- Versions: {packages}",
+        f"- Environment: `{environment}`{f', at most {limit} timesteps' if limit else ''}\n"
+        f"- Versions: {packages}",
         "## Scores\n\n" + (_score_table(final) if final else "It was not evaluated."),
     ]
     if about.chosen_by:
@@ -239,10 +241,6 @@ def _method(about: AgentConfig) -> str:
         f"{model.attention} attention over {context}, {model.token_layout} tokens, {model.num_layers} blocks "
         f"of width {model.embed_dim}"
     )
-
-
-def _limit(about: AgentConfig) -> int | None:
-    return about.environment.max_episode_steps if about.environment else None
 
 
 def _score_table(final: list[dict[str, Any]]) -> str:
