@@ -1,7 +1,10 @@
 """Off-policy estimates against recursions, the model's own forward, and a task whose answer is known."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -142,3 +145,15 @@ def test_what_cannot_be_estimated_is_one_line(tiny_dataset, tmp_path) -> None:
         UserError, match="toy: estimates need continuous actions and the agent's observations"
     ):
         estimate(agent, other, 0.0)
+    with pytest.raises(UserError, match="toy: a single episode, so that none can be held out"):
+        estimate(Shifted(0.0), episodes_of_two(*np.zeros((3, 1, 2))), 0.0)
+
+
+def test_the_run_says_how_its_data_is_read_and_any_share_of_it_can_be_held_out(tiny_dataset, tmp_path):
+    """Episodes of at most 15 timesteps by the run's time limit: 9, 1, 15, 15, 15 and 5."""
+    path = Path(shutil.copy(tiny_dataset, tmp_path))
+    with h5py.File(path, "a") as file:
+        del file["timeouts"]
+    train_here(path, tmp_path / "run", steps=1, eval_episodes=0)
+    table = estimate_run(EstimateConfig(tmp_path / "run", updates=20, held_out=0.8))
+    assert "file:tiny.hdf5, target 30, 5 episodes held out" in table

@@ -251,7 +251,7 @@ def held_out(dataset: EpisodeDataset, fraction: float) -> tuple[EpisodeDataset, 
     if fraction == 0:
         return dataset, None
     if dataset.num_episodes == 1:
-        raise UserError(f"--validation-fraction {fraction:g}: {dataset.dataset_id} has a single episode")
+        raise UserError(f"{dataset.dataset_id}: a single episode, so that none can be held out")
     count = min(max(round(fraction * dataset.num_episodes), 1), dataset.num_episodes - 1)
     shuffled = np.random.default_rng(0).permutation(dataset.num_episodes)
     kept, left_out = np.sort(shuffled[count:]), np.sort(shuffled[:count])

@@ -3,11 +3,12 @@
 import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import tyro
+from pydantic import Field
 from torch import Tensor
 
 from flowrl.data import EpisodeDataset, load_episodes
@@ -20,7 +21,8 @@ from flowrl.model.agent import Agent, Conditioning
 from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.critic import CriticLearner
 from flowrl.model.loading import load_agent
-from flowrl.options import PositiveCount, Seed, Share
+from flowrl.options import PositiveCount, Seed
+from flowrl.training.config import TrainConfig, checked_options
 
 MEMBERS = 2  # critics of different initial weights, whose mean counts
 BATCH_SIZE = 256
@@ -35,7 +37,7 @@ class EstimateConfig:
     run: tyro.conf.Positional[Path]
     """Run folder, pretrained:NAME, or hf:OWNER/NAME."""
     dataset: tuple[str, ...] = ()
-    """The data, as in flowrl train; by default the run's."""
+    """The data, as in flowrl train; by default the run's. How it is read is in the run's options."""
     env: str | None = None
     """Likewise: the name of the data, such as hopper-medium."""
     target: float | None = None
@@ -44,7 +46,7 @@ class EstimateConfig:
     """return-to-go or target, as in flowrl evaluate."""
     checkpoint: CheckpointName | None = None
     """Step of the checkpoint, or best; by default the last one."""
-    held_out: Share = 0.2
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the episodes that the critics do not learn from, and that the estimates are of."""
     timesteps: PositiveCount = 50_000
     """Of the data to take at most, in a random sample of whole episodes."""
@@ -73,12 +75,15 @@ def estimate_run(config: EstimateConfig) -> str:
         UserError: an unusable run, flag or dataset.
     """
     agent = load_agent(config.run, checkpoint=config.checkpoint, conditioning=config.conditioning)
-    of_run = {} if config.dataset or config.env else options_of(config.run)
-    sources = config.dataset or of_run.get("dataset") or ()
-    env = config.env or of_run.get("env")
+    options = TrainConfig(**checked_options(options_of(config.run), where=str(config.run)))
+    sources = config.dataset or (() if config.env else options.dataset)
+    env = config.env or options.env
     if not sources and env is None:
         raise UserError(f"{config.run}: names no data; give --dataset or --env")
-    data = load_episodes(sources or env or "", env if sources else None)
+    # All episodes, also of a run that was trained on the best ones alone.
+    data = load_episodes(
+        sources or env or "", env if sources else None, options, options.split_at_timeouts, options.memory_map
+    )
     target = agent.config.targets[0] if config.target is None else config.target
     estimates = estimate(agent, data, target, config.held_out, config.timesteps, config.updates, config.seed)
     reference = agent.config.reference or data.reference
@@ -121,7 +126,7 @@ def estimate(
     shuffled = np.random.default_rng(seed).permutation(dataset.num_episodes)
     fitting = np.searchsorted(np.cumsum(dataset.episode_lengths[shuffled]), timesteps, side="right")
     dataset = select_episodes(dataset, np.sort(shuffled[: max(int(fitting), 2)]))
-    known, unseen = held_out(dataset, min(share, 0.5))
+    known, unseen = held_out(dataset, share)
     assert unseen is not None
     learned, tested = (_transitions(agent, part, target) for part in (known, unseen))
     mean_value = np.full(known.num_transitions, known.rewards.mean() / (1 - DISCOUNT), dtype=np.float32)
