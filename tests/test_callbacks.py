@@ -12,7 +12,7 @@ from flowrl.data import load_episodes
 from flowrl.data.dataset import held_out
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
-from flowrl.evaluation.command import EvaluateConfig, evaluate_run
+from flowrl.evaluation.command import EvaluateConfig, evaluate_run, options_of
 from flowrl.model.checkpoint import BEST, load_checkpoint
 from flowrl.report.runs import load_runs
 from flowrl.training.trainer import Trainer
@@ -128,6 +128,7 @@ def test_the_best_evaluated_checkpoint_is_kept_and_labelled(tiny_dataset, tmp_pa
     assert chosen_by in json.loads((tmp_path / "best.json").read_text())["chosen_by"]
     ((labelled,), _) = load_runs([tmp_path / "best.json"])
     assert labelled.method == "flow-interleaved-6, best by its own evaluation"
+    assert options_of(run / "best") == options_of(next((run / "best" / "checkpoints").iterdir())) != {}
     (tmp_path / "best.json").rename(run / "evaluation.json")
     with pytest.raises(UserError, match="of the checkpoint that --keep-best chose"):
         load_runs([run])

@@ -270,6 +270,9 @@ def test_evaluations_stand_beside_runs(tmp_path: Path) -> None:
     assert row_of(text.split("## Achieved")[1], "`flowrl")[1:] == ["0.45 (1)", "—", "—"]
     with pytest.raises(UserError, match="give one of them"):
         write_report(ReportConfig((other, other), tmp_path / "out"))
+    write_evaluation(other, figures(3600.0, 22), config={}, chosen_by="its own evaluation")
+    with pytest.raises(UserError, match="names no options, as the agent was evaluated apart from its run"):
+        load_runs([other])
     other.write_text('{"targets": []}')
     with pytest.raises(UserError, match="not the results of an evaluation"):
         load_runs([other])

@@ -74,7 +74,7 @@ class EnvironmentSpec:
     def time_limit(self) -> int | None:
         """Timesteps of an episode at most, as given here or registered; None where neither says."""
         registered = gymnasium.registry.get(self.env_id)
-        return self.max_episode_steps or (registered and registered.max_episode_steps)
+        return self.max_episode_steps or (registered.max_episode_steps if registered else None)
 
     @classmethod
     def from_gymnasium_json(cls, json_string: str) -> "EnvironmentSpec":

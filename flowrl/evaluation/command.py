@@ -22,7 +22,7 @@ from flowrl.evaluation.evaluate import evaluate, format_table
 from flowrl.evaluation.rollout import failures_kept
 from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting, Agent, Conditioning
-from flowrl.model.checkpoint import CheckpointName
+from flowrl.model.checkpoint import BEST, CHECKPOINTS, CheckpointName
 from flowrl.model.loading import load_agent
 from flowrl.options import Episodes, NotNegative, Seed, SourceClamp
 from flowrl.plain_yaml import read_yaml_mapping
@@ -167,7 +167,11 @@ def _swept_targets(targets: tuple[float, ...], reference: ReferenceScores | None
 
 def options_of(run: Path) -> dict[str, Any]:
     """The options of a run, from its folder or that of one of its checkpoints; none without it."""
-    folders = (run, run.absolute().parent.parent) if run.is_dir() else ()
+    folders = [run.absolute()]
+    if run.absolute().parent.name == CHECKPOINTS:
+        folders.append(run.absolute().parent.parent)
+    if folders[-1].name == BEST:
+        folders.append(folders[-1].parent)
     path = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
     return {} if path is None else read_yaml_mapping(path)
 

@@ -211,6 +211,11 @@ def _read_evaluation(path: Path) -> RunResult:
         document = json.loads(path.read_bytes())
         config, method = document["config"], document.get("method")
         if method is None:
+            if not config:
+                raise UserError(
+                    f"{path}: names no options, as the agent was evaluated apart from its run: evaluate the "
+                    'run folder, or write "method": NAME and "config": {"seed": 0} into the file'
+                )
             config = asdict(TrainConfig()) | config
         result = RunResult(
             path=path,
