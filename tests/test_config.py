@@ -166,6 +166,7 @@ FROM_0 += ("seed",)
         ({"embed_dim": 10**30}, "--embed-dim 10+.*: should be less than"),
         ({"seed": 1 << 64}, "--seed 18446744073709551616: should be less than"),
         ({"targets": (1.0, float("nan"))}, r"--targets \(1.0, nan\): should be a finite number"),
+        ({"eval_episodes": 60_000}, "--eval-episodes 60000: must be at most 50000 at each of 2 --targets"),
         ({"env": None}, "give --env .* or --dataset"),
     ],
     ids=str,

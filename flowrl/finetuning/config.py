@@ -19,6 +19,7 @@ from flowrl.training.config import (
     FilePath,
     TrainConfig,
     check_resumable,
+    check_values,
     read_options,
     several,
 )
@@ -130,4 +131,6 @@ def training_of(config: FinetuneConfig, run: Path) -> TrainConfig:
     if config.dataset:
         given["dataset"] = config.dataset
     fixed = {"schedule": "constant", "warmup_steps": 0, "validation_fraction": 0.0, "q_weight": 0.0}
-    return replace(below, **{**given, **fixed}, resume=config.resume)
+    training = replace(below, **{**given, **fixed}, resume=config.resume)
+    check_values(training)
+    return training

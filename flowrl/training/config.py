@@ -18,6 +18,7 @@ from flowrl.errors import UserError
 from flowrl.model.agent import Acting, AgentName, Conditioning
 from flowrl.model.transformer import MixerName, TimeEncoding, TokenLayout
 from flowrl.options import (
+    MOST_EPISODES,
     ConvolutionWidth,
     Count,
     Episodes,
@@ -258,6 +259,12 @@ def check_values(config: TrainConfig) -> None:
     if config.embed_dim % config.num_heads:
         raise UserError(
             f"--embed-dim {config.embed_dim}: must be a multiple of --num-heads {config.num_heads}"
+        )
+    targets = 1 if config.agent == "bc" else len(set(config.targets)) or 2  # by default two, at most
+    if config.eval_episodes * targets > MOST_EPISODES:
+        raise UserError(
+            f"--eval-episodes {config.eval_episodes}: must be at most {MOST_EPISODES // targets} at each of "
+            f"{targets} --targets"
         )
     if config.env is None and not config.dataset:
         raise UserError("nothing to train on: give --env (such as hopper-medium) or --dataset")

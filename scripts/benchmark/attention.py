@@ -26,7 +26,7 @@ def authors_flow_attention(
 
     Takes (batch, heads, length, head_dim) tensors before the sigmoid; the (batch, heads, length, head_dim,
     value_dim) tensor in the middle is what makes it slow. Written from the formula (see
-    :mod:`flowrl.attention.naive`, which it equals).
+    :mod:`flowrl.attention.flow.naive`, which it equals).
     """
     q, k = queries.sigmoid(), keys.sigmoid()
     n = torch.arange(1, q.shape[-2] + 1, dtype=q.dtype, device=q.device)  # (length,)
