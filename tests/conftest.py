@@ -7,7 +7,6 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -42,7 +41,7 @@ def write_tiny_dataset(path: Path, *, seed: int = 0, reward_scale: float = 1.0) 
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch):
     """An HTTP server on this machine, reached without a proxy."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -58,7 +57,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.fixture
-def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_folders(tmp_path, monkeypatch):
     """Folders of the test's own instead of the user's, and no network."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
@@ -87,7 +86,7 @@ os.fsync = held
 
 
 @pytest.fixture
-def held_at_20(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def held_at_20(tmp_path, monkeypatch):
     """While this file is there, new processes wait for SIGTERM in their checkpoint of update 20."""
     folder = tmp_path / "hold"
     folder.mkdir()
@@ -99,7 +98,7 @@ def held_at_20(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_dataset(tmp_path_factory):
     """The path of the file that :func:`write_tiny_dataset` makes; not to be changed."""
     path = tmp_path_factory.mktemp("dataset") / "tiny.hdf5"
     write_tiny_dataset(path)

@@ -224,9 +224,6 @@ def test_conditioned_on_the_target_rewards_change_nothing(acting):
     assert not np.allclose(play(usual, 0, 12, 300.0)[-1], play(chosen, 0, 12, 300.0)[-1], atol=1e-6)
 
 
-# Resetting environments, single environments, changing targets --------------------------------------------
-
-
 class Counter(gymnasium.Env):
     """Episodes of ``length`` timesteps whose observations and rewards are those of ``play``'s episodes."""
 
@@ -307,9 +304,6 @@ def test_acting_before_a_reset_is_an_error():
         make_agent().act(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="autoreset_mode 'never'"):
         make_agent().reset(1, 300.0, autoreset_mode="never")
-
-
-# Discrete actions -----------------------------------------------------------------------------------------
 
 
 def make_discrete_agent(choices, layout="fused", acting="recurrent", temperature=0.0):

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attention_forms import assert_all_close, saved_by, stepped, tokens, with_gradients
-from naive_linear import (
-    naive_cosformer_attention,
-    naive_linear_attention,
-    naive_performer_attention,
-)
+from naive_linear import naive_cosformer_attention, naive_linear_attention, naive_performer_attention
 
 from flowrl.attention import (
     ATTENTION_KINDS,
@@ -270,9 +266,6 @@ def test_step_refuses_shapes_that_do_not_fit():
     for query, value in (((1, 2, 3, 8), (1, 2, 3, 8)), ((2, 3, 8), (2, 1, 8))):
         with pytest.raises(ValueError, match="flow_attention_step"):
             flow_attention_step(torch.zeros(query), torch.zeros(query), torch.zeros(value))
-
-
-# A few tokens at once from a state that is overwritten --------------------------------------------------
 
 
 def in_chunks(decode, inputs, chunks=CHUNKS, state=None, **options):

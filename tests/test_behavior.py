@@ -1,17 +1,10 @@
 """Behaviour policies: the numpy actor against torch, damaged snapshots refused, measured returns."""
 
-from pathlib import Path
-
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from export_behavior import (
-    BehaviorExport,
-    export_behavior,
-    measure_returns,
-    save_policy,
-)
+from export_behavior import BehaviorExport, export_behavior, measure_returns, save_policy
 from safetensors.numpy import load_file, save_file
 
 from flowrl.behavior.policy import ACTION_GRID, BehaviorPolicy, load_policy
@@ -52,7 +45,7 @@ def torch_actor(policy: BehaviorPolicy, observations: np.ndarray) -> tuple[torch
         return linear(*policy.mean)(features), log_std
 
 
-def test_distribution_and_mode_equal_torch() -> None:
+def test_distribution_and_mode_equal_torch():
     policy = make_policy()
     observations = np.random.default_rng(1).normal(size=(50, 11)) * 5
     mean, log_std = torch_actor(policy, observations)
@@ -67,7 +60,7 @@ def test_distribution_and_mode_equal_torch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_snapshot_round_trip(tmp_path: Path, dtype: type[np.floating]) -> None:
+def test_snapshot_round_trip(tmp_path, dtype):
     policy = make_policy()
     save_policy(policy, tmp_path / "policy.safetensors", dtype)
     loaded = load_policy(tmp_path / "policy.safetensors")
@@ -79,7 +72,7 @@ def test_snapshot_round_trip(tmp_path: Path, dtype: type[np.floating]) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["policy.safetensors"]
 
 
-def test_damaged_snapshots_are_refused_by_name(tmp_path: Path) -> None:
+def test_damaged_snapshots_are_refused_by_name(tmp_path):
     path = tmp_path / "policy.safetensors"
     save_policy(make_policy(), path)
     tensors, whole = load_file(path), path.read_bytes()
@@ -101,7 +94,7 @@ def test_damaged_snapshots_are_refused_by_name(tmp_path: Path) -> None:
         load_policy(tmp_path / "none.safetensors")
 
 
-def test_tampered_and_unknown_assets_are_refused(tmp_path: Path) -> None:
+def test_tampered_and_unknown_assets_are_refused(tmp_path):
     for steps in (0, 50):
         save_policy(make_policy(seed=steps, steps=steps), tmp_path / f"run/snapshots/{steps:09d}.safetensors")
     assets = tmp_path / "assets"
@@ -120,7 +113,7 @@ def test_tampered_and_unknown_assets_are_refused(tmp_path: Path) -> None:
         load_behavior("hopper", "medium", assets)
 
 
-def test_every_shipped_policy_loads_and_fits_its_environment() -> None:
+def test_every_shipped_policy_loads_and_fits_its_environment():
     assert behavior_names() == sorted(path.name for path in ASSETS_DIR.iterdir())
     for environment in behavior_names():
         for name, asset in behavior_assets(environment).items():
@@ -136,7 +129,7 @@ def test_every_shipped_policy_loads_and_fits_its_environment() -> None:
 
 
 @pytest.mark.parametrize("name", ["random", "medium"])
-def test_a_shipped_hopper_policy_earns_what_its_index_says(name: str) -> None:
+def test_a_shipped_hopper_policy_earns_what_its_index_says(name):
     asset = behavior_assets("hopper")[name]
     policy = load_behavior("hopper", name)
     measured = measure_returns(policy, asset.episodes, seed=5)  # not the seed of the index

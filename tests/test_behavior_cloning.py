@@ -75,9 +75,6 @@ def test_loss_is_the_mean_squared_error_of_valid_timesteps():
     assert model.loss(window).item() == pytest.approx(expected, rel=1e-5)
 
 
-# The best episodes ----------------------------------------------------------------------------------------
-
-
 def episodes(returns, lengths):
     """Episodes of these returns; each observation holds its episode and its timestep."""
     total = sum(lengths)
@@ -149,9 +146,6 @@ def test_any_agent_can_train_on_the_best_episodes_alone(tiny_dataset, tmp_path, 
         assert loaded.config.dataset_id.endswith(" top 0.5")
         assert figures(run, "run")[0]["dataset_sha256"] == dataset.sha256
     assert len(drawn) == 24
-
-
-# In the trainer -------------------------------------------------------------------------------------------
 
 
 def test_training_learns_evaluates_saves_and_resumes_exactly(tiny_dataset, tmp_path):

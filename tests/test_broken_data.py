@@ -107,7 +107,7 @@ def write(path: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_broken_key_is_refused_by_name(tmp_path: Path, case: str) -> None:
+def test_a_broken_key_is_refused_by_name(tmp_path, case):
     path = write(tmp_path / "broken.hdf5")
     key, change, message = REFUSED[case]
     with h5py.File(path, "a") as file:
@@ -117,7 +117,7 @@ def test_a_broken_key_is_refused_by_name(tmp_path: Path, case: str) -> None:
     assert re.search(message, line), line
 
 
-def test_data_larger_than_memory_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+def test_data_larger_than_memory_is_refused_before_anything_is_allocated(tmp_path):
     path = write(tmp_path / "huge.hdf5")
     with h5py.File(path, "a") as file:
         for key in KEYS:
@@ -131,14 +131,11 @@ def test_data_larger_than_memory_is_refused_before_anything_is_allocated(tmp_pat
         tracemalloc.stop()
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "contiguous": {},
-    "latest": {"libver": "latest", "compression": "lzf"},
-}
+LAYOUTS: dict[str, dict[str, Any]] = {"contiguous": {}, "latest": {"libver": "latest", "compression": "lzf"}}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path, layout: str) -> None:
+def test_a_truncated_file_is_refused_at_every_length(tmp_path, layout):
     whole = write(tmp_path / "whole.hdf5", **LAYOUTS[layout]).read_bytes()
     path = tmp_path / "cut.hdf5"
     for length in [0, 8, 64, *range(96, len(whole), len(whole) // 10)]:
@@ -147,7 +144,7 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path, layout: str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_flipped_byte_gives_data_or_one_line(tmp_path: Path, layout: str) -> None:
+def test_a_flipped_byte_gives_data_or_one_line(tmp_path, layout):
     """A flip inside a value cannot be distinguished from data."""
     whole = write(tmp_path / "whole.hdf5", **LAYOUTS[layout]).read_bytes()
     path, refused = tmp_path / "flipped.hdf5", 0
@@ -159,9 +156,7 @@ def test_a_flipped_byte_gives_data_or_one_line(tmp_path: Path, layout: str) -> N
 
 @pytest.mark.parametrize("content", [*PICKLES, b"", b"\x89HDF\r\n\x1a\n", b"<html>404</html>" * 100])
 @pytest.mark.parametrize("name", ["data.hdf5", "data.h5", "data.pkl", "data"])
-def test_other_content_is_refused_and_never_unpickled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
-) -> None:
+def test_other_content_is_refused_and_never_unpickled(tmp_path, monkeypatch, name, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
     assert name in refusal(lambda: load(tmp_path / name))
@@ -179,9 +174,7 @@ def test_other_content_is_refused_and_never_unpickled(
         (None, 11, 3),
     ],
 )
-def test_the_wrong_environment_is_refused(
-    tmp_path: Path, env: str | None, observation_dim: int, action_dim: int
-) -> None:
+def test_the_wrong_environment_is_refused(tmp_path, env, observation_dim, action_dim):
     path = write(tmp_path / "data.hdf5")
     with h5py.File(path, "a") as file:
         for key, width in (("observations", observation_dim), ("actions", action_dim)):
@@ -200,7 +193,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:30])
-def test_a_name_of_no_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_name_of_no_data_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

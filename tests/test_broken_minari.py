@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -31,7 +30,7 @@ def load() -> EpisodeDataset:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory):
     """A cache with one whole dataset; not to be changed."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def data(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(whole, tmp_path, monkeypatch):
     """The files of a copy of the dataset, in a cache of our own, and no network."""
     cache = tmp_path / "cache"
     shutil.copytree(whole, cache)
@@ -83,7 +82,7 @@ BROKEN: dict[str, tuple[str, Callable[[h5py.File, str], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_array_is_refused(data: Path, case: str) -> None:
+def test_a_broken_array_is_refused(data, case):
     key, change, message = BROKEN[case]
     with h5py.File(data / "main_data.hdf5", "a") as file:
         change(file, f"episode_2/{key}")
@@ -109,7 +108,7 @@ METADATA: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), METADATA, ids=str)
-def test_metadata_that_is_wrong_is_refused(data: Path, changes: dict[str, Any], message: str) -> None:
+def test_metadata_that_is_wrong_is_refused(data, changes, message):
     change_metadata(data.parents[3], **changes)
     line = refusal(load)
     assert ID in line
@@ -126,7 +125,7 @@ TOLERATED = [
 
 
 @pytest.mark.parametrize(("key", "value"), TOLERATED, ids=lambda value: ascii(value)[:20])
-def test_metadata_that_may_be_wrong_gives_a_result_or_one_line(data: Path, key: str, value: Any) -> None:
+def test_metadata_that_may_be_wrong_gives_a_result_or_one_line(data, key, value):
     """The data stays readable; what depends on the entry (environment, reference scores) may be lost."""
     expected = load().sha256
     change_metadata(data.parents[3], **{key: value})
@@ -135,7 +134,7 @@ def test_metadata_that_may_be_wrong_gives_a_result_or_one_line(data: Path, key: 
         assert load_dataset(config).sha256 == expected
 
 
-def test_a_dataset_cannot_name_code_to_run(data: Path, tmp_path: Path) -> None:
+def test_a_dataset_cannot_name_code_to_run(data, tmp_path):
     """Without its spaces minari would make the environment, from any entry point that the file names."""
     spec = json.loads(gymnasium.spec("Hopper-v5").to_json())
     kwargs = {"path": str(tmp_path / "executed")}
@@ -151,7 +150,7 @@ def test_a_dataset_cannot_name_code_to_run(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metadata.json", "main_data.hdf5"])
-def test_truncated_and_flipped_files_are_refused_or_read(data: Path, name: str) -> None:
+def test_truncated_and_flipped_files_are_refused_or_read(data, name):
     whole = (data / name).read_bytes()
     for length in range(0, len(whole) - 1, len(whole) // 6):
         (data / name).write_bytes(whole[:length])
@@ -163,7 +162,7 @@ def test_truncated_and_flipped_files_are_refused_or_read(data: Path, name: str) 
 
 @pytest.mark.parametrize("content", [PICKLES[0], b"", b"[" * 100_000, None])
 @pytest.mark.parametrize("name", ["metadata.json", "main_data.hdf5"])
-def test_other_content_is_refused(data: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+def test_other_content_is_refused(data, tmp_path, name, content):
     (data / name).unlink()
     if content is not None:
         (data / name).write_bytes(content)

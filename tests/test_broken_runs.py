@@ -21,7 +21,7 @@ from flowrl.__main__ import COMMANDS
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.report.runs import load_runs
 from flowrl.signals import StopSignals
-from flowrl.training.config import TrainConfig, parse_train_config
+from flowrl.training.config import parse_train_config
 from flowrl.training.metrics import METRICS_FILE
 from flowrl.training.run import run_training
 
@@ -30,7 +30,7 @@ WRONG = (None, True, -1, 1.5, 10**400, math.nan, "\ud800", [1], {"a": 1})
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tiny_dataset, tmp_path_factory):
     """A run of four updates with one checkpoint; not to be changed."""
     run = tmp_path_factory.mktemp("whole") / "run"
     train_here(
@@ -40,7 +40,7 @@ def whole(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(whole, tmp_path, monkeypatch):
     """A copy of the run, in the current folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(whole, tmp_path / "run")
@@ -48,7 +48,7 @@ def run(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(whole: Path) -> TrainConfig:
+def config(whole):
     """What --resume reads from the run's own config.yaml; four more updates are asked for."""
     return parse_train_config(["--resume", str(whole), "--steps", "8"])
 
@@ -71,7 +71,7 @@ def with_value(data: Any, place: tuple, value: Any) -> Any:
     return changed
 
 
-def test_every_entry_of_the_manifest_with_every_wrong_value(run: Path) -> None:
+def test_every_entry_of_the_manifest_with_every_wrong_value(run):
     path = run / STEP / "manifest.json"
     data, tried, refused = json.loads(path.read_text()), 0, 0
     for place in places(data):
@@ -95,7 +95,7 @@ def tensor_damage(name: str, tensor: torch.Tensor) -> Iterator[dict[str, torch.T
         yield {name: torch.full_like(tensor, value)}
 
 
-def test_weights_with_every_damage(run: Path) -> None:
+def test_weights_with_every_damage(run):
     path, tried = run / STEP / "model.safetensors", 0
     tensors = load_file(path)
     for name in ("blocks.1.mlp.0.weight", "observation_std", "predict_action.bias"):
@@ -132,9 +132,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_broken_safetensors_header_is_refused(
-    run: Path, config: TrainConfig, tmp_path: Path, case: str
-) -> None:
+def test_a_broken_safetensors_header_is_refused(run, config, tmp_path, case):
     for name, use in (
         ("model", lambda: flowrl.load_agent(run)),
         ("training", lambda: run_training(replace(config, resume=run), StopSignals())),
@@ -169,7 +167,7 @@ STATE = {
 
 
 @pytest.mark.parametrize("case", STATE)
-def test_a_training_state_that_does_not_fit_is_refused(run: Path, config: TrainConfig, case: str) -> None:
+def test_a_training_state_that_does_not_fit_is_refused(run, config, case):
     path = run / STEP / "training.safetensors"
     save_file(STATE[case](load_file(path)), path)
     reseal(run / STEP)
@@ -177,7 +175,7 @@ def test_a_training_state_that_does_not_fit_is_refused(run: Path, config: TrainC
 
 
 @pytest.mark.parametrize("key", ["evaluated_step", None])
-def test_training_json_with_wrong_values(run: Path, config: TrainConfig, key: str | None) -> None:
+def test_training_json_with_wrong_values(run, config, key):
     path = run / STEP / "training.json"
     data = json.loads(path.read_text())
     kept = sorted(file.name for file in run.iterdir())
@@ -210,7 +208,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_a_broken_line_of_metrics_ends_in_one_line(run: Path, config: TrainConfig, case: str) -> None:
+def test_a_broken_line_of_metrics_ends_in_one_line(run, config, case):
     path = run / METRICS_FILE
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join((*lines[:1], LINES[case], *lines[1:], b"")))
@@ -226,9 +224,7 @@ def test_a_broken_line_of_metrics_ends_in_one_line(run: Path, config: TrainConfi
         *(("env_id", value) for value in ("HalfCheetah-v4", "CartPole-v1")),
     ],
 )
-def test_an_environment_that_cannot_be_made_or_does_not_fit_is_refused(
-    run: Path, name: str, value: object
-) -> None:
+def test_an_environment_that_cannot_be_made_or_does_not_fit_is_refused(run, name, value):
     path = run / STEP / "agent.json"
     path.write_text(json.dumps(with_value(json.loads(path.read_text()), ("environment", name), value)))
     reseal(run / STEP)
@@ -251,6 +247,6 @@ def test_an_environment_that_cannot_be_made_or_does_not_fit_is_refused(
     ],
     ids=lambda options: ascii(options)[:40],
 )
-def test_requests_that_make_no_sense_are_refused(run: Path, options: dict[str, Any]) -> None:
+def test_requests_that_make_no_sense_are_refused(run, options):
     config = EvaluateConfig(**{"run": run, "episodes": 1, "targets": (30.0,), **options})
     refusal(lambda: COMMANDS["evaluate"].call(config))

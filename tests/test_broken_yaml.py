@@ -1,7 +1,6 @@
 """Presets and run configurations with every option given every wrong value, and YAML that is no preset."""
 
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from broken_inputs import MARKER, PICKLES, refusal
@@ -24,13 +23,13 @@ NO_SENSE = ("-1", "1e999", "-.inf", ".nan", "9" * 400)
 
 
 @pytest.fixture
-def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path / "preset.yaml"
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_of_the_wrong_type_is_refused_by_name(preset: Path, option: str) -> None:
+def test_an_option_of_the_wrong_type_is_refused_by_name(preset, option):
     for value in (*WRONG, *(NO_NUMBERS if option in NUMBERS else ())):
         preset.write_text(f"{option}: {value}\n")
         line = refusal(lambda: read_options(preset))
@@ -40,7 +39,7 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(preset: Path, option: st
 
 
 @pytest.mark.parametrize("option", NUMBERS)
-def test_numbers_that_make_no_sense_are_refused(preset: Path, option: str) -> None:
+def test_numbers_that_make_no_sense_are_refused(preset, option):
     for value in NO_SENSE:
         preset.write_text(f"{option}: {value}\n")
         line = refusal(lambda: read_options(preset))
@@ -61,7 +60,7 @@ DOCUMENTS = (
 
 
 @pytest.mark.parametrize("index", range(len(DOCUMENTS)))
-def test_what_is_no_mapping_of_options_is_refused(preset: Path, index: int) -> None:
+def test_what_is_no_mapping_of_options_is_refused(preset, index):
     preset.write_bytes(DOCUMENTS[index])
     assert str(preset) in refusal(lambda: read_options(preset))
     (preset.parent / "config.yaml").write_bytes(DOCUMENTS[index])

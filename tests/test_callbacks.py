@@ -101,9 +101,6 @@ def test_an_unknown_option_is_named():
         flowrl.train(env="hopper-medium", setps=3)
 
 
-# --keep-best ----------------------------------------------------------------------------------------------
-
-
 def test_the_best_evaluated_checkpoint_is_kept_and_labelled(tiny_dataset, tmp_path, monkeypatch, capsys):
     """Scores are made up: the second of three evaluations is the best."""
     run, scores, real = tmp_path / "run", iter((3.0, 7.0, 5.0)), Trainer._keep_if_best
@@ -143,9 +140,6 @@ def test_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_pat
         flowrl.load_agent(tmp_path / "run", checkpoint="best")
 
 
-# --validation-fraction ------------------------------------------------------------------------------------
-
-
 def test_held_out_episodes_are_never_trained_on_and_their_loss_is_logged(tiny_dataset, tmp_path):
     """The loss is that of the saved agents, computed anew; a run that is stopped anywhere logs the same."""
     whole = load_episodes(str(tiny_dataset))
@@ -175,9 +169,6 @@ def test_held_out_episodes_are_never_trained_on_and_their_loss_is_logged(tiny_da
     assert stopped.step == 50
     flowrl.train(resume=stopped.folder, progress_bar=False)
     assert_same_end(stopped.folder, tmp_path / "run")
-
-
-# Trackers -------------------------------------------------------------------------------------------------
 
 
 def test_weights_and_biases_receives_every_figure(reference, tiny_dataset, tmp_path, monkeypatch):

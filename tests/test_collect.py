@@ -16,7 +16,7 @@ from tiny_training import Command, finish, wait_for
 from flowrl.__main__ import COMMANDS
 from flowrl.behavior.shipped import load_behavior
 from flowrl.data import collect as collect_module
-from flowrl.data.collect import Collection, Part, Recipe, collect, to_dataset
+from flowrl.data.collect import Part, Recipe, collect, to_dataset
 from flowrl.data.command import CollectCommand, run_collect
 from flowrl.data.d4rl import read_d4rl_file
 from flowrl.data.minari import read_minari
@@ -30,7 +30,7 @@ MIXED = Recipe("hopper", (Part("random", 1.0, noise=0.3), Part("25k", 2.0)), ste
 
 
 @pytest.fixture(autouse=True)
-def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def storage(tmp_path, monkeypatch):
     """Minari's local storage, for this test alone."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     return tmp_path / "minari"
@@ -43,11 +43,11 @@ def visible(storage: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def mixed() -> Collection:
+def mixed():
     return collect(MIXED)
 
 
-def test_episodes_are_those_of_a_plain_loop(mixed: Collection) -> None:
+def test_episodes_are_those_of_a_plain_loop(mixed):
     env = gymnasium.make("Hopper-v5")
     episodes = list(mixed.episodes)
     for index, (part, target) in enumerate(zip(MIXED.parts, (800, 1600), strict=True)):
@@ -77,9 +77,7 @@ def test_episodes_are_those_of_a_plain_loop(mixed: Collection) -> None:
     assert episodes == []
 
 
-def test_a_seed_gives_the_same_bytes_on_any_number_of_cores(
-    mixed: Collection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_seed_gives_the_same_bytes_on_any_number_of_cores(mixed, monkeypatch):
     hashes = {to_dataset(mixed, "x").sha256}
     for cores, slots in ((1, 32), (5, 32), (2, 3)):
         monkeypatch.setattr(mujoco_vector, "available_cores", lambda n=cores: n)
@@ -89,7 +87,7 @@ def test_a_seed_gives_the_same_bytes_on_any_number_of_cores(
     assert to_dataset(collect(replace(SMALL, seed=5)), "x").sha256 != to_dataset(collect(SMALL), "x").sha256
 
 
-def test_minari_d4rl_and_memory_hold_the_same_data(mixed: Collection, tmp_path: Path, storage: Path) -> None:
+def test_minari_d4rl_and_memory_hold_the_same_data(mixed, tmp_path, storage):
     expected = to_dataset(mixed, "x")
     folder = collect_minari(MIXED, "mine/hopper/mixed-v0")
     assert folder == storage / "mine" / "hopper" / "mixed-v0"
@@ -116,7 +114,7 @@ def test_minari_d4rl_and_memory_hold_the_same_data(mixed: Collection, tmp_path: 
     assert provenance["flowrl_version"]
 
 
-def test_uniform_actions_are_collected_in_any_environment(tmp_path: Path) -> None:
+def test_uniform_actions_are_collected_in_any_environment(tmp_path):
     options = {"env_kwargs": '{"g": 5.0}', "max_episode_steps": 30, "steps": 2000, "seed": 3}
     command = CollectCommand("Pendulum-v1", ("uniform",), id="mine/pendulum-v0", **options)
     run_collect(command)
@@ -137,7 +135,7 @@ def test_uniform_actions_are_collected_in_any_environment(tmp_path: Path) -> Non
     assert read_d4rl_file(tmp_path / "same.hdf5").sha256 == dataset.sha256
 
 
-def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path: Path, storage: Path) -> None:
+def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path, storage):
     collect_minari(SMALL, "mine/x-v0")
     before, files = read_minari("mine/x-v0").sha256, visible(storage)
     other = replace(SMALL, seed=9)
@@ -173,7 +171,7 @@ def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path: Path, storage
         (CollectCommand("hopper-medium", format="d4rl"), "--out FILE.hdf5"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(storage: Path, command: CollectCommand, message: str) -> None:
+def test_options_that_make_no_sense_are_refused(storage, command, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         COMMANDS["collect"].call(command)
     assert "\n" not in str(error.value)
@@ -187,7 +185,7 @@ def test_options_that_make_no_sense_are_refused(storage: Path, command: CollectC
         ("train --env hopper-medium --dataset flowrl", ".flowrl--hopper--medium-v0.lock"),
     ],
 )
-def test_a_signal_leaves_nothing_and_exits_with_its_code(storage: Path, words: str, lock: str) -> None:
+def test_a_signal_leaves_nothing_and_exits_with_its_code(storage, words, lock):
     process = Command(words.split())
     wait_for(lambda: (storage / lock).exists(), process)  # it is collecting, or about to
     time.sleep(0.5)
@@ -217,7 +215,7 @@ sys.exit()
 """
 
 
-def test_a_killed_collection_is_not_trusted_and_not_in_the_way(storage: Path) -> None:
+def test_a_killed_collection_is_not_trusted_and_not_in_the_way(storage):
     words = "collect hopper --policies 25k --steps 300 --seed 4 --id mine/x-v0"
     assert finish(Command(words.split(), KILLED))[0] == -signal.SIGKILL
     assert not (storage / "mine" / "x-v0").exists()
@@ -227,7 +225,7 @@ def test_a_killed_collection_is_not_trusted_and_not_in_the_way(storage: Path) ->
     assert [path for path in visible(storage) if "incomplete" in path] == []
 
 
-def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, storage: Path) -> None:
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, storage):
     recipe, limits = replace(SMALL, steps=3000), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -241,7 +239,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, storage: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["minari"]
 
 
-def test_of_two_processes_the_second_uses_the_firsts_data() -> None:
+def test_of_two_processes_the_second_uses_the_firsts_data():
     outcomes = [finish(process) for process in [Command([], RACING) for _ in range(2)]]
     assert [code for code, *_ in outcomes] == [0, 0], outcomes
     lines = [line for _, output, _ in outcomes for line in output.splitlines()]

@@ -4,7 +4,6 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tiny_training import REPOSITORY, Command, arguments, finish, steps_on_disk
@@ -50,7 +49,7 @@ print(*(name for name in {NOT_FOR_ACTING} if name in sys.modules))
     assert result.stdout.strip() == b""
 
 
-def test_a_terminal_without_unicode(tiny_dataset: Path, tmp_path: Path):
+def test_a_terminal_without_unicode(tiny_dataset, tmp_path):
     folder = tmp_path / "r\N{LATIN SMALL LETTER U WITH DIAERESIS}n"  # printed, and not ASCII
     words = ["train", *arguments(tiny_dataset, folder, steps=4, eval_episodes=1)]
     hook = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')"
@@ -73,7 +72,7 @@ trainer.evaluate = closed
 """
 
 
-def test_an_evaluation_that_nobody_reads_costs_no_update(tiny_dataset: Path, tmp_path: Path):
+def test_an_evaluation_that_nobody_reads_costs_no_update(tiny_dataset, tmp_path):
     """The pipe is closed before its table is printed."""
     words = arguments(tiny_dataset, tmp_path / "run", eval_every=25, checkpoint_every=1000)
     assert finish(Command(["train", *words], CLOSED_PIPE))[0] == EXIT_BROKEN_PIPE

@@ -87,10 +87,7 @@ def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, r
     assert parse_train_config(["--config", env]) == replace(default, config=env)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("1e-4", 1e-4), ("1E-4", 1e-4), ("1", 1.0), ("5e+2", 500.0)],
-)
+@pytest.mark.parametrize(("text", "expected"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("1", 1.0), ("5e+2", 500.0)])
 def test_numbers_in_yaml_are_numbers(tmp_path, text, expected):
     """YAML 1.1 takes 1e-4 for a string; a learning rate must not."""
     path = tmp_path / "x.yaml"

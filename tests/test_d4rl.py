@@ -63,7 +63,7 @@ def assert_matches(dataset: EpisodeDataset, data: dict[str, np.ndarray]) -> None
             assert dataset.timesteps[step] == position
 
 
-def test_episodes_end_at_terminals_and_timeouts_and_the_unfinished_tail_is_kept(tmp_path: Path) -> None:
+def test_episodes_end_at_terminals_and_timeouts_and_the_unfinished_tail_is_kept(tmp_path):
     data = columns()
     dataset = read_d4rl_file(write(tmp_path / "a.hdf5", data))
     assert dataset.episode_lengths.tolist() == [3, 1, 4, 2, 2]
@@ -75,7 +75,7 @@ def test_episodes_end_at_terminals_and_timeouts_and_the_unfinished_tail_is_kept(
     assert dataset.reference is None
 
 
-def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path: Path) -> None:
+def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path):
     data = columns(60_000, 17, 6)
     data["timeouts"][499::500] = True
     path = write(tmp_path / "a.hdf5", {k: v.astype(">f8") if v.ndim == 2 else v for k, v in data.items()})
@@ -89,7 +89,7 @@ def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path: Path) -> N
     assert raw < peak < 2 * raw
 
 
-def test_without_timeouts_episodes_end_after_the_given_steps(tmp_path: Path) -> None:
+def test_without_timeouts_episodes_end_after_the_given_steps(tmp_path):
     data = columns()
     del data["timeouts"]
     path = write(tmp_path / "a.hdf5", data)
@@ -104,7 +104,7 @@ def test_without_timeouts_episodes_end_after_the_given_steps(tmp_path: Path) -> 
     assert cut.episode_lengths.tolist() == [5, 5, 2]
 
 
-def test_dones_alone_mark_every_end(tmp_path: Path) -> None:
+def test_dones_alone_mark_every_end(tmp_path):
     data = columns()
     data["dones"] = data.pop("terminals") | data.pop("timeouts")
     dataset = read_d4rl_file(write(tmp_path / "a.hdf5", data))
@@ -112,7 +112,7 @@ def test_dones_alone_mark_every_end(tmp_path: Path) -> None:
     assert dataset.terminated.tolist() == [True, True, True, True, False]
 
 
-def test_terminal_flags_that_stay_set_are_reported_or_ignored(tmp_path: Path) -> None:
+def test_terminal_flags_that_stay_set_are_reported_or_ignored(tmp_path):
     """As in AntMaze: 2 trajectories of 6 steps, at the goal from step 4 of the first on."""
     data = columns()
     data["terminals"] = np.isin(np.arange(12), [4, 5])

@@ -84,7 +84,7 @@ def write_minari(columns: dict[str, np.ndarray], lengths: np.ndarray, dtype: typ
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_file_minari_and_memory_agree(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_minari_and_memory_agree(seed, tmp_path, monkeypatch):
     random = np.random.default_rng(seed)
     columns, lengths, endings = random_episodes(random)
     memory = build_episodes(

@@ -68,7 +68,7 @@ class Binary(Locks):
 
 
 @pytest.fixture(autouse=True)
-def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def toys(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     gym.register("flowrl-test/Locks-v0", f"{__name__}:Locks", max_episode_steps=STEPS)
     gym.register("flowrl-test/Binary-v0", f"{__name__}:Binary", max_episode_steps=STEPS)
@@ -111,7 +111,7 @@ def store(env_id: str, count: int) -> list[EpisodeBuffer]:
 
 @pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
 @pytest.mark.parametrize("env_id", ["flowrl-test/Locks-v0", "flowrl-test/Binary-v0"])
-def test_one_hot_vectors_are_gymnasiums_own(env_id: str) -> None:
+def test_one_hot_vectors_are_gymnasiums_own(env_id):
     buffers = store(env_id, 3)
     dataset = read_minari("test/toy-v0")
     env = gym.make(env_id, disable_env_checker=True)
@@ -137,7 +137,7 @@ def test_one_hot_vectors_are_gymnasiums_own(env_id: str) -> None:
     np.testing.assert_array_equal(reset, dataset.observations[STEPS])
 
 
-def test_choices_become_the_environments_own_actions() -> None:
+def test_choices_become_the_environments_own_actions():
     several = environment_actions(spaces.MultiDiscrete([2, 3], start=[0, 1]), np.array([[1, 0], [0, 2]]))
     assert several.tolist() == [[1, 1], [0, 3]]
     one = environment_actions(spaces.Discrete(3, start=-1), np.array([0, 2]))
@@ -148,7 +148,7 @@ def test_choices_become_the_environments_own_actions() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("agent", ["transformer", "bc"])
-def test_choices_side_by_side_are_learned(tmp_path: Path, agent: str) -> None:
+def test_choices_side_by_side_are_learned(tmp_path, agent):
     """At random a step pays 5/6 of 2; which choices are right depends on what is shown."""
     store("flowrl-test/Locks-v0", 200)
     options = {"steps": 150, "embed_dim": 32, "context_length": 2, "batch_size": 128, "eval_episodes": 20}
@@ -162,7 +162,7 @@ def test_choices_side_by_side_are_learned(tmp_path: Path, agent: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_choices_are_drawn_in_fine_tuning_and_replayed_beside_what_they_earned(tmp_path: Path) -> None:
+def test_choices_are_drawn_in_fine_tuning_and_replayed_beside_what_they_earned(tmp_path):
     store("flowrl-test/Locks-v0", 20)
     options = {"max_episode_steps": None, "steps": 1, "embed_dim": 8, "eval_episodes": 0}
     train_here("minari:test/toy-v0", tmp_path / "run", env="flowrl-test/Locks-v0", **options)
@@ -199,7 +199,7 @@ def noisy_cartpole(path: Path, column: bool) -> float:
     return float(np.mean(returns))
 
 
-def test_cartpole_is_learned_from_poor_data_and_continues_when_resumed(tmp_path: Path, capsys: Any) -> None:
+def test_cartpole_is_learned_from_poor_data_and_continues_when_resumed(tmp_path, capsys):
     mean = noisy_cartpole(tmp_path / "cartpole.hdf5", column=False)
     options: dict[str, Any] = {"env": "CartPole-v1", "max_episode_steps": None, "steps": 150, "embed_dim": 32}
     options |= {"context_length": 5, "eval_episodes": 4, "eval_every": 0, "targets": 500}
@@ -218,7 +218,7 @@ def test_cartpole_is_learned_from_poor_data_and_continues_when_resumed(tmp_path:
     resume_here(tmp_path / "half", steps=20)
     assert_same_end(tmp_path / "half", tmp_path / "whole")
 
-    def scores(temperature: float) -> list[float]:
+    def scores(temperature):
         path = tmp_path / "scores.json"
         evaluate_run(EvaluateConfig(tmp_path / "run", episodes=4, temperature=temperature, json=path))
         return json.loads(path.read_text())["targets"][0]["returns"]
@@ -228,7 +228,7 @@ def test_cartpole_is_learned_from_poor_data_and_continues_when_resumed(tmp_path:
     assert np.mean(drawn) < np.mean(scores(0.0))
 
 
-def test_columns_of_choices_and_what_are_none(tmp_path: Path) -> None:
+def test_columns_of_choices_and_what_are_none(tmp_path):
     path = tmp_path / "cartpole.hdf5"
     noisy_cartpole(path, column=True)
     dataset = load_episodes(str(path), "CartPole-v1", EvaluationOptions())
@@ -242,7 +242,7 @@ def test_columns_of_choices_and_what_are_none(tmp_path: Path) -> None:
     assert load_episodes(str(path)).actions.shape == (len(taken), 1)  # numbers, where nothing says otherwise
 
 
-def test_a_discrete_observation_of_a_file_becomes_one_hot(tmp_path: Path) -> None:
+def test_a_discrete_observation_of_a_file_becomes_one_hot(tmp_path):
     path = tmp_path / "lake.hdf5"
     with h5py.File(path, "w") as file:
         file["observations"], file["actions"] = np.array([0, 4, 15]), np.array([1.0, 2.0, 3.0])

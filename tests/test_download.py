@@ -7,17 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from failing_server import (
-    CONTENT,
-    SHA256,
-    SIZE,
-    Handler,
-    Server,
-    sends,
-    silent,
-    stalled_halfway,
-    status,
-)
+from failing_server import CONTENT, SHA256, SIZE, Server, sends, silent, stalled_halfway, status
 
 from flowrl.data import download as module
 from flowrl.data.download import DownloadError, download, require_answer
@@ -49,7 +39,7 @@ def left_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("sha256", [SHA256, None], ids=["known", "unknown"])
-def test_a_file_arrives_with_nothing_beside_it(server: Server, tmp_path: Path, sha256: str | None) -> None:
+def test_a_file_arrives_with_nothing_beside_it(server, tmp_path, sha256):
     path = tmp_path / "new" / "folder" / "data.bin"
     download([server.url("/data", sends(CONTENT))], path, sha256, accept)
     assert path.read_bytes() == CONTENT
@@ -69,12 +59,8 @@ def test_a_file_arrives_with_nothing_beside_it(server: Server, tmp_path: Path, s
     ],
 )
 def test_a_server_that_fails_is_reported_and_the_mirror_is_used(
-    server: Server,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    answer: Callable[[Handler], None],
-    message: str,
-) -> None:
+    server, tmp_path, monkeypatch, answer, message
+):
     monkeypatch.setattr(module, "TIMEOUT", 0.3)
     path, url = tmp_path / "data.bin", server.url("/data", answer)
     refuse(url, path, message)
@@ -82,7 +68,7 @@ def test_a_server_that_fails_is_reported_and_the_mirror_is_used(
     assert path.read_bytes() == CONTENT
 
 
-def test_an_unreachable_host_is_reported_at_once(server: Server, tmp_path: Path) -> None:
+def test_an_unreachable_host_is_reported_at_once(server, tmp_path):
     unused = Server()
     dead = f"http://127.0.0.1:{unused.server_port}/data"
     unused.server_close()
@@ -94,7 +80,7 @@ def test_an_unreachable_host_is_reported_at_once(server: Server, tmp_path: Path)
     require_answer(server.url("/there", status(200)))
 
 
-def test_a_full_disk_leaves_nothing_behind(server: Server, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_behind(server, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, limits[1]))
     try:
@@ -105,7 +91,7 @@ def test_a_full_disk_leaves_nothing_behind(server: Server, tmp_path: Path) -> No
     assert left_in(tmp_path) == set()
 
 
-def test_what_a_killed_process_left_is_removed(server: Server, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed(server, tmp_path):
     leftover = tmp_path / ".incomplete-data.bin" / "data.bin"
     leftover.parent.mkdir()
     leftover.write_bytes(CONTENT[: SIZE // 2])
@@ -117,8 +103,8 @@ def _download_in_process(url: str, path: str) -> None:
     download([url], Path(path), SHA256, accept)
 
 
-def test_several_processes_download_once(server: Server, tmp_path: Path) -> None:
-    def slow(handler: Handler) -> None:
+def test_several_processes_download_once(server, tmp_path):
+    def slow(handler):
         time.sleep(0.5)
         sends(CONTENT)(handler)
 

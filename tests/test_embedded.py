@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -21,15 +20,13 @@ ID = "flowrl/hopper/medium-v0"
 
 
 @pytest.fixture(autouse=True)
-def folders(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folders(own_folders, monkeypatch):
     """A hopper-medium that is quickly collected."""
     monkeypatch.setitem(EMBEDDED, "hopper-medium", Embedded(SMALL))
     return own_folders
 
 
-def test_without_file_and_network_the_embedded_data_stands_in(
-    folders: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_file_and_network_the_embedded_data_stands_in(folders, capsys):
     dataset = load_episodes("hopper-medium")
     error = capsys.readouterr().err
     assert "hopper_medium-v2.hdf5 is not in" in error
@@ -47,7 +44,7 @@ def test_without_file_and_network_the_embedded_data_stands_in(
         load_episodes("hopper-expert")  # flowrl has none of that name
 
 
-def test_d4rls_file_comes_first_and_flowrls_data_can_be_forced(folders: Path) -> None:
+def test_d4rls_file_comes_first_and_flowrls_data_can_be_forced(folders):
     (folders / "d4rl").mkdir()
     with h5py.File(folders / "d4rl" / "hopper_medium-v2.hdf5", "w") as file:
         file.update({"observations": np.zeros((9, 11)), "actions": np.zeros((9, 3)), "rewards": np.ones(9)})
@@ -63,7 +60,7 @@ def test_d4rls_file_comes_first_and_flowrls_data_can_be_forced(folders: Path) ->
         load_episodes("hopper-medium")
 
 
-def test_stored_data_that_changed_is_refused(folders: Path) -> None:
+def test_stored_data_that_changed_is_refused(folders):
     load_embedded("hopper-medium")
     folder = folders / "minari" / ID
     with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
@@ -78,7 +75,7 @@ def test_stored_data_that_changed_is_refused(folders: Path) -> None:
         load_embedded("hopper-medium")
 
 
-def test_data_of_another_recipe_is_refused(folders: Path) -> None:
+def test_data_of_another_recipe_is_refused(folders):
     folder = collect_minari(replace(SMALL, seed=5), ID)
     with pytest.raises(UserError, match=r"not collected by this version's recipe and policies.*--overwrite"):
         load_embedded("hopper-medium")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,14 +40,14 @@ from flowrl.training.run import run_train
         ("FrankaKitchen-v1", 3.0, 75.0),
     ],
 )
-def test_normalized_scores(env_id: str, episode_return: float, score: float) -> None:
+def test_normalized_scores(env_id, episode_return, score):
     reference = reference_scores(env_id)
     assert reference is not None
     assert reference.normalized_score(episode_return) == pytest.approx(score, abs=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:.*precision lowered")
-def test_recorded_wrappers_are_applied_innermost_first() -> None:
+def test_recorded_wrappers_are_applied_innermost_first():
     recorded = TimeAwareObservation(RescaleAction(gymnasium.make("Pendulum-v1"), -5.0, 5.0))
     assert recorded.spec is not None
     env = make_env(EnvironmentSpec.from_gymnasium_json(recorded.spec.to_json()))
@@ -63,12 +62,12 @@ def test_recorded_wrappers_are_applied_innermost_first() -> None:
 
 
 @pytest.mark.parametrize("wrapper", [("NormalizeObservation", {}), ("MyAction", {}), ("RescaleAction", None)])
-def test_wrappers_that_cannot_be_applied_are_refused_by_name(wrapper: tuple[str, dict | None]) -> None:
+def test_wrappers_that_cannot_be_applied_are_refused_by_name(wrapper):
     with pytest.raises(EnvironmentUnavailable, match=f"recorded with the wrapper {wrapper[0]}, which cannot"):
         make_env(EnvironmentSpec("Pendulum-v1", wrappers=(wrapper,)))
 
 
-def test_an_entry_point_in_a_file_is_never_used() -> None:
+def test_an_entry_point_in_a_file_is_never_used():
     spec = json.loads(gymnasium.spec("Pendulum-v1").to_json())
     spec["entry_point"] = "subprocess:run"
     spec["additional_wrappers"] = [{"name": "ClipAction", "entry_point": "os:system", "kwargs": {}}]
@@ -81,7 +80,7 @@ def test_an_entry_point_in_a_file_is_never_used() -> None:
     "text",
     ["", "[]", '{"id": 4}', '{"id": "os:x-v0"}', '{"id": "Hopper-v4", "kwargs": ["a"]}', "[" * 100_000],
 )
-def test_broken_gymnasium_json_is_refused(text: str) -> None:
+def test_broken_gymnasium_json_is_refused(text):
     with pytest.raises(UserError, match="environment"):
         EnvironmentSpec.from_gymnasium_json(text)
 
@@ -107,7 +106,7 @@ def forget(module: str) -> None:
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def module(tmp_path, monkeypatch):
     """The name of an importable module that registers an environment with keywords and no time limit."""
     name = f"registers_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(MODULE.format(name=name))
@@ -116,7 +115,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     forget(name)
 
 
-def test_an_environment_of_a_module_is_imported_when_it_is_named_or_made(module: str) -> None:
+def test_an_environment_of_a_module_is_imported_when_it_is_named_or_made(module):
     env_id = f"{module}/Weak-v0"
     expected = EnvironmentSpec(env_id, imports=(module,))
     assert named_environment(f"{module}:{env_id}") == expected
@@ -136,9 +135,7 @@ def pendulum_data(path: Path, largest_action: float = 0.5) -> Path:
     return path
 
 
-def test_a_run_remembers_how_its_environment_is_made(
-    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_remembers_how_its_environment_is_made(module, tmp_path, capsys):
     env_id, run = f"{module}/Weak-v0", tmp_path / "run"
     options = {"env": f"{module}:{env_id}", "max_episode_steps": None, "steps": 5}
     words = arguments(pendulum_data(tmp_path / "data.hdf5"), run, **options)
@@ -174,15 +171,15 @@ def test_a_run_remembers_how_its_environment_is_made(
         evaluate_run(EvaluateConfig(run=run, episodes=2, env=f"{module}:{env_id}"))
 
 
-def test_actions_of_another_scaling_are_refused(tmp_path: Path) -> None:
+def test_actions_of_another_scaling_are_refused(tmp_path):
     data = pendulum_data(tmp_path / "data.hdf5", largest_action=100.0)
     with pytest.raises(UserError, match=r"9\d.*% of the actions .* another environment or scaling"):
         train_here(data, tmp_path / "run", env="Pendulum-v1")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_environment_that_fails_costs_no_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: PendulumEnv, action: np.ndarray) -> None:
+def test_an_environment_that_fails_costs_no_update(tmp_path, monkeypatch):
+    def step(self, action):
         raise FloatingPointError("unstable")
 
     monkeypatch.setattr(PendulumEnv, "step", step)

@@ -34,7 +34,7 @@ def naive_returns_to_go(rewards: np.ndarray, lengths: tuple[int, ...]) -> list[f
     return result
 
 
-def test_offsets_timesteps_and_returns_match_a_plain_loop() -> None:
+def test_offsets_timesteps_and_returns_match_a_plain_loop():
     given = arrays()
     dataset = build()
     assert dataset.episode_starts.tolist() == [0, 3, 4, 9]
@@ -52,7 +52,7 @@ def test_offsets_timesteps_and_returns_match_a_plain_loop() -> None:
         assert getattr(dataset, name).dtype == np.int64
 
 
-def test_returns_to_go_keep_float32_precision_between_huge_episodes_and_over_many_steps() -> None:
+def test_returns_to_go_keep_float32_precision_between_huge_episodes_and_over_many_steps():
     lengths = (2, 100_000, 3, 2)
     given = arrays(lengths)
     given["rewards"][:2] = given["rewards"][-2:] = 1e30
@@ -64,7 +64,7 @@ def test_returns_to_go_keep_float32_precision_between_huge_episodes_and_over_man
     np.testing.assert_allclose(dataset.returns_to_go[-5:], expected, rtol=1e-6)
 
 
-def test_delayed_rewards_put_the_return_on_the_last_step() -> None:
+def test_delayed_rewards_put_the_return_on_the_last_step():
     dataset = build()
     delayed = delayed_rewards(dataset)
     returns = [float(dataset.episode_returns[i]) for i in range(4)]
@@ -82,7 +82,7 @@ def test_delayed_rewards_put_the_return_on_the_last_step() -> None:
 
 @pytest.mark.parametrize("key", ["observations", "actions", "rewards"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_is_named_with_its_index(key: str, value: float) -> None:
+def test_a_value_that_is_not_finite_is_named_with_its_index(key, value):
     array = arrays()[key].copy()
     array.reshape(11, -1)[7, -1] = value
     array.reshape(11, -1)[9, 0] = value
@@ -91,7 +91,7 @@ def test_a_value_that_is_not_finite_is_named_with_its_index(key: str, value: flo
         build(**{key: array})
 
 
-def test_float64_values_beyond_float32_and_overflowing_returns_are_refused() -> None:
+def test_float64_values_beyond_float32_and_overflowing_returns_are_refused():
     rewards = arrays()["rewards"].astype(np.float64)
     rewards[2] = 1e300
     with pytest.raises(UserError, match=r"'rewards'\[2\] is inf"), np.errstate(over="ignore"):
@@ -100,7 +100,7 @@ def test_float64_values_beyond_float32_and_overflowing_returns_are_refused() -> 
         build(rewards=np.full(11, 3e38, dtype=np.float32))
 
 
-def test_the_hash_is_of_the_content_alone_and_of_all_of_it() -> None:
+def test_the_hash_is_of_the_content_alone_and_of_all_of_it():
     given, hashes = arrays(), {build().sha256}
     # Byte order and memory layout are not content.
     same = content_sha256(

@@ -13,7 +13,6 @@ from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
-from flowrl.evaluation.rollout import Rollouts
 from flowrl.finetuning import trainer as online
 from flowrl.finetuning.command import run_finetune
 from flowrl.finetuning.trainer import OnlineTrainer, collect_episodes
@@ -85,7 +84,7 @@ def test_a_round_that_is_stopped_is_collected_anew(reference, trained, tmp_path,
     """The first one, after some of its actions were drawn."""
     rollout, calls = online.rollout, []
 
-    def interrupted(*arguments) -> Rollouts:
+    def interrupted(*arguments):
         record = arguments[-1]
 
         def stop(*step):
@@ -108,7 +107,7 @@ def test_a_round_that_is_stopped_is_collected_anew(reference, trained, tmp_path,
 def test_every_round_has_starts_of_its_own_and_its_timesteps_are_counted(trained, tmp_path, monkeypatch):
     collect, rounds = online.collect_episodes, []
 
-    def kept(*arguments) -> EpisodeDataset:
+    def kept(*arguments):
         rounds.append(collect(*arguments))
         return rounds[-1]
 
@@ -128,7 +127,7 @@ def test_a_damaged_checkpoint_takes_the_replay_back_as_well(reference, tmp_path)
     assert_same_end(run, reference)
 
 
-def test_collected_episodes_are_what_the_environment_and_the_agent_did(trained) -> None:
+def test_collected_episodes_are_what_the_environment_and_the_agent_did(trained):
     """Each action, taken again in one environment, gives the observation and reward beside it; returns-to-go
     are the sums of what followed, and without noise the actions are those of the model over the episode."""
     loaded = flowrl.load_agent(trained)
@@ -155,10 +154,10 @@ def test_collected_episodes_are_what_the_environment_and_the_agent_did(trained) 
 
 def test_the_replay_holds_the_best_episodes_of_the_data_and_of_all_rounds(
     trained, tiny_dataset, tmp_path, monkeypatch
-) -> None:
+):
     seen = load_episodes(str(tiny_dataset)).episode_returns.tolist()
 
-    def remembered(*arguments) -> EpisodeDataset:
+    def remembered(*arguments):
         episodes = collect_episodes(*arguments)
         seen.extend(episodes.episode_returns)
         return episodes
@@ -174,7 +173,7 @@ def test_the_replay_holds_the_best_episodes_of_the_data_and_of_all_rounds(
     assert figures(tmp_path / "run", "round")[-1]["replay_return_mean"] == pytest.approx(np.mean(returns))
 
 
-def test_other_commands_take_the_result(reference, tmp_path, capsys) -> None:
+def test_other_commands_take_the_result(reference, tmp_path, capsys):
     rounds = figures(reference, "round")
     assert [line["step"] for line in rounds] == [1, 11, 21]
     assert [line["step"] for line in figures(reference, "evaluation")][::2] == [0, 15, 30]
@@ -193,7 +192,7 @@ def test_other_commands_take_the_result(reference, tmp_path, capsys) -> None:
         resume(tmp_path / "again", "--noise", "0.5")
 
 
-def test_what_cannot_be_fine_tuned_is_one_line(trained, tmp_path) -> None:
+def test_what_cannot_be_fine_tuned_is_one_line(trained, tmp_path):
     with pytest.raises(UserError, match="give a run folder to start from, or --resume"):
         run_finetune([])
     with pytest.raises(UserError, match=r"nowhere: not a run folder, it has no config\.yaml"):

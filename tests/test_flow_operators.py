@@ -29,9 +29,6 @@ def largest_error(actual, expected):
     return max(float((a - b).detach().abs().max() / max(1, float(b.detach().abs().max()))) for a, b in pairs)
 
 
-# Derivatives ------------------------------------------------------------------------------------------------
-
-
 def derivatives(attention, inputs, times):
     """Gradients of the sum of squares of gradients of ... of the outputs."""
     inputs = [x.clone().requires_grad_() for x in inputs]
@@ -70,9 +67,6 @@ def test_function_transforms(length, causal):
         transformed = (vmap(by_queries)(many), grad(loss)(queries), vmap(grad(loss))(many), tangent)
         results.append((*transformed, *jvp(by_queries, (queries,), (direction,))))
     assert largest_error(*results) < 1e-10
-
-
-# Tracing ----------------------------------------------------------------------------------------------------
 
 
 def test_operators_pass_torchs_own_checks():
@@ -126,9 +120,6 @@ def test_exported_with_dynamic_length_into_torchs_own_operations(width):
     for length in (7, 200):
         x = torch.randn(2, length, 2 * width)
         assert largest_error([exported.module()(x)], [layer(x)]) < 1e-5
-
-
-# Kernels that fail ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """What ``flowrl info`` prints about a dataset."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from conftest import EPISODE_LENGTHS
@@ -17,7 +15,7 @@ def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in output.splitlines())
 
 
-def test_a_dataset_is_described(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dataset_is_described(tiny_dataset, capsys):
     returns = read_d4rl_file(tiny_dataset).episode_returns
     lines = lines_of(capsys, str(tiny_dataset), "--env", "Hopper-v4")
     assert (lines["dataset"], lines["transitions"]) == ("file:tiny.hdf5", "60")
@@ -31,7 +29,7 @@ def test_a_dataset_is_described(tiny_dataset: Path, capsys: pytest.CaptureFixtur
     assert "refused" not in lines
 
 
-def test_bad_options_are_named(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_are_named(tiny_dataset, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["info", str(tiny_dataset), "--max-episode-steps", "0"])
     assert "--max-episode-steps 0" in capsys.readouterr().err

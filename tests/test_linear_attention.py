@@ -6,11 +6,7 @@ from functools import partial
 import pytest
 import torch
 from attention_forms import assert_all_close, stepped, tokens, with_gradients
-from naive_linear import (
-    naive_cosformer_attention,
-    naive_linear_attention,
-    naive_performer_attention,
-)
+from naive_linear import naive_cosformer_attention, naive_linear_attention, naive_performer_attention
 
 from flowrl.attention import linear
 from flowrl.attention.kinds import ATTENTION_KINDS, attention_kind
@@ -110,9 +106,6 @@ def test_bfloat16_inputs_are_summed_in_float32(name):
         assert ((value.double() - reference).abs() <= 2**-8 * reference.abs() + 1e-5).all()
 
 
-# Performer ------------------------------------------------------------------------------------------------
-
-
 def test_directions_are_orthogonal_gaussian_and_always_the_same():
     directions = random_directions(16, 40)
     assert directions.shape == (40, 16)
@@ -141,9 +134,6 @@ def test_performer_estimates_softmax_attention(monkeypatch):
     mean_of_values = v.cumsum(2) / torch.arange(1, 151)[:, None]  # what uniform weights would give
     assert errors[1] < errors[0] / 2.5
     assert errors[1] < 0.5 * (mean_of_values - exact).std()
-
-
-# cosFormer ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_tokens", [300, 4096])

@@ -41,9 +41,7 @@ def loaded(folder: Path, *sources: Any, env: str | None = None) -> EpisodeDatase
 
 
 @pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
-def test_files_minari_and_several_are_the_same_as_in_memory(
-    tiny_dataset: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_minari_and_several_are_the_same_as_in_memory(tiny_dataset, own_folders, monkeypatch):
     create(env="Hopper-v5")
     other = own_folders / "other.hdf5"
     write_tiny_dataset(other, seed=1)
@@ -61,13 +59,13 @@ def test_files_minari_and_several_are_the_same_as_in_memory(
     loaded(folder, other, env="Hopper-v4")  # has changed
 
 
-def test_a_training_is_the_same_as_in_memory(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_a_training_is_the_same_as_in_memory(tiny_dataset, tmp_path):
     train_here(tiny_dataset, tmp_path / "memory", eval_episodes=0)
     train_here(tiny_dataset, tmp_path / "disk", eval_episodes=0, memory_map=tmp_path / "map")
     assert figures(tmp_path / "disk") == figures(tmp_path / "memory")
 
 
-def test_what_is_damaged_is_refused_and_what_fails_leaves_nothing(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_what_is_damaged_is_refused_and_what_fails_leaves_nothing(tiny_dataset, tmp_path):
     folder = tmp_path / "map"
     with pytest.raises(UserError, match="no such file"):
         load_episodes(str(tmp_path / "none.hdf5"), memory_map=folder)
@@ -88,11 +86,11 @@ def test_what_is_damaged_is_refused_and_what_fails_leaves_nothing(tiny_dataset: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_pages_that_were_read_leave_memory(tmp_path: Path) -> None:
+def test_pages_that_were_read_leave_memory(tmp_path):
     np.save(tmp_path / "large.npy", np.ones((1 << 18, 64), np.float32))  # 64 MiB
     array = np.load(tmp_path / "large.npy", mmap_mode="c")
 
-    def resident() -> int:
+    def resident():
         status = Path("/proc/self/status").read_text()
         return int(status.partition("RssFile:")[2].split()[0]) >> 10  # MiB
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -67,12 +66,12 @@ class Oracle:
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_tmaze_passes_gymnasiums_checker(name: str) -> None:
+def test_tmaze_passes_gymnasiums_checker(name):
     check_env(make_env(environment_named(name)).unwrapped, skip_render_check=True)
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_many_tmazes_equal_single_ones(name: str) -> None:
+def test_many_tmazes_equal_single_ones(name):
     environment, seeds = environment_named(name), [3, 4, 5, 6, 7, 8]
     envs = make_vector_env(environment, len(seeds))
     assert isinstance(envs, TMazeVectorEnv)
@@ -100,7 +99,7 @@ def test_many_tmazes_equal_single_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_an_oracle_always_succeeds_and_a_guess_succeeds_as_often_as_there_are_arms(name: str) -> None:
+def test_an_oracle_always_succeeds_and_a_guess_succeeds_as_often_as_there_are_arms(name):
     environment = environment_named(name)
     arms = environment.kwargs["arms"]
     outcome = rollout(Oracle(arms), environment, np.ones(50), np.arange(50))
@@ -113,7 +112,7 @@ def test_an_oracle_always_succeeds_and_a_guess_succeeds_as_often_as_there_are_ar
         assert abs(data.episode_returns.mean() - 1 / arms) < spread
 
 
-def test_distractors_show_false_cues_between_the_cue_and_the_junction() -> None:
+def test_distractors_show_false_cues_between_the_cue_and_the_junction():
     data = load_episodes("tmaze-12-arms-4-distractors-5")
     cues = data.observations.reshape(data.num_episodes, 12, -1)[:, :, :4]
     shown = cues.any(axis=2)
@@ -123,7 +122,7 @@ def test_distractors_show_false_cues_between_the_cue_and_the_junction() -> None:
     assert shown[:, 1:-1].mean(axis=0).min() > 0.3
 
 
-def test_data_is_the_environments_and_the_same_every_time() -> None:
+def test_data_is_the_environments_and_the_same_every_time():
     data = load_episodes("tmaze-15")
     assert data.sha256 == load_episodes("flowrl", "tmaze-15").sha256
     assert data.environment == EnvironmentSpec("flowrl/TMaze-v0", {"length": 15, "arms": 2, "distractors": 0})
@@ -144,7 +143,7 @@ def test_data_is_the_environments_and_the_same_every_time() -> None:
         ("tmaze-100001", "made for corridors of up to 100000"),
     ],
 )
-def test_numbers_out_of_range_are_refused(name: str, message: str) -> None:
+def test_numbers_out_of_range_are_refused(name, message):
     with pytest.raises(UserError, match=message) as error:
         load_episodes(name)
     assert "\n" not in str(error.value)
@@ -152,7 +151,7 @@ def test_numbers_out_of_range_are_refused(name: str, message: str) -> None:
         gymnasium.make("flowrl/TMaze-v0", length=2.5)
 
 
-def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused() -> None:
+def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused():
     data = load_episodes("tmaze-20", "tmaze-30")
     with pytest.raises(UserError, match=r"flowrl/tmaze-20: its longest episode has 20 .*corridor 30"):
         check_corridor(data)
@@ -167,7 +166,7 @@ def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused() 
 
 
 @pytest.mark.parametrize("source_clamp", [2.0, 10.0, 20.0])
-def test_the_source_clamp_bounds_how_far_a_timestep_stands_out(source_clamp: float) -> None:
+def test_the_source_clamp_bounds_how_far_a_timestep_stands_out(source_clamp):
     torch.manual_seed(0)
     first, later = torch.full((1, 1, 1, 4), -9.0), torch.ones(1, 1, 40, 4)  # closed gates: tiny flows
     keys, values = torch.cat((first, later), dim=2), torch.randn(1, 1, 41, 4)
@@ -181,7 +180,7 @@ def test_the_source_clamp_bounds_how_far_a_timestep_stands_out(source_clamp: flo
 
 @pytest.mark.parametrize(("task", "strength"), [("Cued", 0.1), ("Hidden", 0.2), ("Hidden", 1.0)])
 @pytest.mark.parametrize("robot", ["HalfCheetah", "Walker2d", "Hopper"])
-def test_many_robots_equal_single_ones(robot: str, task: str, strength: float) -> None:
+def test_many_robots_equal_single_ones(robot, task, strength):
     environment, seeds = EnvironmentSpec(f"flowrl/{robot}{task}-v0"), [1, 2, 3]
     envs, singles = make_vector_env(environment, 3), [make_env(environment) for _ in seeds]
     observations, info = envs.reset(seed=seeds)
@@ -208,7 +207,7 @@ def test_many_robots_equal_single_ones(robot: str, task: str, strength: float) -
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")
-def test_the_target_speed_is_shown_for_ten_timesteps_and_pays_after_the_run_up() -> None:
+def test_the_target_speed_is_shown_for_ten_timesteps_and_pays_after_the_run_up():
     env = make_env(EnvironmentSpec("flowrl/HalfCheetahCued-v0"))
     check_env(env.unwrapped, skip_render_check=True)
     observation, _ = env.reset(seed=2)
@@ -227,7 +226,7 @@ def test_the_target_speed_is_shown_for_ten_timesteps_and_pays_after_the_run_up()
         assert truncated == (timestep == 400)
 
 
-def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it() -> None:
+def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it():
     recipe = replace(EMBEDDED["hopper-cued"].recipe, steps=6_000)
     episodes = collect(recipe).episodes
     assert {episode.policy for episode in episodes} == {"350k", "expert"}
@@ -244,7 +243,7 @@ def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it() -> Non
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")
-def test_a_hidden_world_reverses_an_actuator_and_is_in_no_observation() -> None:
+def test_a_hidden_world_reverses_an_actuator_and_is_in_no_observation():
     env, plain = make_env(EnvironmentSpec("flowrl/HalfCheetahHidden-v0")), gymnasium.make("HalfCheetah-v5")
     check_env(env.unwrapped, skip_render_check=True)
     worlds = [env.reset(seed=seed)[1]["world"] for seed in range(100)]
@@ -273,7 +272,7 @@ def test_a_hidden_world_reverses_an_actuator_and_is_in_no_observation() -> None:
             )
 
 
-def test_robots_and_time_limits_that_a_task_does_not_have_are_refused() -> None:
+def test_robots_and_time_limits_that_a_task_does_not_have_are_refused():
     for task, timesteps in (("Cued", 400), ("Hidden", 300)):
         with pytest.raises(UserError, match="no robot 'ant'; known: halfcheetah, walker2d, hopper"):
             gymnasium.make(f"flowrl/Hopper{task}-v0", robot="ant")
@@ -281,7 +280,7 @@ def test_robots_and_time_limits_that_a_task_does_not_have_are_refused() -> None:
             make_vector_env(EnvironmentSpec(f"flowrl/Hopper{task}-v0", max_episode_steps=99), 2)
 
 
-def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good() -> None:
+def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good():
     assert environment_named("hopper-hidden") == EnvironmentSpec("flowrl/HopperHidden-v0")
     episodes = collect(replace(EMBEDDED["hopper-hidden"].recipe, steps=4_000)).episodes
     env = make_env(EnvironmentSpec("flowrl/HopperHidden-v0"))
@@ -301,7 +300,7 @@ def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good() ->
     assert {policy for policy, _ in seen} == {"medium", "expert"}
 
 
-def test_an_evaluation_has_the_world_of_each_episode() -> None:
+def test_an_evaluation_has_the_world_of_each_episode():
     environment, agent = environment_named("hopper-hidden"), Still()
     (result,) = evaluate(agent, environment, [1.0], 8, seed=0, reference=None)
     env = make_env(environment)
@@ -312,14 +311,14 @@ def test_an_evaluation_has_the_world_of_each_episode() -> None:
 
 
 @pytest.mark.parametrize("agent", ["transformer", "bc"])
-def test_masked_velocities_are_nothing_to_the_agent(tiny_dataset: Path, tmp_path: Path, agent: str) -> None:
+def test_masked_velocities_are_nothing_to_the_agent(tiny_dataset, tmp_path, agent):
     """Neither while it trains nor after it is loaded or resumed; positions matter."""
     train_here(tiny_dataset, tmp_path / "run", agent=agent, mask_velocities="", steps=20, eval_every=0)
     resume_here(tmp_path / "run", steps=25)
     loaded = load_agent(tmp_path / "run")
     observations = np.random.default_rng(0).normal(size=(3, 11)).astype(np.float32)
 
-    def first_actions(changed: slice) -> np.ndarray:
+    def first_actions(changed):
         seen = observations.copy()
         seen[:, changed] += 3
         loaded.reset(3, 30.0)
@@ -331,7 +330,7 @@ def test_masked_velocities_are_nothing_to_the_agent(tiny_dataset: Path, tmp_path
 
 
 @pytest.mark.parametrize("environment", ["InvertedDoublePendulum-v5", "Humanoid-v5", "flowrl/HopperCued-v0"])
-def test_velocities_are_masked_only_where_they_are_known(environment: str) -> None:
+def test_velocities_are_masked_only_where_they_are_known(environment):
     for spec in (None, EnvironmentSpec(environment)):
         with pytest.raises(UserError, match=r"--mask-velocities: where .* (None|.*-v[05]) hold") as error:
             velocities(spec)

@@ -27,7 +27,7 @@ ID = "test/hopper/tiny-v0"
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """A local cache of our own, and no network."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -73,7 +73,7 @@ def create(
     return buffers
 
 
-def test_observations_are_aligned_with_the_actions_taken_on_them() -> None:
+def test_observations_are_aligned_with_the_actions_taken_on_them():
     buffers = create(env="Hopper-v5")
     dataset = read_minari(ID)
     assert dataset.episode_lengths.tolist() == list(LENGTHS)
@@ -112,7 +112,7 @@ class NestedEnv(gymnasium.Env[Any, Any]):
         return {"speed": np.array([1.0, 2.0]), "arm": arm}, {}
 
 
-def test_dict_observations_are_flattened_as_the_evaluation_environment_flattens_them() -> None:
+def test_dict_observations_are_flattened_as_the_evaluation_environment_flattens_them():
     buffers = episodes(NestedEnv.observation_space)
     observation, _ = NestedEnv().reset()
     buffers[0].observations["speed"][0] = observation["speed"]
@@ -137,7 +137,7 @@ def test_dict_observations_are_flattened_as_the_evaluation_environment_flattens_
             row += 1
 
 
-def test_the_environment_is_the_one_the_dataset_names_for_evaluation() -> None:
+def test_the_environment_is_the_one_the_dataset_names_for_evaluation():
     spec = gymnasium.make("Hopper-v5", forward_reward_weight=2.0, max_episode_steps=300).spec
     create(env=spec)
     assert read_minari(ID).environment == EnvironmentSpec("Hopper-v5", {"forward_reward_weight": 2.0}, 300)
@@ -145,7 +145,7 @@ def test_the_environment_is_the_one_the_dataset_names_for_evaluation() -> None:
     assert read_minari("test/two-v0").environment == EnvironmentSpec("Hopper-v4", {}, 1000)
 
 
-def test_a_dataset_without_a_usable_environment_says_so(cache: Path) -> None:
+def test_a_dataset_without_a_usable_environment_says_so(cache):
     create()
     dataset = read_minari(ID)
     assert (dataset.environment, dataset.reference) == (None, None)
@@ -157,7 +157,7 @@ def test_a_dataset_without_a_usable_environment_says_so(cache: Path) -> None:
     assert "the dataset's environment 'os:mkdir': 'env_id': String should match" in dataset.notes[0]
 
 
-def test_its_own_reference_scores_win_over_the_table(cache: Path) -> None:
+def test_its_own_reference_scores_win_over_the_table(cache):
     create(env="Hopper-v5", ref_min_score=-3.0, ref_max_score=7.5)
     dataset = read_minari(ID)
     assert dataset.reference == ReferenceScores(-3.0, 7.5)
@@ -190,7 +190,7 @@ def refuse(message: str, dataset_id: str = ID) -> str:
     return text
 
 
-def test_what_is_neither_here_nor_downloadable_is_refused_quickly_and_leaves_nothing(cache: Path) -> None:
+def test_what_is_neither_here_nor_downloadable_is_refused_quickly_and_leaves_nothing(cache):
     create(env="Hopper-v5")
     text = refuse("could not download it", "test/hopper/tini-v0")
     assert f"not in {cache}; did you mean '{ID}'?" in text
@@ -198,16 +198,14 @@ def test_what_is_neither_here_nor_downloadable_is_refused_quickly_and_leaves_not
     assert {path.name for path in cache.iterdir() if not path.name.endswith(".lock")} == {"test"}
 
 
-def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(cache, monkeypatch):
     create(env="Hopper-v5")
     source, attempts = cache.with_name("remote"), []
     cache.rename(source)
     (cache / f".incomplete-{ID.replace('/', '--')}" / ID).mkdir(parents=True)  # of a process killed earlier
     monkeypatch.setenv("MINARI_REMOTE", "gcp://none")  # no request before the download
 
-    def download_dataset(dataset_id: str) -> None:
+    def download_dataset(dataset_id):
         attempts.append(dataset_id)
         target = Path(os.environ["MINARI_DATASETS_PATH"]) / dataset_id
         shutil.copytree(source / dataset_id, target)
@@ -233,12 +231,12 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(
         (spaces.Text(5), "'observations' must be numbers or choices, not Text"),
     ],
 )
-def test_other_observation_spaces_are_refused(observation_space: spaces.Space[Any], message: str) -> None:
+def test_other_observation_spaces_are_refused(observation_space, message):
     create([], observation_space=observation_space)
     refuse(message)
 
 
-def test_other_action_spaces_and_no_episodes_are_refused() -> None:
+def test_other_action_spaces_and_no_episodes_are_refused():
     create([])
     refuse("no episodes")
     create([], "test/other-v0", action_space=spaces.Dict(a=ACTION_SPACE))

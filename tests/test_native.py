@@ -52,9 +52,6 @@ def act(model, inputs, state):
     return torch.stack(actions), state
 
 
-# Acting ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["interleaved", "fused"])
 @pytest.mark.parametrize(
     ("batch", "options"),
@@ -143,9 +140,6 @@ def test_the_switch_turns_everything_off(monkeypatch):
     assert type(model.dropout) is nn.Dropout
 
 
-# Dropout --------------------------------------------------------------------------------------------------
-
-
 def test_training_gets_the_fast_dropout_with_the_same_weights():
     model = make_model(dropout=0.25)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -153,9 +147,6 @@ def test_training_gets_the_fast_dropout_with_the_same_weights():
     assert type(model.blocks[0].dropout) is FastDropout
     assert model.blocks[0].dropout.p == 0.25
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-# Linear layers --------------------------------------------------------------------------------------------
 
 
 def test_onednn_gives_the_outputs_and_gradients_of_torch(monkeypatch):

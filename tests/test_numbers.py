@@ -1,7 +1,5 @@
 """Numbers stay finite: extreme returns, constant observations, actions at their bounds; both precisions."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from conftest import write_tiny_dataset
@@ -12,7 +10,7 @@ from flowrl.data import load_episodes
 
 
 @pytest.fixture(scope="module")
-def extreme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extreme(tmp_path_factory):
     path = tmp_path_factory.mktemp("extreme") / "extreme.hdf5"
     write_tiny_dataset(path, reward_scale=3000.0)
     dataset = load_episodes(str(path), "Hopper-v4")
@@ -30,9 +28,7 @@ def extreme(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("interleaved", "softmax", "float32"),
     ],
 )
-def test_300_updates_and_acting_stay_finite(
-    extreme: Path, tmp_path: Path, layout: str, attention: str, precision: str
-) -> None:
+def test_300_updates_and_acting_stay_finite(extreme, tmp_path, layout, attention, precision):
     """Whole episodes; unscaled returns of 1e5 enter the network as they are, so do targets beyond them."""
     train_here(
         extreme, tmp_path / "run", token_layout=layout, attention=attention, precision=precision,

@@ -15,18 +15,13 @@ from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import build_episodes
 from flowrl.data.returns import DISCOUNT, lambda_returns
 from flowrl.errors import UserError
-from flowrl.evaluation.off_policy import (
-    EstimateConfig,
-    agent_actions,
-    estimate,
-    estimate_run,
-)
+from flowrl.evaluation.off_policy import EstimateConfig, agent_actions, estimate, estimate_run
 from flowrl.model.action_model import ActionModel
 from flowrl.window import Window
 
 
 @pytest.mark.parametrize("trace", [0.0, 0.7, 1.0])
-def test_corrected_returns_are_their_sum_of_errors(tiny_dataset, trace) -> None:
+def test_corrected_returns_are_their_sum_of_errors(tiny_dataset, trace):
     """Harutyunyan et al. (2016), Eq. 4: Q and the errors that follow, discounted, weighted by the trace."""
     dataset = load_episodes(str(tiny_dataset))
     random = np.random.default_rng(0)
@@ -52,9 +47,7 @@ def test_corrected_returns_are_their_sum_of_errors(tiny_dataset, trace) -> None:
         {"context_length": 30, "token_layout": "interleaved"},
     ],
 )
-def test_the_agents_actions_are_those_of_the_model_over_the_datas_episodes(
-    tiny_dataset, tmp_path, options
-) -> None:
+def test_the_agents_actions_are_those_of_the_model_over_the_datas_episodes(tiny_dataset, tmp_path, options):
     train_here(tiny_dataset, tmp_path / "run", steps=3, eval_episodes=0, **options)
     agent = flowrl.load_agent(tmp_path / "run")
     dataset, target = load_episodes(str(tiny_dataset)), 50.0
@@ -106,7 +99,7 @@ def episodes_of_two(shown: np.ndarray, actions: np.ndarray, rewards: np.ndarray)
     )
 
 
-def test_estimates_of_a_task_whose_returns_are_known() -> None:
+def test_estimates_of_a_task_whose_returns_are_known():
     """A timestep pays 1 less the square of the action's distance from what is shown. The data's distances are
     uniform in -1 to 1."""
     shown, distances = np.random.default_rng(0).uniform(-1, 1, size=(2, 1000, 2))
@@ -117,7 +110,7 @@ def test_estimates_of_a_task_whose_returns_are_known() -> None:
         assert found.mean() == pytest.approx(2 * (1 - 0.8**2), abs=0.15)
 
 
-def test_fitted_q_follows_the_agents_own_later_actions() -> None:
+def test_fitted_q_follows_the_agents_own_later_actions():
     """The first action is what is shown next, and the second pays its product with that.
 
     The data's second actions are random, so that its critics see no use in the first one.
@@ -131,7 +124,7 @@ def test_fitted_q_follows_the_agents_own_later_actions() -> None:
     assert 0.6 < estimates.fitted_q.mean() < 1.2  # 1/3 more than DISCOUNT * (1 - 1/3), were Q exact
 
 
-def test_what_cannot_be_estimated_is_one_line(tiny_dataset, tmp_path) -> None:
+def test_what_cannot_be_estimated_is_one_line(tiny_dataset, tmp_path):
     train_here(tiny_dataset, tmp_path / "run", steps=1, eval_episodes=0)
     table = estimate_run(EstimateConfig(tmp_path / "run", updates=20))
     assert "file:tiny.hdf5, target 30, 1 episodes held out" in table

@@ -5,7 +5,6 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from test_sweep import METHODS, TINY, last_step, start_sweep, write_sweep
@@ -36,7 +35,7 @@ cluster.shutdown()
 """
 
 
-def test_the_run_of_a_lost_node_resumes_elsewhere(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_the_run_of_a_lost_node_resumes_elsewhere(tiny_dataset, tmp_path):
     pytest.importorskip("ray")
     file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
     plan = plan_runs(read_sweep(str(file)), runs)
@@ -76,9 +75,7 @@ def test_the_run_of_a_lost_node_resumes_elsewhere(tiny_dataset: Path, tmp_path: 
     ("listening", "message"),
     [(False, "no Ray cluster can be reached there"), (True, "does not answer as a Ray cluster")],
 )
-def test_an_unreachable_address_is_an_error(
-    listening: bool, message: str, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_address_is_an_error(listening, message, tiny_dataset, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setattr(ray_cluster, "_HEALTH_SECONDS", 5.0)
     file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
@@ -95,7 +92,7 @@ def test_an_unreachable_address_is_an_error(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_finished_run_is_not_trained_again(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_again(tiny_dataset, tmp_path):
     """Ray repeats the task of a lost node, even one that had just ended."""
     file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
     run = plan_runs(read_sweep(str(file)), tmp_path / "runs")[0]

@@ -88,12 +88,12 @@ def row_of(text: str, name: str) -> list[str]:
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pictures(monkeypatch):
     """Which take most of a report's time."""
     monkeypatch.setattr("flowrl.report.command.draw_report", lambda *_: None)
 
 
-def test_interval_of_the_interquartile_mean_is_that_of_all_resamples() -> None:
+def test_interval_of_the_interquartile_mean_is_that_of_all_resamples():
     tasks = [np.array([1.0, 4.0, 9.0]), np.array([20.0, 35.0, 60.0])]
     outcomes = []  # every way to draw three of three, in both tasks: 729, all equally likely
     for first, second in product(product(tasks[0], repeat=3), product(tasks[1], repeat=3)):
@@ -104,7 +104,7 @@ def test_interval_of_the_interquartile_mean_is_that_of_all_resamples() -> None:
     assert interquartile_mean_interval(tasks) == interquartile_mean_interval(tasks)  # a seed is a seed
 
 
-def test_probability_of_improvement_counts_pairs_and_halves_ties() -> None:
+def test_probability_of_improvement_counts_pairs_and_halves_ties():
     first, second = np.array([3.0, 1.0]), np.array([2.0, 1.0, 0.0])
     # 3 beats all three; 1 loses to 2, ties with 1, beats 0: (3 + 1.5) / 6
     assert improvement(first, second) == 4.5 / 6
@@ -113,7 +113,7 @@ def test_probability_of_improvement_counts_pairs_and_halves_ties() -> None:
     assert probability_of_improvement([second], [first]) == 1 - 4.5 / 6
 
 
-def test_report_of_two_methods_on_two_datasets(tmp_path: Path) -> None:
+def test_report_of_two_methods_on_two_datasets(tmp_path):
     scores = {("hopper", "flow"): (10, 14), ("hopper", "softmax"): (20, 20)}
     scores |= {("walker2d", "flow"): (40, 60), ("walker2d", "softmax"): (30, 34)}
     for (dataset, attention), values in scores.items():
@@ -148,7 +148,7 @@ def test_report_of_two_methods_on_two_datasets(tmp_path: Path) -> None:
         assert f"({name}.png)" in text
 
 
-def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path: Path) -> None:
+def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path):
     sweep = tmp_path / "sweep"
     entries = [("flow", 0), ("flow", 1), ("flow", 2), ("softmax", 0), ("softmax", 1)]
     runs = [
@@ -182,8 +182,8 @@ def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path: Path) -> Non
 )
 @pytest.mark.usefixtures("no_pictures")
 def test_runs_that_differ_share_a_table_only_when_asked_and_labelled(
-    options: dict[str, Any], changes: dict[str, Any], message: str, label: str, tmp_path: Path
-) -> None:
+    options, changes, message, label, tmp_path
+):
     paths = (
         write_run(tmp_path / "a", 10),
         write_run(tmp_path / "b", 30, config=seeded(1, **changes), **options),
@@ -201,11 +201,11 @@ def test_runs_that_differ_share_a_table_only_when_asked_and_labelled(
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+def drawn(monkeypatch):
     """The figures that are saved, by the names of their files."""
     figures, save = {}, Figure.savefig
 
-    def savefig(figure: Figure, path: Path, **options: Any) -> None:
+    def savefig(figure, path, **options):
         figures[path.name.strip(".").split(".")[0]] = figure
         save(figure, path, **options)
 
@@ -213,7 +213,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     return figures
 
 
-def test_scores_of_different_units_are_never_averaged(tmp_path: Path, drawn: dict[str, Figure]) -> None:
+def test_scores_of_different_units_are_never_averaged(tmp_path, drawn):
     for method, seed, add in (("flow", 0, 0), ("flow", 1, 4), ("softmax", 0, 2), ("softmax", 1, 2)):
         folder, config = tmp_path / "runs" / f"{method}{seed}", seeded(seed, attention=method)
         write_run(folder / "a", 10 + add, config=config)
@@ -242,7 +242,7 @@ def test_scores_of_different_units_are_never_averaged(tmp_path: Path, drawn: dic
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_an_evaluation_in_the_run_folder_gives_its_score(tmp_path: Path) -> None:
+def test_an_evaluation_in_the_run_folder_gives_its_score(tmp_path):
     run = write_run(tmp_path / "run", 10)
     targets = figures(50.0, 30), figures(100.0, 40)  # the run's first target is 100
     write_evaluation(run / "evaluation.json", *targets, checkpoint_step=100, config={"seed": 0, "steps": 100})
@@ -257,7 +257,7 @@ def test_an_evaluation_in_the_run_folder_gives_its_score(tmp_path: Path) -> None
         load_runs([run])
 
 
-def test_evaluations_stand_beside_runs(tmp_path: Path) -> None:
+def test_evaluations_stand_beside_runs(tmp_path):
     """Those of other runs, and of methods from outside, which have no target and no curve."""
     run = write_run(tmp_path / "run", 10)
     other = write_evaluation(tmp_path / "a.json", figures(None, 22), method="TD3+BC, 20 minutes")
@@ -278,7 +278,7 @@ def test_evaluations_stand_beside_runs(tmp_path: Path) -> None:
         load_runs([other])
 
 
-def test_a_bandit_is_that_of_a_plain_loop() -> None:
+def test_a_bandit_is_that_of_a_plain_loop():
     """Three noisy policies: the mean score after each number of pulls, against one trial at a time."""
     random = np.random.default_rng(5)
     policies = [random.normal(mean, 30, size=20) for mean in (40, 50, 60)]
@@ -299,14 +299,14 @@ def test_a_bandit_is_that_of_a_plain_loop() -> None:
     np.testing.assert_array_less(np.abs(scores.mean(axis=0) - chosen.mean(axis=0)), 4 * error + 1e-9)
 
 
-def test_learning_curves_are_what_the_metrics_say(drawn: dict[str, Figure], tmp_path: Path) -> None:
+def test_learning_curves_are_what_the_metrics_say(drawn, tmp_path):
     write_report(ReportConfig((write_run(tmp_path / "run", 10),), tmp_path / "out"))
     (axes,) = drawn["learning-curves"].axes
     assert axes.containers[0].lines[0].get_xydata().tolist() == [[50, 15], [100, 10]]
     assert axes.get_ylabel() == "normalised score"
 
 
-def test_bad_input(tmp_path: Path) -> None:
+def test_bad_input(tmp_path):
     with pytest.raises(UserError, match="no runs in it"):
         load_runs([tmp_path])
     partial = write_run(tmp_path / "partial", 1, last_step=20)

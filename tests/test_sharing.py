@@ -40,9 +40,6 @@ def test_a_saved_agent_acts_as_before_and_nothing_is_overwritten(tmp_path):
         load_checkpoint(tmp_path / "agent", for_training=True)
 
 
-# Exported steps -------------------------------------------------------------------------------------------
-
-
 def run_onnx(path, inputs_of, timesteps, batch):
     """Act with onnxruntime alone; ``inputs_of(timestep)`` are observations, returns-to-go and restarts."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -129,9 +126,6 @@ def test_what_cannot_be_exported_is_refused(attention, name, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run_export(ExportConfig(str(tmp_path / "run"), tmp_path / name))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-# The Hub --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

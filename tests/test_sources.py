@@ -20,7 +20,7 @@ FILE = "hopper_medium-v2.hdf5"
 
 
 @pytest.fixture(autouse=True)
-def folders(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folders(own_folders, monkeypatch):
     # Data of our own would stand in for a file that was not found, after minutes of collecting it.
     monkeypatch.setattr(
         sources, "load_embedded", lambda name, why="": pytest.fail(f"{name} not found: {why}")
@@ -49,7 +49,7 @@ def first_reward(dataset: EpisodeDataset) -> float:
     return float(dataset.rewards[0])
 
 
-def test_a_path_is_read_and_its_environment_comes_from_env_alone(tmp_path: Path) -> None:
+def test_a_path_is_read_and_its_environment_comes_from_env_alone(tmp_path):
     path = write(tmp_path / "mine.h5")
     for source in (str(path), str(shutil.copy(path, tmp_path / "mine.HDF5"))):
         dataset = load_episodes(source)
@@ -66,9 +66,7 @@ def test_a_path_is_read_and_its_environment_comes_from_env_alone(tmp_path: Path)
         check_environment(EnvironmentSpec("Pendulum-v1"), dataset.observation_dim, dataset.action_dim)
 
 
-def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_folder(tmp_path, monkeypatch):
     in_home = write(tmp_path / "home" / ".d4rl" / "datasets" / "walker2d_medium_replay-v2.hdf5", seed=1)
     home_reward = first_reward(load_episodes(str(in_home)))
     assert first_reward(load_episodes("walker2d-medium-replay")) == home_reward
@@ -85,7 +83,7 @@ def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_fol
     assert first_reward(load_episodes("walker2d-medium-replay")) == home_reward
 
 
-def test_only_the_published_file_is_called_d4rls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_published_file_is_called_d4rls(tmp_path, monkeypatch):
     path = write(tmp_path / "d4rl" / FILE)
     dataset = load_episodes("hopper-medium")
     assert dataset.dataset_id == f"file:{FILE}"
@@ -112,9 +110,7 @@ def serve(server: Server, monkeypatch: pytest.MonkeyPatch, path: str, content: b
 
 
 @pytest.mark.parametrize("place", ["", "/mirror"])
-def test_a_missing_file_is_downloaded_once_into_the_variables_folder(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
+def test_a_missing_file_is_downloaded_once_into_the_variables_folder(tmp_path, server, monkeypatch, place):
     source = write(tmp_path / "source.hdf5")
     publish(monkeypatch, source)
     serve(server, monkeypatch, f"{place}/{FILE}", source.read_bytes())
@@ -124,9 +120,7 @@ def test_a_missing_file_is_downloaded_once_into_the_variables_folder(
     assert server.requests.count(f"{place}/{FILE}") == 1
 
 
-def test_a_downloaded_file_is_used_only_if_its_content_is_right(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_downloaded_file_is_used_only_if_its_content_is_right(tmp_path, server, monkeypatch):
     content = write(tmp_path / "source.hdf5").read_bytes()  # valid, but not the file that D4RL published
     serve(server, monkeypatch, f"/{FILE}", content)
     with pytest.raises(UserError, match="does not match the known hash"):
@@ -139,7 +133,7 @@ def test_a_downloaded_file_is_used_only_if_its_content_is_right(
     assert list((tmp_path / "d4rl").glob("*hdf5")) == []
 
 
-def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp_path: Path) -> None:
+def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp_path):
     path = tmp_path / "d4rl" / "ant_medium-v2.hdf5"
     path.parent.mkdir()
     observations = np.random.default_rng(0).normal(size=(9, 111)).astype(np.float32)
@@ -162,7 +156,7 @@ def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_minari_datasets_bring_their_environment_which_env_replaces() -> None:
+def test_minari_datasets_bring_their_environment_which_env_replaces():
     create(dataset_id="test/hopper-v0", env="Hopper-v5")
     dataset = load_episodes("minari:test/hopper-v0")
     assert dataset.dataset_id == "minari:test/hopper-v0"
@@ -180,7 +174,7 @@ def test_minari_datasets_bring_their_environment_which_env_replaces() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_several_sources_are_taken_together(tmp_path: Path) -> None:
+def test_several_sources_are_taken_together(tmp_path):
     files = [str(write(tmp_path / f"{seed}.hdf5", seed)) for seed in range(2)]
     create(dataset_id="test/hopper-v0", env="Hopper-v5")
     together = load_episodes([*files, "minari:test/hopper-v0"], "Hopper-v4")

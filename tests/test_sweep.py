@@ -52,7 +52,7 @@ def last_step(run_dir: Path) -> int:
     return max((json.loads(line)["step"] for line in whole.splitlines()), default=0)
 
 
-def test_plan_goes_seed_by_seed_and_options_win_in_order(tmp_path: Path) -> None:
+def test_plan_goes_seed_by_seed_and_options_win_in_order(tmp_path):
     sweep = Sweep(
         datasets=("hopper-medium", "walker2d-medium"),
         methods={"a": {"embed_dim": 16}, "b": {"context_length": "episode"}},
@@ -74,7 +74,7 @@ def test_plan_goes_seed_by_seed_and_options_win_in_order(tmp_path: Path) -> None
     assert runs[1].run_dir == tmp_path / "hopper-medium" / "b" / "seed3"
 
 
-def test_timesteps_per_update_win_over_a_presets_batch_size(tmp_path: Path, capsys) -> None:
+def test_timesteps_per_update_win_over_a_presets_batch_size(tmp_path, capsys):
     common = {"config": "paper", "timesteps_per_update": 1280}
     [run] = plan_runs(Sweep(("hopper-medium",), {"windows": {}}, (0,), common), tmp_path)
     assert (run.config.batch_size, run.config.timesteps_per_update) == (None, 1280)
@@ -97,11 +97,7 @@ def test_timesteps_per_update_win_over_a_presets_batch_size(tmp_path: Path, caps
         ("dataset: [hopper-medium]\nmethods: {a: {}}", [], "did you mean 'datasets'"),
         ("datasets: [hopper-medium, hopper-medium]\nmethods: {a: {}}", [], "given twice"),
         ("datasets: [ant-medium]\nmethods: {a: {dataset: flowrl}}", [], "no embedded dataset 'ant-medium'"),
-        (
-            "datasets: [hopper-medium]\nmethods: {a: {timesteps_per_update: 2, batch_size: 3}}",
-            [],
-            "not both",
-        ),
+        ("datasets: [hopper-medium]\nmethods: {a: {timesteps_per_update: 2, batch_size: 3}}", [], "not both"),
         (
             "datasets: [hopper-medium]\nmethods: {a: {}}",
             ["--env", "ant-medium"],
@@ -110,7 +106,7 @@ def test_timesteps_per_update_win_over_a_presets_batch_size(tmp_path: Path, caps
         ("datasets: [ant-medium, ant-medium.hdf5]\nmethods: {a: {}}", [], "two of them have one folder name"),
     ],
 )
-def test_bad_input_is_one_line(text: str, words: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(text, words, message, tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=message) as raised:
@@ -119,9 +115,7 @@ def test_bad_input_is_one_line(text: str, words: list[str], message: str, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def test_dry_run_prints_the_plan_and_makes_nothing(
-    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_dry_run_prints_the_plan_and_makes_nothing(tiny_dataset, tmp_path, capsys):
     file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, steps=1000, seeds=(0, 1))
     assert run_sweep(["--sweep", str(file), "--runs-dir", str(tmp_path / "runs"), "--dry-run"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
@@ -131,9 +125,7 @@ def test_dry_run_prints_the_plan_and_makes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_failed_run_stops_no_other_and_is_tried_again(
-    tiny_dataset: Path, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_failed_run_stops_no_other_and_is_tried_again(tiny_dataset, tmp_path, capfd):
     file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, steps=10), tmp_path / "runs"
     plan = plan_runs(read_sweep(str(file)), runs)
     broken, good = plan[0].run_dir, plan[1].run_dir
@@ -156,7 +148,7 @@ def test_a_failed_run_stops_no_other_and_is_tried_again(
 
 
 @pytest.fixture(scope="module")
-def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_runs(tiny_dataset, tmp_path_factory):
     """The same trainings by scripts/train.py's own command line, uninterrupted; one folder per method."""
     folder = tmp_path_factory.mktemp("whole")
     for method, options in METHODS.items():
@@ -169,9 +161,7 @@ def whole_runs(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_sweep_continues_exactly(
-    number: int, whole_runs: Path, tiny_dataset: Path, held_at_20: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_sweep_continues_exactly(number, whole_runs, tiny_dataset, held_at_20, tmp_path):
     file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
     plan = plan_runs(read_sweep(str(file)), runs)
     process = start_sweep(file, runs)
@@ -200,7 +190,7 @@ def wait_until_free(run: PlannedRun) -> None:
             time.sleep(0.1)
 
 
-def test_slots_share_out_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_share_out_gpus(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     slots = Slots(jobs=4, threads=2, gpus=2)
     devices = [slots.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]

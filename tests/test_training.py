@@ -284,11 +284,7 @@ def test_an_agent_learns_its_units_from_the_data():
         TrainConfig(embed_dim=8, num_heads=2, context_length="episode", return_scale=7.0, targets=(1.0,)),
         dataset,
     )
-    assert (whole.acting, float(whole.model.return_scale), whole.config.targets) == (
-        "recurrent",
-        7.0,
-        (1.0,),
-    )
+    assert (whole.acting, float(whole.model.return_scale), whole.config.targets) == ("recurrent", 7.0, (1.0,))
     hopper = build_agent(
         TrainConfig(embed_dim=8, num_heads=2), dataset_of(np.zeros((5, 3)), EnvironmentSpec("Hopper-v4"))
     )
@@ -335,9 +331,6 @@ def test_training_works_outside_the_main_thread(tiny_dataset, tmp_path):
         results = pool.submit(train_here, tiny_dataset, tmp_path / "run", steps=5).result()
     assert len(results) == 2
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-# The average of the weights ------------------------------------------------------------------------------
 
 
 def recorded_training(tiny_dataset, run, monkeypatch, **options):

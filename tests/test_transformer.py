@@ -5,11 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from naive_linear import (
-    naive_cosformer_attention,
-    naive_linear_attention,
-    naive_performer_attention,
-)
+from naive_linear import naive_cosformer_attention, naive_linear_attention, naive_performer_attention
 
 from flowrl.attention import ATTENTION_KINDS, naive_flow_attention
 from flowrl.model.transformer import INIT_STD, ModelConfig, SequenceModel

@@ -30,7 +30,7 @@ for words in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory):
     """A wheel of a copy of the repository: building leaves files beside the sources."""
     copy, built = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("wheel")
     for name in ("flowrl", "configs"):
@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_wheel_holds_every_package_and_data_file(wheel: Path):
+def test_a_wheel_holds_every_package_and_data_file(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in find_packages(str(REPOSITORY), include=["flowrl*"]):
         assert f"{package.replace('.', '/')}/__init__.py" in names, package
@@ -58,7 +58,7 @@ def test_a_wheel_holds_every_package_and_data_file(wheel: Path):
     assert "flowrl = flowrl.__main__:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
-def test_train_resume_evaluate_and_report_from_a_wheel(wheel: Path, tiny_dataset: Path, tmp_path: Path):
+def test_train_resume_evaluate_and_report_from_a_wheel(wheel, tiny_dataset, tmp_path):
     installed, work = tmp_path / "installed", tmp_path / "work"
     work.mkdir()
     zipfile.ZipFile(wheel).extractall(installed)
