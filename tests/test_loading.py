@@ -1,6 +1,7 @@
 """Agents to files and back; what does not fit is refused by name, whatever it claims to be."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,12 @@ def test_a_loaded_agent_acts_as_the_saved_one(tmp_path, layout, attention):
         assert loaded.checkpoint_step == 40
         assert loaded.environment == ENVIRONMENT  # which is not registered here, and whose module is absent
         assert flowrl.load_agent(tmp_path, acting="window").acting == "window"
+
+
+def test_an_agent_of_windows_may_act_recurrently_by_default(tmp_path):
+    agent = make_agent(full_episodes=False)
+    save(tmp_path, Agent(agent.model, replace(agent.config, acting="recurrent")))
+    assert flowrl.load_agent(tmp_path).acting == "recurrent"
 
 
 def test_checkpoints_are_chosen_by_step(tmp_path):

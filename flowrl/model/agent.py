@@ -34,12 +34,14 @@ class AgentConfig:
     context_length: Size
     """Timesteps of the longest window seen in training."""
     full_episodes: bool
-    """Whether windows were whole episodes; decides how the agent acts by default."""
+    """Whether windows were whole episodes."""
     targets: tuple[float, ...]
     """Target returns to evaluate at."""
     reward_mode: Literal["dense", "delayed"] = "dense"
     conditioning: Conditioning = "return-to-go"
     """What actions are conditioned on while acting: the target less what was earned, or the target itself."""
+    acting: Acting | None = None
+    """How it acts by default; None: recurrently after whole episodes, else on windows."""
     dataset_id: str = ""
     dataset_sha256: str = ""
     environment: EnvironmentSpec | None = None
@@ -74,7 +76,7 @@ class Agent:
         self.model = model
         self.config = config
         by_default: Acting = "recurrent" if config.full_episodes or not model.has_memory else "window"
-        self.acting: Acting = acting or by_default
+        self.acting: Acting = acting or config.acting or by_default
         self.conditioning = conditioning or config.conditioning
         self.temperature = temperature  # of discrete actions, drawn; 0 takes the likeliest
         self.noise = noise  # standard deviation, on continuous actions of bounds -1 and 1

@@ -140,12 +140,13 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset, device: torch.devi
         targets=targets[:1] if config.agent == "bc" else targets,  # to which it is blind: one will do
         reward_mode=config.reward_mode,
         conditioning=config.conditioning,
+        acting=config.acting,
         dataset_id=dataset.dataset_id,
         dataset_sha256=dataset.sha256,
         environment=dataset.environment,
         reference=dataset.reference,
     )
-    return Agent(model, agent_config, acting=config.acting)
+    return Agent(model, agent_config)
 
 
 def _model_config(
