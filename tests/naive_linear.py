@@ -1,4 +1,4 @@
-"""The linear kinds of attention straight from their formulas, quadratic in length, as references."""
+"""Kinds of attention other than Flow-Attention from their formulas, quadratic in length, as references."""
 
 import math
 
@@ -41,6 +41,11 @@ def naive_cosformer_attention(
     return _weighted_mean(
         queries.relu() @ keys.relu().mT * torch.cos(math.pi / 2 * distances / max_tokens), values
     )
+
+
+def naive_softmax_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Exponentials of q . k / sqrt(head_dim) as weights, without any measure against overflow."""
+    return _weighted_mean((queries @ keys.mT / queries.shape[-1] ** 0.5).exp(), values)
 
 
 def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Acting, slot by slot and step by step, against forward passes over the recorded history."""
 
-from dataclasses import replace
 from functools import partial
 
 import gymnasium
@@ -9,37 +8,24 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from test_transformer import make_model, window_of
 
 from flowrl.attention import ATTENTION_KINDS
-from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
-from flowrl.window import Window
+from flowrl.model import Agent, AgentConfig
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 LAYOUTS = ("interleaved", "fused")
 KINDS = [(kind, 0) for kind in (*ATTENTION_KINDS, "gru")] + [("flow", 3)]  # and a convolution's width
 
 
-def make_agent(
-    layout="interleaved",
-    attention="flow",
-    acting="recurrent",
-    context_length=5,
-    convolution_width=0,
-    **options,
-):
-    torch.manual_seed(0)
-    config = ModelConfig(3, 2, 1000, attention, layout, num_layers=2, embed_dim=16, num_heads=2, dropout=0.5)
-    model = SequenceModel(replace(config, convolution_width=convolution_width))
-    with torch.no_grad():
-        for parameter in model.parameters():  # large enough that the whole history has a say
-            parameter.add_(0.15 * torch.randn_like(parameter))
-        model.observation_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
-        model.observation_std.copy_(torch.tensor([2.0, 0.5, 1.0]))
-        model.return_scale.fill_(500.0)
-        model.action_low.copy_(torch.from_numpy(LOW))
-        model.action_high.copy_(torch.from_numpy(HIGH))
-    agent_config = AgentConfig(model.config, context_length, full_episodes=True, targets=(300.0,), **options)
-    return Agent(model, agent_config, acting=acting)
+def make_agent(layout="interleaved", attention="flow", acting="recurrent", context_length=5, **options):
+    """Weights are large enough that the whole history has a say."""
+    own = {name: options.pop(name) for name in ("reward_mode", "conditioning") if name in options}
+    options = {"max_timesteps": 1000, "context_tokens": 4096, "dropout": 0.5, "noise": 0.15} | options
+    model = make_model(layout, attention, dtype=torch.float32, **options)
+    model.return_scale.fill_(500.0)
+    config = AgentConfig(model.config, context_length, full_episodes=True, targets=(300.0,), **own)
+    return Agent(model, config, acting=acting)
 
 
 def observation_of(seed, t):
@@ -67,44 +53,31 @@ def predicted(agent, seed, actions, target, start, stop):
     returns_to_go = target - np.concatenate(([0.0], np.cumsum(rewards)[:-1]))
     previous = np.concatenate((np.zeros((1, 2), np.float32), actions[:-1]))
     observations = np.stack([observation_of(seed, t) for t in range(stop)])
-    part = slice(start, stop)
-    window = Window(
-        *(
-            torch.from_numpy(np.ascontiguousarray(array[part], dtype=kind))[None]
-            for array, kind in (
-                (observations, np.float32),
-                (actions[:stop], np.float32),
-                (previous[:stop], np.float32),
-                (returns_to_go, np.float32),
-                (np.arange(stop), np.int64),
-                (np.ones(stop), bool),
-            )
-        )
-    )
+    arrays = (array[None, start:stop] for array in (observations, actions, previous, returns_to_go))
     with torch.no_grad():
-        output = agent.model.eval()(window)[0].numpy()
+        output = agent.model.eval()(window_of(*arrays, start))[0].numpy()
     return LOW + (output + 1) / 2 * (HIGH - LOW)
 
 
 @pytest.mark.parametrize(("attention", "convolution_width"), KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_recurrent_acting_equals_the_parallel_forward_after_1000_timesteps(
-    layout, attention, convolution_width
-):
+def test_recurrent_acting_equals_the_parallel_forward(layout, attention, convolution_width):
+    timesteps = 1000 if attention == "flow" else 200
     agent = make_agent(layout, attention, convolution_width=convolution_width)
-    actions = play(agent, 7, 1000, 300.0)
-    expected = predicted(agent, 7, actions, 300.0, 0, 1000)
+    actions = play(agent, 7, timesteps, 300.0)
+    expected = predicted(agent, 7, actions, 300.0, 0, timesteps)
     assert np.abs(actions - expected).max() < 1e-4
-    assert actions[500:].std(axis=0).min() > 0.02
+    assert actions[timesteps // 2 :].std(axis=0).min() > 0.02
 
 
-@pytest.mark.parametrize(("attention", "convolution_width"), KINDS)
+@pytest.mark.parametrize(
+    ("attention", "convolution_width", "context_length"), [("flow", 0, 1), *((*kind, 5) for kind in KINDS)]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("context_length", [1, 5])
 def test_window_acting_equals_a_forward_over_the_last_timesteps(
     layout, attention, convolution_width, context_length
 ):
-    agent = make_agent(layout, attention, "window", context_length, convolution_width)
+    agent = make_agent(layout, attention, "window", context_length, convolution_width=convolution_width)
     actions = play(agent, 3, 14, 300.0)
     for stop in range(1, 15):
         expected = predicted(agent, 3, actions, 300.0, max(0, stop - context_length), stop)[-1]
@@ -113,9 +86,14 @@ def test_window_acting_equals_a_forward_over_the_last_timesteps(
     assert np.abs(actions[-1] - whole).max() > 1e-4  # the window does forget
 
 
-@pytest.mark.parametrize(("attention", "convolution_width"), KINDS)
-@pytest.mark.parametrize("acting", ["recurrent", "window"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "acting", "attention", "convolution_width"),
+    [
+        *(("fused", "recurrent", *kind) for kind in KINDS),
+        *(("interleaved", acting, "flow", 0) for acting in ("recurrent", "window")),
+        ("fused", "window", "flow", 3),
+    ],
+)
 def test_slots_restart_and_leave_without_touching_one_another(layout, acting, attention, convolution_width):
     """Slots with their own targets, restarted and dropped at will, act like agents of their own."""
     agent = make_agent(layout, attention, acting, convolution_width=convolution_width)
@@ -150,13 +128,16 @@ def test_slots_restart_and_leave_without_touching_one_another(layout, acting, at
 
 
 @pytest.mark.parametrize("acting", ["recurrent", "window"])
-def test_delayed_rewards_never_lower_the_return_to_go(acting):
-    agent = make_agent(acting=acting, reward_mode="delayed")
-    with_rewards = play(agent, 5, 10, 300.0)
-    agent.reset(1, 300.0)
-    without = np.stack([agent.act(observation_of(5, t)[None], np.zeros(1))[0] for t in range(10)])
-    assert np.array_equal(with_rewards, without)
-    assert not np.allclose(with_rewards, play(make_agent(acting=acting), 5, 10, 300.0), atol=1e-6)
+@pytest.mark.parametrize("option", [{"reward_mode": "delayed"}, {"conditioning": "target"}])
+def test_rewards_change_nothing_where_they_are_delayed_or_the_target_alone_counts(option, acting):
+    usual = make_agent(acting=acting)
+    chosen = [Agent(usual.model, usual.config, acting=acting, **option)] if "conditioning" in option else []
+    for agent in (make_agent(acting=acting, **option), *chosen):
+        with_rewards = play(agent, 5, 10, 300.0)
+        agent.reset(1, 300.0)
+        without = np.stack([agent.act(observation_of(5, t)[None], np.zeros(1))[0] for t in range(10)])
+        np.testing.assert_array_equal(with_rewards, without)
+        assert not np.allclose(with_rewards, play(usual, 5, 10, 300.0), atol=1e-6)
 
 
 def test_actions_reach_the_bounds_and_never_pass_them():
@@ -195,8 +176,12 @@ def test_a_value_that_is_not_finite_names_its_environment(acting, bad):
     assert np.array_equal(agent.act(observations, np.ones(3)), refused)
 
 
-def test_shapes_and_targets_that_do_not_fit_are_refused():
+def test_calls_that_do_not_fit_are_refused():
     agent = make_agent()
+    with pytest.raises(RuntimeError, match=r"call reset\(num_envs, target_return\) before act"):
+        agent.act(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="autoreset_mode 'never'"):
+        agent.reset(1, 300.0, autoreset_mode="never")
     agent.reset(2, 300.0)
     with pytest.raises(ValueError, match=r"observations has shape \(2, 4\).*\(2, 3\)"):
         agent.act(np.zeros((2, 4)))
@@ -208,20 +193,6 @@ def test_shapes_and_targets_that_do_not_fit_are_refused():
         agent.reset(2, np.array([1.0, 2.0, 3.0]))
     with pytest.raises(ValueError, match="target_return"):
         agent.reset(2, np.array([1.0, np.nan]))
-
-
-@pytest.mark.parametrize("acting", ["recurrent", "window"])
-def test_conditioned_on_the_target_rewards_change_nothing(acting):
-    trained = make_agent(acting=acting, conditioning="target")
-    chosen = Agent(make_agent().model, make_agent().config, acting=acting, conditioning="target")
-    for agent in (trained, chosen):
-        agent.reset(1, 300.0)
-        acted = [agent.act(observation_of(0, t)[None], np.array([reward_of(0, t)])) for t in range(12)]
-        agent.reset(1, 300.0)
-        unrewarded = [agent.act(observation_of(0, t)[None], np.zeros(1)) for t in range(12)]
-        np.testing.assert_array_equal(acted, unrewarded)
-    usual = make_agent(acting=acting)
-    assert not np.allclose(play(usual, 0, 12, 300.0)[-1], play(chosen, 0, 12, 300.0)[-1], atol=1e-6)
 
 
 class Counter(gymnasium.Env):
@@ -245,15 +216,14 @@ class Counter(gymnasium.Env):
 
 
 @pytest.mark.parametrize("acting", ["recurrent", "window"])
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_episodes_start_anew_in_every_autoreset_mode(mode, layout, acting):
+def test_episodes_start_anew_in_every_autoreset_mode(mode, acting):
     """Slots end after 3 and 4 timesteps; each of their episodes is acted in as by a fresh agent."""
     lengths, played = (3, 4), {}
     envs = SyncVectorEnv(
         [partial(Counter, slot, length) for slot, length in enumerate(lengths)], autoreset_mode=mode
     )
-    agent = make_agent(layout, acting=acting)
+    agent = make_agent("fused", acting=acting)
     agent.reset(2, 300.0, autoreset_mode=envs.metadata["autoreset_mode"])
     observations, _ = envs.reset()
     rewards = terminations = truncations = None
@@ -269,7 +239,7 @@ def test_episodes_start_anew_in_every_autoreset_mode(mode, layout, acting):
             observations, _ = envs.reset(options={"reset_mask": over})
     assert len(played) >= 6
     for (slot, episode), actions in played.items():
-        expected = play(make_agent(layout, acting=acting), 10 * slot + episode, len(actions), 300.0)
+        expected = play(make_agent("fused", acting=acting), 10 * slot + episode, len(actions), 300.0)
         np.testing.assert_allclose(np.stack(actions), expected, atol=1e-5)
         assert len(actions) <= lengths[slot]
 
@@ -299,39 +269,14 @@ def test_a_target_may_change_in_mid_episode():
     )
 
 
-def test_acting_before_a_reset_is_an_error():
-    with pytest.raises(RuntimeError, match=r"call reset\(num_envs, target_return\) before act"):
-        make_agent().act(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="autoreset_mode 'never'"):
-        make_agent().reset(1, 300.0, autoreset_mode="never")
-
-
-def make_discrete_agent(choices, layout="fused", acting="recurrent", temperature=0.0):
-    torch.manual_seed(0)
-    config = ModelConfig(
-        *(3, sum(choices), 1000, "flow", layout),
-        num_layers=1,
-        embed_dim=16,
-        num_heads=2,
-        action_choices=choices,
-    )
-    model = SequenceModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        model.action_low.zero_()
-    return Agent(model, AgentConfig(config, 5, True, (1.0,)), acting=acting, temperature=temperature)
-
-
 def test_the_loss_of_discrete_actions_is_their_cross_entropy():
-    model = make_discrete_agent((3, 2)).model.eval()
+    model = make_agent(action_choices=(3, 2)).model
     generator = np.random.default_rng(0)
     indices = np.stack([generator.integers(n, size=(2, 5)) for n in (3, 2)], axis=-1)
     one_hot = np.concatenate([np.eye(n)[indices[..., i]] for i, n in enumerate((3, 2))], axis=-1)
-    actions = torch.from_numpy(one_hot).float()
     valid = torch.tensor([[True] * 5, [True, True, False, False, False]])
-    observations, timesteps = torch.randn(2, 5, 3), torch.arange(5).expand(2, 5)
-    window = Window(observations, actions, actions.roll(1, 1), torch.ones(2, 5), timesteps, valid)
+    arrays = (torch.randn(2, 5, 3), one_hot, np.roll(one_hot, 1, 1), np.ones((2, 5)))
+    window = window_of(*arrays)._replace(valid=valid)
     logits = model(window).detach().double().numpy()
     total = 0.0
     for row, t in zip(*np.nonzero(valid.numpy()), strict=True):
@@ -341,23 +286,25 @@ def test_the_loss_of_discrete_actions_is_their_cross_entropy():
 
 
 @pytest.mark.parametrize("acting", ["recurrent", "window"])
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("choices", [(4,), (3, 2)])
-def test_discrete_actions_are_the_likeliest_choices(choices, layout, acting):
-    agent = make_discrete_agent(choices, layout, acting)
+def test_discrete_actions_are_the_likeliest_choices(choices, acting):
+    agent = make_agent("fused", acting=acting, action_choices=choices, noise=0.3)
     agent.reset(3, 1.0)
-    for t in range(4):
-        actions = agent.act(np.random.default_rng(t).normal(size=(3, 3)), np.zeros(3))
-        assert actions.shape == ((3,) if len(choices) == 1 else (3, 2))
+    observations = np.random.default_rng(0).normal(0, 4, size=(3, 5, 3))
+    one_hot, seen = np.zeros((3, 5, sum(choices))), set()
+    for t in range(5):
+        logits = agent.model(window_of(observations, one_hot, np.roll(one_hot, 1, 1), np.ones((3, 5))))[:, t]
+        likeliest = [part.argmax(-1).numpy() for part in logits.split(choices, dim=-1)]
+        actions = agent.act(observations[:, t], np.zeros(3))
+        np.testing.assert_array_equal(actions, likeliest[0] if len(choices) == 1 else np.stack(likeliest, 1))
         assert actions.dtype == np.int64
-        assert (actions.reshape(3, -1) < np.array(choices)).all()
-        one_hot = agent._state.previous_actions.numpy()
-        assert (one_hot.sum(axis=1) == len(choices)).all()
-        assert set(np.unique(one_hot)) == {0, 1}
+        one_hot[:, t] = np.hstack([np.eye(n)[chosen] for n, chosen in zip(choices, likeliest, strict=True)])
+        seen |= {(part, choice) for part, chosen in enumerate(likeliest) for choice in chosen}
+    assert len(seen) > len(choices)  # not always the same
 
 
 def test_a_temperature_draws_from_the_softmax():
-    model = make_discrete_agent((3,)).model
+    model = make_agent(action_choices=(3,)).model
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0, -1.0])
     drawn = model.to_actions(logits.expand(40_000, 3), temperature=2.0).mean(0)

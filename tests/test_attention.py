@@ -1,20 +1,25 @@
 """Every form of Flow-Attention against the naive one, and the naive one against a loop over the formula."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from attention_forms import assert_all_close, saved_by, stepped, tokens, with_gradients
-from naive_linear import naive_cosformer_attention, naive_linear_attention, naive_performer_attention
+from naive_linear import (
+    naive_cosformer_attention,
+    naive_linear_attention,
+    naive_performer_attention,
+    naive_softmax_attention,
+)
 
 from flowrl.attention import (
     ATTENTION_KINDS,
     flow_attention,
     flow_attention_step,
+    linear,
     naive_flow_attention,
-    softmax_attention,
-    softmax_attention_step,
 )
 from flowrl.attention.flow import blocks, flow_attention_decode
 
@@ -22,6 +27,7 @@ CHUNKS = (2, 3, 3, 1, 7, 3, 1, 20)  # tokens at a time
 LENGTHS = (1, 2, 127, 128, 129, 3000)
 NAIVE = {
     "flow": naive_flow_attention,
+    "softmax": naive_softmax_attention,
     "linear": naive_linear_attention,
     "performer": naive_performer_attention,
     "cosformer": naive_cosformer_attention,
@@ -95,47 +101,42 @@ def test_naive_bidirectional_form_is_the_formula():
         np.testing.assert_allclose(row, allocation * aggregated / flow_in, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", NAIVE)
-def test_parallel_recurrent_and_naive_forms_agree(name, length, dtype):
+@pytest.mark.parametrize(
+    ("name", "length", "options"),
+    [
+        *((name, length, {}) for name in NAIVE for length in LENGTHS if (name, length) != ("softmax", 3000)),
+        *(("flow", 200, {"clamp": clamp}) for clamp in (0.3, 1.0)),
+    ],
+)
+def test_parallel_recurrent_and_naive_forms_agree(name, length, options):
     kind = ATTENTION_KINDS[name]
     q, k, v, weight = tokens(length, heads=1 if length > 1000 else 2, batch=1 if length > 1000 else 2)
-    expected = with_gradients(NAIVE[name], q, k, v, weight)
-    cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
-    actual = with_gradients(kind.parallel, *cast)
-    assert actual[0].dtype == dtype
-    assert_all_close(actual, expected, TOLERANCE[dtype])
-    steps = stepped(*cast[:3], step=kind.step).double()
-    assert (steps - expected[0]).abs().max() <= TOLERANCE[dtype] * max(1.0, expected[0].abs().max())
+    expected = with_gradients(NAIVE[name], q, k, v, weight, **options)
+    assert not options or (expected[0] - naive_flow_attention(q, k, v, clamp=1e9)).abs().max() > 1e-3
+    for dtype, tolerance in TOLERANCE.items():
+        cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
+        actual = with_gradients(kind.parallel, *cast, **options)
+        assert actual[0].dtype == dtype
+        assert_all_close(actual, expected, tolerance)
+        if length < 1000:
+            outputs = in_chunks(partial(kind.decode, **options), cast[:3], 7)[0].double()
+            assert (outputs - expected[0]).abs().max() <= tolerance * max(1.0, expected[0].abs().max())
+        if length < 1000 or dtype == torch.float32:  # as agents act
+            outputs = stepped(*cast[:3], step=partial(kind.step, **options)).double()
+            assert (outputs - expected[0]).abs().max() <= tolerance * max(1.0, expected[0].abs().max())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("clamp", [0.3, 1.0])
-def test_forms_agree_where_the_clamp_binds(clamp, dtype):
-    q, k, v, weight = tokens(200, batch=2)
-    expected = with_gradients(naive_flow_attention, q, k, v, weight, clamp=clamp)
-    unclamped = with_gradients(naive_flow_attention, q, k, v, weight, clamp=1e9)
-    assert (expected[0] - unclamped[0]).abs().max() > 1e-3
-    cast = [tensor.to(dtype) for tensor in (q, k, v, weight)]
-    assert_all_close(with_gradients(flow_attention, *cast, clamp=clamp), expected, TOLERANCE[dtype])
-    outputs = stepped(*cast[:3], clamp=clamp)
-    assert (outputs.double() - expected[0]).abs().max() <= TOLERANCE[dtype]
-
-
-def use_short_blocks(monkeypatch, block):
-    """Blocks of so many tokens put every kind of boundary into a few tokens."""
-    monkeypatch.setattr(blocks, "ONE_BLOCK", block)
-    monkeypatch.setattr(blocks, "SHORTEST_BLOCK", block)
-
-
-@pytest.mark.parametrize("length", [3, 4, 5, 12, 47])
-def test_state_carries_over_blocks(monkeypatch, length):
-    use_short_blocks(monkeypatch, 4)
-    q, k, v, weight = tokens(length, batch=2, head_dim=4)
-    for clamp in (0.5, 10.0):
-        expected = with_gradients(naive_flow_attention, q, k, v, weight, clamp=clamp)
-        assert_all_close(with_gradients(flow_attention, q, k, v, weight, clamp=clamp), expected, 1e-10)
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 12, 19, 47])
+@pytest.mark.parametrize("name", [name for name in NAIVE if name != "softmax"])
+def test_states_carry_over_blocks(monkeypatch, name, length):
+    """Blocks of four tokens put every kind of boundary into a few."""
+    for module in (blocks, linear):
+        monkeypatch.setattr(module, "ONE_BLOCK", 4)
+        monkeypatch.setattr(module, "SHORTEST_BLOCK", 4)
+    inputs = tokens(length, batch=5, head_dim=4, value_dim=3)
+    for options in ({}, {"clamp": 0.5}) if name == "flow" else ({},):
+        expected = with_gradients(NAIVE[name], *inputs, **options)
+        assert_all_close(with_gradients(ATTENTION_KINDS[name].parallel, *inputs, **options), expected, 1e-10)
 
 
 def test_eps_and_value_width_are_honoured():
@@ -208,64 +209,58 @@ def test_extreme_inputs_stay_finite_at_length_65536():
     assert stepped(*last_steps).isfinite().all()
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_does_not_lower_the_precision(causal, dtype):
+@pytest.mark.parametrize(
+    ("name", "options", "dtype"),
+    [
+        *(
+            ("flow", {"causal": causal}, dtype)
+            for causal in (True, False)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+        *((name, {}, torch.bfloat16) for name in ("linear", "performer", "cosformer")),
+    ],
+)
+def test_autocast_does_not_lower_the_precision(name, options, dtype):
     """Under autocast a projection hands over bfloat16; sums must not follow it, nor lower float32 input."""
     inputs = [tensor.to(dtype) for tensor in tokens(1000)]
-    exact = with_gradients(naive_flow_attention, *(tensor.double() for tensor in inputs), causal=causal)
+    exact = with_gradients(NAIVE[name], *(tensor.double() for tensor in inputs), **options)
     queries, keys, values = (tensor.clone().requires_grad_() for tensor in inputs[:3])
     with torch.autocast("cpu", torch.bfloat16):
-        output = flow_attention(queries, keys, values, causal=causal)
-        steps = stepped(*inputs[:3]) if causal else output
+        output = ATTENTION_KINDS[name].parallel(queries, keys, values, **options)
+        steps = (
+            stepped(*inputs[:3], step=ATTENTION_KINDS[name].step) if options != {"causal": False} else output
+        )
     (output * inputs[3]).sum().backward()
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
-    for value, reference in zip(
-        (output, queries.grad, keys.grad, values.grad, steps), (*exact, exact[0]), strict=True
-    ):
+    actual = (output, queries.grad, keys.grad, values.grad, steps)
+    for value, reference in zip(actual, (*exact, exact[0]), strict=True):
         assert value.dtype == dtype
         assert ((value.double() - reference).abs() <= rounding * reference.abs() + 1e-5).all()
 
 
-def test_memory_is_linear_in_length():
-    head_dim = 64
+@pytest.mark.parametrize("head_dim", [64, 48])  # C++ does the first, torch the second
+def test_memory_is_linear_in_length(head_dim):
     (short, _), (long, largest) = (saved_by(flow_attention, length, head_dim) for length in (2048, 4096))
     assert 1.9 * short < long < 2.1 * short
     assert long < 4096 * head_dim * head_dim * 4 / 4  # no (length, head_dim, head_dim) tensor is kept
     assert largest <= 3 * 4096 * head_dim  # nor made on the way; nor one of (length, length)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_softmax_step_equals_its_parallel_form(dtype):
-    inputs = tokens(200, batch=2, head_dim=8, value_dim=8, dtype=dtype)[:3]
-    q, k, v = inputs
-    scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(
-        ~torch.ones(200, 200, dtype=torch.bool).tril(), -torch.inf
-    )
-    expected = scores.softmax(-1) @ v
-    assert (softmax_attention(*inputs) - expected).abs().max() < TOLERANCE[dtype]
-    assert (stepped(*inputs, step=softmax_attention_step) - expected).abs().max() < TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize(
-    ("queries", "keys", "values", "causal"),
+    ("attention", "queries", "keys", "values"),
     [
-        ((2, 3, 8), (2, 3, 8), (2, 3, 8), True),
-        ((1, 2, 3, 8), (1, 2, 3, 4), (1, 2, 3, 8), True),
-        ((1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8), True),
-        ((1, 2, 3, 8), (1, 2, 4, 8), (1, 2, 4, 8), True),
-        ((1, 2, 0, 8), (1, 2, 0, 8), (1, 2, 0, 8), True),
+        (flow_attention, (2, 3, 8), (2, 3, 8), (2, 3, 8)),
+        (flow_attention, (1, 2, 3, 8), (1, 2, 3, 4), (1, 2, 3, 8)),
+        (flow_attention, (1, 2, 3, 8), (1, 1, 3, 8), (1, 1, 3, 8)),
+        (flow_attention, (1, 2, 3, 8), (1, 2, 4, 8), (1, 2, 4, 8)),
+        (flow_attention, (1, 2, 0, 8), (1, 2, 0, 8), (1, 2, 0, 8)),
+        (flow_attention_step, (1, 2, 3, 8), (1, 2, 3, 8), (1, 2, 3, 8)),
+        (flow_attention_step, (2, 3, 8), (2, 3, 8), (2, 1, 8)),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(queries, keys, values, causal):
-    with pytest.raises(ValueError, match=r"queries|flow_attention"):
-        flow_attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values), causal=causal)
-
-
-def test_step_refuses_shapes_that_do_not_fit():
-    for query, value in (((1, 2, 3, 8), (1, 2, 3, 8)), ((2, 3, 8), (2, 1, 8))):
-        with pytest.raises(ValueError, match="flow_attention_step"):
-            flow_attention_step(torch.zeros(query), torch.zeros(query), torch.zeros(value))
+def test_shapes_that_do_not_fit_are_refused(attention, queries, keys, values):
+    with pytest.raises(ValueError, match=f"queries|{attention.__name__}"):
+        attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values))
 
 
 def in_chunks(decode, inputs, chunks=CHUNKS, state=None, **options):
@@ -315,10 +310,3 @@ def test_rows_do_not_mix_whatever_the_layout_in_memory():
     assert (actual - expected).abs().max() < 1e-10
     alone, _ = in_chunks(flow_attention_decode, [tensor[2:3] for tensor in inputs], 3)
     assert (alone - expected[2:3]).abs().max() < 1e-10
-
-
-@pytest.mark.parametrize("name", list(ATTENTION_KINDS))
-def test_every_kind_takes_a_few_tokens_at_once(name):
-    kind, inputs = ATTENTION_KINDS[name], tokens(sum(CHUNKS), value_dim=8)[:3]
-    actual, _ = in_chunks(kind.decode, inputs)
-    assert (actual - kind.parallel(*inputs)).abs().max() < 1e-10

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EPISODE_LENGTHS
+from test_transformer import give_units
 from tiny_training import figures, resume_here, train_here
 
 import flowrl
@@ -14,7 +15,6 @@ from flowrl.data.dataset import build_episodes, top_episodes
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
 from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
-from flowrl.window import Window
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 
@@ -24,10 +24,7 @@ def make_agent(acting=None, context_length=4):
     model = BehaviorCloningModel(BehaviorCloningConfig(3, 2, 1000, num_layers=2, embed_dim=16, dropout=0.5))
     with torch.no_grad():
         model.mlp[-1].weight.mul_(20)  # so that some actions reach the bounds
-        model.observation_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
-        model.observation_std.copy_(torch.tensor([2.0, 0.5, 1.0]))
-        model.action_low.copy_(torch.from_numpy(LOW))
-        model.action_high.copy_(torch.from_numpy(HIGH))
+    give_units(model)
     config = AgentConfig(model.config, context_length, full_episodes=False, targets=(300.0,))
     return Agent(model, config, acting=acting)
 
@@ -61,18 +58,6 @@ def test_actions_are_those_of_the_perceptron_whatever_came_before(acting):
         assert (actions >= LOW).all()
         assert (actions <= HIGH).all()
         np.testing.assert_allclose(actions, by_hand(agent.model, observations), atol=1e-5)
-
-
-def test_loss_is_the_mean_squared_error_of_valid_timesteps():
-    model, random = make_agent().model.eval(), np.random.default_rng(1)
-    observations, actions = random.normal(size=(3, 5, 3)), random.uniform(LOW, HIGH, size=(3, 5, 2))
-    valid = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=bool)
-    width = (HIGH - LOW) / 2
-    expected = np.square((by_hand(model, observations) - actions) / width)[valid].mean()
-    zeros = torch.zeros(3, 5)
-    observed, taken = (torch.from_numpy(x).float() for x in (observations, actions))
-    window = Window(observed, taken, taken, zeros, zeros.long(), torch.from_numpy(valid))
-    assert model.loss(window).item() == pytest.approx(expected, rel=1e-5)
 
 
 def episodes(returns, lengths):

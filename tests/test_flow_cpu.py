@@ -13,7 +13,6 @@ import torch
 from attention_forms import (
     assert_all_close,
     computed_by,
-    saved_by,
     tokens,
     unwritten_is_nan,  # noqa: F401
     with_gradients,
@@ -31,7 +30,7 @@ pytestmark = [
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 cpp_flow_attention = computed_by(cpu)
-LENGTHS = (1, 2, 63, 64, 65, 129, 300)
+SIZES = [*((length, 16) for length in (1, 2, 63, 64, 65, 129, 300)), *((140, width) for width in WIDTHS[1:])]
 
 
 def inputs_of(length, width, *, dtype=torch.float64, batch=2, heads=2, seed=0):
@@ -39,9 +38,9 @@ def inputs_of(length, width, *, dtype=torch.float64, batch=2, heads=2, seed=0):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("length", LENGTHS)
-def test_outputs_and_gradients_are_the_naive_ones(length, dtype):
-    inputs = inputs_of(length, 16)
+@pytest.mark.parametrize(("length", "width"), SIZES)
+def test_outputs_and_gradients_are_the_naive_ones(length, width, dtype):
+    inputs = inputs_of(length, width)
     cast = [tensor.to(dtype) for tensor in inputs]
     assert cpu.supports(*cast[:3])
     for options in ({}, {"clamp": 0.9}, {"clamp": 0.3}, {"eps": 0.05}):
@@ -49,14 +48,6 @@ def test_outputs_and_gradients_are_the_naive_ones(length, dtype):
         actual = with_gradients(cpp_flow_attention, *cast, **options)
         assert actual[0].dtype == dtype
         assert_all_close(actual, expected, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_every_width_of_heads(width):
-    inputs = inputs_of(140, width, batch=1)
-    expected = with_gradients(naive_flow_attention, *inputs)
-    actual = with_gradients(cpp_flow_attention, *(tensor.float() for tensor in inputs))
-    assert_all_close(actual, expected, 1e-5)
 
 
 def test_slices_of_one_projection_and_any_other_layout_give_the_same():
@@ -83,12 +74,6 @@ def test_neither_threads_nor_other_sequences_change_a_bit():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(cpu.forward(*inputs[:3], 10.0, 1e-6, False)[0], expected[0])  # nothing kept
-
-
-def test_memory_is_linear_in_length():
-    (short, _), (long, largest) = (saved_by(cpp_flow_attention, length, 64) for length in (2048, 4096))
-    assert 1.9 * short < long < 2.1 * short
-    assert largest <= 3 * 4096 * 64  # gradients of queries, keys and values, side by side
 
 
 def test_training_takes_it_where_it_applies(monkeypatch):

@@ -33,6 +33,7 @@ def test_kernels_are_chosen_and_agree_with_the_naive_form(length, head_dim):
     exact = with_gradients(naive_flow_attention, *inputs)
     assert_all_close(with_gradients(flow_attention, *inputs), exact, 1e-10)
     rounded = [x.float() for x in inputs]
+    assert not supports(*rounded[:2], rounded[2][..., :5])
     assert supports(*rounded[:3]) or torch.cuda.get_device_capability() < (8, 0)
     assert_all_close(with_gradients(flow_attention, *rounded), exact, 1e-5)
 

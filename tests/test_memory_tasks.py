@@ -1,19 +1,15 @@
 """Memory tasks: their environments, one and many at a time, their data, and acting far beyond its length."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
-import torch
 from gymnasium.utils.env_checker import check_env
 from tiny_training import resume_here, train_here
 
 from flowrl import load_agent
-from flowrl.attention.flow.naive import naive_flow_attention
-from flowrl.attention.kinds import attention_kind
 from flowrl.behavior.shipped import load_behavior
 from flowrl.data import load_episodes
 from flowrl.data.collect import collect
@@ -163,19 +159,6 @@ def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused():
     ):
         with pytest.raises(UserError, match="max_episode_steps 19: its episodes have 20"):
             refused()
-
-
-@pytest.mark.parametrize("source_clamp", [2.0, 10.0, 20.0])
-def test_the_source_clamp_bounds_how_far_a_timestep_stands_out(source_clamp):
-    torch.manual_seed(0)
-    first, later = torch.full((1, 1, 1, 4), -9.0), torch.ones(1, 1, 40, 4)  # closed gates: tiny flows
-    keys, values = torch.cat((first, later), dim=2), torch.randn(1, 1, 41, 4)
-    kind = attention_kind("flow", 41, source_clamp)
-    outputs, state = kind.decode(keys, keys, values, None)
-    plain = naive_flow_attention(keys, keys, values, clamp=source_clamp)
-    torch.testing.assert_close(outputs, plain, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(kind.parallel(keys, keys, values), plain, rtol=1e-3, atol=1e-6)
-    assert math.exp(source_clamp) <= state.sum_exponentials.item() <= 41 * math.exp(source_clamp)
 
 
 @pytest.mark.parametrize(("task", "strength"), [("Cued", 0.1), ("Hidden", 0.2), ("Hidden", 1.0)])

@@ -1,14 +1,16 @@
 """Acting, dropout and linear layers as flowrl.native puts them into a model, against plain torch."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
+import test_transformer
 import torch
 from torch import nn
 
 from flowrl.attention import ATTENTION_KINDS
-from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
+from flowrl.model import Agent, AgentConfig
 from flowrl.native import kernels, linear
 from flowrl.native.accelerate import accelerate_acting, accelerate_training
 from flowrl.native.dropout import FastDropout
@@ -21,13 +23,7 @@ def fresh_checks(monkeypatch):
     monkeypatch.setattr(kernels, "_trusted", {})
 
 
-def make_model(seed=0, **options):
-    torch.manual_seed(seed)
-    shape = {"num_layers": 2, "embed_dim": 64, "num_heads": 2, **options}
-    model = SequenceModel(ModelConfig(5, 3, 50, **shape))
-    for parameter in model.parameters():  # biases and norms that matter, too
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+make_model = partial(test_transformer.make_model, dtype=torch.float32, noise=0.1, embed_dim=64)
 
 
 def is_accelerated(model):
@@ -38,7 +34,7 @@ def timesteps_of(batch, steps, seed=1):
     """Observations, returns-to-go, timesteps and the actions taken before them."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        drawn = [torch.randn(batch, *shape, generator=generator) for shape in ((5,), (), (3,))]
+        drawn = [torch.randn(batch, *shape, generator=generator) for shape in ((3,), (), (2,))]
         yield *drawn[:2], torch.full((batch,), step), drawn[2]
 
 
@@ -64,7 +60,7 @@ def act(model, inputs, state):
     ],
 )
 def test_actions_and_states_are_the_blocks_own(batch, options, layout):
-    model = make_model(token_layout=layout, **options)
+    model = make_model(layout, **options)
     expected, expected_state = act(model, timesteps_of(batch, 20), model.start(batch))
     accelerate_acting(model)
     assert is_accelerated(model)
@@ -126,7 +122,7 @@ def test_agents_accelerate_their_model_at_every_reset():
     agent.acting = "recurrent"
     agent.reset(2, 1.0)
     first = model.read
-    agent.act(np.zeros((2, 5)))
+    agent.act(np.zeros((2, 3)))
     agent.reset(2, 1.0)
     assert model.read is not first  # the weights may have changed in between
 
@@ -140,13 +136,18 @@ def test_the_switch_turns_everything_off(monkeypatch):
     assert type(model.dropout) is nn.Dropout
 
 
-def test_training_gets_the_fast_dropout_with_the_same_weights():
+def test_training_gets_a_fast_dropout_with_the_same_weights():
     model = make_model(dropout=0.25)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     accelerate_training(model)
-    assert type(model.blocks[0].dropout) is FastDropout
-    assert model.blocks[0].dropout.p == 0.25
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    dropout, x = model.blocks[0].dropout.train(), torch.ones(100_000, requires_grad=True)
+    assert (type(dropout), dropout.p) == (FastDropout, 0.25)
+    outputs = dropout(x)
+    outputs.sum().backward()
+    assert torch.equal(outputs, x.grad)
+    torch.testing.assert_close(outputs.unique(), torch.tensor([0, 4 / 3]))
+    assert (outputs == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
 
 
 def test_onednn_gives_the_outputs_and_gradients_of_torch(monkeypatch):

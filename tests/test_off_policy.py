@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from test_transformer import window_of
 from tiny_training import train_here
 
 import flowrl
@@ -17,7 +18,6 @@ from flowrl.data.returns import DISCOUNT, lambda_returns
 from flowrl.errors import UserError
 from flowrl.evaluation.off_policy import EstimateConfig, agent_actions, estimate, estimate_run
 from flowrl.model.action_model import ActionModel
-from flowrl.window import Window
 
 
 @pytest.mark.parametrize("trace", [0.0, 0.7, 1.0])
@@ -56,15 +56,9 @@ def test_the_agents_actions_are_those_of_the_model_over_the_datas_episodes(tiny_
         rows = slice(start, start + length)
         earned = np.concatenate(([0.0], np.cumsum(dataset.rewards[rows])[:-1]))
         to_go = target - earned * (agent.conditioning == "return-to-go")
-        taken = torch.from_numpy(dataset.actions[rows])[None]
-        window = Window(
-            observations=torch.from_numpy(dataset.observations[rows])[None],
-            actions=taken,
-            previous_actions=taken.roll(1, dims=1),
-            returns_to_go=torch.from_numpy(to_go).float()[None],
-            timesteps=torch.arange(length)[None],
-            valid=torch.ones(1, length, dtype=torch.bool),
-        )
+        taken = dataset.actions[rows]
+        arrays = (dataset.observations[rows], taken, np.roll(taken, 1, 0), to_go)
+        window = window_of(*(array[None] for array in arrays))
         with torch.no_grad():
             expected = agent.model.to_actions(agent.model(window))[0]
         np.testing.assert_allclose(actions[rows], expected, atol=1e-4)

@@ -3,9 +3,11 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from naive_linear import naive_cosformer_attention, naive_linear_attention, naive_performer_attention
+from naive_linear import naive_cosformer_attention
+from test_attention import NAIVE
 
 from flowrl.attention import ATTENTION_KINDS, naive_flow_attention
 from flowrl.model.transformer import INIT_STD, ModelConfig, SequenceModel
@@ -15,7 +17,15 @@ LAYOUTS = ("interleaved", "fused")
 KINDS = (*ATTENTION_KINDS, "gru")
 
 
-def make_model(layout="interleaved", attention="flow", seed=0, dtype=torch.float64, **options):
+def give_units(model, low=(-2.0, 0.0), high=(1.0, 0.5)):
+    """Uneven units of three observations and of the actions."""
+    model.observation_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    model.observation_std.copy_(torch.tensor([2.0, 0.5, 1.0]))
+    model.action_low.copy_(torch.tensor(low))
+    model.action_high.copy_(torch.tensor(high))
+
+
+def make_model(layout="interleaved", attention="flow", seed=0, dtype=torch.float64, noise=0.3, **options):
     """A model whose weights are large enough that every input matters, with uneven action bounds."""
     torch.manual_seed(seed)
     sizes = {
@@ -25,17 +35,16 @@ def make_model(layout="interleaved", attention="flow", seed=0, dtype=torch.float
         "dropout": 0.1,
         "max_timesteps": 40,
         "context_tokens": 12,
+        "source_clamp": 0.9,  # which binds
     }
-    config = ModelConfig(3, 2, attention=attention, token_layout=layout, **{**sizes, **options})
+    choices = options.get("action_choices", ())
+    config = ModelConfig(3, sum(choices) or 2, attention=attention, token_layout=layout, **sizes | options)
     model = SequenceModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        model.observation_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
-        model.observation_std.copy_(torch.tensor([2.0, 0.5, 1.0]))
-        model.return_scale.fill_(50.0)
-        model.action_low.copy_(torch.tensor([-2.0, 0.0]))
-        model.action_high.copy_(torch.tensor([1.0, 0.5]))
+            parameter.add_(noise * torch.randn_like(parameter))
+    give_units(model, *((0.0, 1.0) if choices else ()))
+    model.return_scale.fill_(50.0)
     return model.to(dtype).eval()
 
 
@@ -53,17 +62,17 @@ def make_window(batch=3, length=7, first_timesteps=(0, 5, 31), seed=1, dtype=tor
     return Window(normal(batch, length, 3), actions, previous, returns_to_go, timesteps, valid)
 
 
-def plain_softmax(queries, keys, values):
-    length = queries.shape[-2]
-    scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
-    return scores.masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf).softmax(-1) @ values
+def window_of(observations, actions, previous_actions, returns_to_go, start=0):
+    """Valid timesteps from ``start`` on, of (batch, length, ...) arrays."""
+    arrays = (observations, actions, previous_actions, returns_to_go)
+    tensors = [torch.as_tensor(np.asarray(array, np.float32)) for array in arrays]
+    timesteps = torch.arange(start, start + tensors[0].shape[1]).expand(tensors[3].shape)
+    return Window(*tensors, timesteps, torch.ones(timesteps.shape, dtype=torch.bool))
 
 
 PLAIN = {
-    "flow": naive_flow_attention,
-    "softmax": plain_softmax,
-    "linear": naive_linear_attention,
-    "performer": naive_performer_attention,
+    **NAIVE,
+    "flow": partial(naive_flow_attention, clamp=0.9),
     "cosformer": partial(naive_cosformer_attention, max_tokens=12),
 }
 

@@ -21,7 +21,7 @@ from attention_forms import (
 )
 from test_attention import extreme_inputs
 
-from flowrl.attention import flow_attention, naive_flow_attention
+from flowrl.attention import naive_flow_attention
 from flowrl.attention.flow import triton
 
 pytestmark = [
@@ -136,14 +136,3 @@ def test_every_kernel_at_every_width(tmp_path, capability, dtype):
     taken = shared_memory(cases, tmp_path)
     assert [len(kernels) for kernels in taken] == [12] * 3
     assert_fits(cases, taken)
-
-
-def test_what_the_kernels_cannot_do_is_left_to_torch():
-    on_cpu = torch.zeros(1, 2, 8, 64)
-    assert not triton.supports(on_cpu, on_cpu, on_cpu)
-    for head_dim, value_dim, dtype in ((64, 32, torch.float32), (64, 64, torch.float64)):
-        x = torch.randn(1, 2, 8, head_dim, dtype=dtype, device=DEVICE)
-        values = torch.randn(1, 2, 8, value_dim, dtype=dtype, device=DEVICE)
-        assert not triton.supports(x, x, values)
-        expected = naive_flow_attention(x.double(), x.double(), values.double())
-        assert (flow_attention(x, x, values) - expected).abs().max() < 1e-5
