@@ -2,18 +2,24 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tiny tensors; threads of parallel test processes only get in each other's way
-)
+# Tensors are tiny: threads of parallel test processes only get in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from socketserver import BaseServer
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from failing_server import Server
+from tiny_training import train_here
+
+from flowrl.data.dataset import EpisodeDataset, build_episodes
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -40,31 +46,56 @@ def write_tiny_dataset(path: Path, *, seed: int = 0, reward_scale: float = 1.0) 
         file["terminals"], file["timeouts"] = terminals, timeouts
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """An HTTP server on this machine, reached without a proxy."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    server = Server()
+def dataset_of(observations: Any, actions: Any, rewards: Any, lengths: Any, **options: Any) -> EpisodeDataset:
+    """Episodes in memory, terminated ones unless ``options`` say otherwise."""
+    given = {"terminated": np.ones(len(lengths), bool), "dataset_id": "x", "where": "x", **options}
+    return build_episodes(
+        observations=observations,
+        actions=actions,
+        rewards=rewards,
+        episode_lengths=np.array(lengths),
+        **given,
+    )
+
+
+def left_in(folder: Path) -> set[str]:
+    """The names of what is in a folder besides lock files."""
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+@contextmanager
+def serving(server: BaseServer) -> Iterator[None]:
+    """The server answers in a thread of its own."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield server
-    server.stopping.set()
+    yield
     server.shutdown()
     server.server_close()
     thread.join()
 
 
 @pytest.fixture
-def own_folders(tmp_path, monkeypatch):
+def no_proxy(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture
+def server(no_proxy):
+    """An HTTP server on this machine."""
+    server = Server()
+    with serving(server):
+        yield server
+        server.stopping.set()
+
+
+@pytest.fixture
+def own_folders(tmp_path, monkeypatch, no_proxy):
     """Folders of the test's own instead of the user's, and no network."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
     urls = ("http://127.0.0.1:9/{file}", "http://127.0.0.1:9/mirror/{file}")  # where nothing listens
     monkeypatch.setattr("flowrl.data.d4rl.D4RL_URLS", urls)
     return tmp_path
@@ -103,3 +134,19 @@ def tiny_dataset(tmp_path_factory):
     path = tmp_path_factory.mktemp("dataset") / "tiny.hdf5"
     write_tiny_dataset(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_dataset, tmp_path_factory):
+    """A run of 60 updates; not to be changed."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train_here(tiny_dataset, run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def unevaluated(tiny_dataset, tmp_path_factory):
+    """The same without evaluations."""
+    run = tmp_path_factory.mktemp("unevaluated") / "run"
+    train_here(tiny_dataset, run, eval_episodes=0)
+    return run

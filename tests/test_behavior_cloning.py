@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import EPISODE_LENGTHS
+from conftest import EPISODE_LENGTHS, dataset_of
 from test_transformer import give_units
 from tiny_training import figures, resume_here, train_here
 
-import flowrl
 from flowrl.data import load_episodes
-from flowrl.data.dataset import build_episodes, top_episodes
-from flowrl.data.sampler import WindowSampler
+from flowrl.data.dataset import top_episodes
 from flowrl.errors import UserError
 from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
+from flowrl.training.config import TrainConfig
+from flowrl.training.setup import build_agent, load_dataset
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 
@@ -67,11 +67,9 @@ def episodes(returns, lengths):
     timestep = np.concatenate([np.arange(length) for length in lengths])
     rewards = np.zeros(total)
     rewards[np.cumsum(lengths) - 1] = returns
-    return build_episodes(
-        observations=np.stack((episode, timestep), axis=1), actions=episode[:, None], rewards=rewards,
-        episode_lengths=np.array(lengths), terminated=np.arange(len(lengths)) % 2 == 0, dataset_id="x",
-        where="x", notes=("first",),
-    )  # fmt: skip
+    observations, terminated = np.stack((episode, timestep), axis=1), np.arange(len(lengths)) % 2 == 0
+    options = {"terminated": terminated, "notes": ("first",)}
+    return dataset_of(observations, episode[:, None], rewards, lengths, **options)
 
 
 @pytest.mark.parametrize(
@@ -104,50 +102,33 @@ def test_the_best_episodes_fill_the_share_of_timesteps(fraction, kept):
         assert f"{len(kept)} of 5 episodes, {rows.sum()} of 40 transitions" in top.notes[1]
 
 
-def test_any_agent_can_train_on_the_best_episodes_alone(tiny_dataset, tmp_path, monkeypatch):
-    """Whatever is drawn is one of them, and the statistics are theirs."""
-    dataset = load_episodes(str(tiny_dataset), "Hopper-v4")
-    best = int(np.argmax(dataset.episode_returns))
+def test_any_agent_trains_on_the_best_episodes_alone(tiny_dataset):
+    whole = load_episodes(str(tiny_dataset), "Hopper-v4")
+    config = TrainConfig(dataset=str(tiny_dataset), env="Hopper-v4", top_fraction=0.5, eval_episodes=0)
+    best = int(np.argmax(whole.episode_returns))
     assert EPISODE_LENGTHS[best] == 30  # of 60
-    start = dataset.episode_starts[best]
-    expected = dataset.observations[start : start + 30]
-    drawn, real = [], WindowSampler.sample
-
-    def sample(sampler):
-        drawn.append(real(sampler))
-        return drawn[-1]
-
-    monkeypatch.setattr(WindowSampler, "sample", sample)
-    for agent in ("transformer", "bc"):
-        run = tmp_path / agent
-        options = {"agent": agent, "top-fraction": 0.5, "steps": 12, "eval-episodes": 0}
-        train_here(tiny_dataset, run, **options)
-        for batch in drawn:
-            observations = batch.window.observations[..., None, :]  # (batch, length, 1, 11)
-            same = observations == torch.from_numpy(expected)
-            assert same.all(-1).any(-1).all()
-        loaded = flowrl.load_agent(run)
-        np.testing.assert_allclose(loaded.model.observation_mean, expected.mean(0), atol=1e-5)
-        assert loaded.config.dataset_id.endswith(" top 0.5")
-        assert figures(run, "run")[0]["dataset_sha256"] == dataset.sha256
-    assert len(drawn) == 24
+    start, dataset = whole.episode_starts[best], load_dataset(config)
+    np.testing.assert_array_equal(dataset.observations, whole.observations[start : start + 30])
+    assert dataset.dataset_id == "file:tiny.hdf5 top 0.5"
+    assert dataset.sha256 == whole.sha256
+    mean = build_agent(config, dataset).model.observation_mean
+    np.testing.assert_allclose(mean, dataset.observations.mean(0), atol=1e-5)
 
 
 def test_training_learns_evaluates_saves_and_resumes_exactly(tiny_dataset, tmp_path):
-    options = {"agent": "bc", "top-fraction": 0.8, "learning-rate": 0.01}
+    options = {"agent": "bc", "top_fraction": 0.8, "learning_rate": 0.01, "schedule": "constant"}
+    options["warmup_steps"] = 0
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     results = train_here(tiny_dataset, whole, **options)
     assert [result.target_return for result in results] == [30.0]  # it is blind to targets: one will do
     losses = [line["loss"] for line in figures(whole, "train")]
     assert losses[-1] < 0.9 * losses[0]
-    train_here(tiny_dataset, parts, **{**options, "steps": 23, "schedule": "constant", "warmup-steps": 0})
-    straight = tmp_path / "straight"
-    train_here(tiny_dataset, straight, **{**options, "schedule": "constant", "warmup-steps": 0})
+    train_here(tiny_dataset, parts, steps=23, **options)
     resume_here(parts, steps=60)
     name = "checkpoints/step-00000060/manifest.json"
-    files = [json.loads((run / name).read_text())["files"] for run in (parts, straight)]
+    files = [json.loads((run / name).read_text())["files"] for run in (parts, whole)]
     assert files[0] == files[1]  # weights, optimiser and random states, bit for bit
     with pytest.raises(UserError, match=r"--top-fraction 0\.5: .*--resume cannot change it"):
-        resume_here(parts, **{"top-fraction": 0.5})
+        resume_here(parts, top_fraction=0.5)
     with pytest.raises(UserError, match=r"--agent transformer: .*--resume cannot change it"):
         resume_here(parts, agent="transformer")

@@ -17,7 +17,7 @@ from flowrl.model.checkpoint import BEST, load_checkpoint
 from flowrl.report.runs import load_runs
 from flowrl.training.trainer import Trainer
 
-TINY = {name.replace("-", "_"): value for name, value in OPTIONS.items()} | {"targets": (30.0, 5.0)}
+TINY = OPTIONS | {"targets": (30.0, 5.0)}
 
 
 class Recorder(flowrl.Callback):

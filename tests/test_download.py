@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import left_in
 from failing_server import CONTENT, SHA256, SIZE, Server, sends, silent, stalled_halfway, status
 
 from flowrl.data import download as module
@@ -32,19 +33,6 @@ def refuse(
     assert url in str(caught.value)
     assert "\n" not in str(caught.value)
     assert left_in(path.parent) == set()
-
-
-def left_in(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir() if not file.name.endswith(".lock")}
-
-
-@pytest.mark.parametrize("sha256", [SHA256, None], ids=["known", "unknown"])
-def test_a_file_arrives_with_nothing_beside_it(server, tmp_path, sha256):
-    path = tmp_path / "new" / "folder" / "data.bin"
-    download([server.url("/data", sends(CONTENT))], path, sha256, accept)
-    assert path.read_bytes() == CONTENT
-    assert left_in(path.parent) == {"data.bin"}
-    assert server.requests == ["/data"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tiny_training import assert_same_end, figures, resume_here, steps_on_disk, train_here
+from tiny_training import assert_same_end, figures, flags, resume_here, steps_on_disk, stop_after, train_here
 
 import flowrl
 from flowrl.data import EpisodeDataset, load_episodes
@@ -15,7 +15,7 @@ from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
 from flowrl.finetuning import trainer as online
 from flowrl.finetuning.command import run_finetune
-from flowrl.finetuning.trainer import OnlineTrainer, collect_episodes
+from flowrl.finetuning.trainer import collect_episodes
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import load_checkpoint
 from flowrl.report.runs import load_runs
@@ -35,9 +35,7 @@ OPTIONS = {
 
 
 def finetune(run, run_dir, **options):
-    merged = {**OPTIONS, **options}
-    flags = [word for name, value in merged.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return run_finetune([str(run), "--run-dir", str(run_dir), *flags])
+    return run_finetune([str(run), "--run-dir", str(run_dir), *flags({**OPTIONS, **options})])
 
 
 def resume(run_dir, *flags):
@@ -63,15 +61,8 @@ def reference(trained, tmp_path_factory):
 @pytest.mark.parametrize("step", [10, 24])
 def test_stopped_at_any_update_it_continues_exactly(reference, trained, tmp_path, monkeypatch, step):
     """At the end of a round, and in one after the replay has dropped episodes."""
-    update = OnlineTrainer.update
-
-    def interrupted(self):
-        update(self)
-        if self.step == step:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(OnlineTrainer, "update", interrupted)
+        stop_after(patch, step)
         with pytest.raises(Stopped):
             finetune(trained, tmp_path / "run")
     assert load_checkpoint(tmp_path / "run").step == step
@@ -102,21 +93,6 @@ def test_a_round_that_is_stopped_is_collected_anew(reference, trained, tmp_path,
     assert not figures(tmp_path / "run", "round")
     resume(tmp_path / "run")
     assert_same_end(tmp_path / "run", reference)
-
-
-def test_every_round_has_starts_of_its_own_and_its_timesteps_are_counted(trained, tmp_path, monkeypatch):
-    collect, rounds = online.collect_episodes, []
-
-    def kept(*arguments):
-        rounds.append(collect(*arguments))
-        return rounds[-1]
-
-    monkeypatch.setattr(online, "collect_episodes", kept)
-    finetune(trained, tmp_path / "run", eval_episodes=0)
-    starts = np.concatenate([episodes.observations[episodes.episode_starts] for episodes in rounds])
-    assert len(np.unique(starts, axis=0)) == 3 * 3
-    collected = np.cumsum([episodes.num_transitions for episodes in rounds])
-    assert [line["timesteps"] for line in figures(tmp_path / "run", "round")] == collected.tolist()
 
 
 def test_a_damaged_checkpoint_takes_the_replay_back_as_well(reference, tmp_path):
@@ -152,25 +128,30 @@ def test_collected_episodes_are_what_the_environment_and_the_agent_did(trained):
         assert 0 < distance.max() < 1.5
 
 
-def test_the_replay_holds_the_best_episodes_of_the_data_and_of_all_rounds(
+def test_every_round_has_starts_of_its_own_and_the_replay_holds_the_best_of_all(
     trained, tiny_dataset, tmp_path, monkeypatch
 ):
-    seen = load_episodes(str(tiny_dataset)).episode_returns.tolist()
+    rounds = []
 
-    def remembered(*arguments):
-        episodes = collect_episodes(*arguments)
-        seen.extend(episodes.episode_returns)
-        return episodes
+    def kept(*arguments):
+        rounds.append(collect_episodes(*arguments))
+        return rounds[-1]
 
-    monkeypatch.setattr(online, "collect_episodes", remembered)
+    monkeypatch.setattr(online, "collect_episodes", kept)
     finetune(trained, tmp_path / "run", steps=21, eval_episodes=0)
+    starts = np.concatenate([episodes.observations[episodes.episode_starts] for episodes in rounds])
+    assert len(np.unique(starts, axis=0)) == 3 * 3
+    lines = figures(tmp_path / "run", "round")
+    collected = np.cumsum([episodes.num_transitions for episodes in rounds])
+    assert [line["timesteps"] for line in lines] == collected.tolist()
     tensors = load_checkpoint(tmp_path / "run", for_training=True).training_tensors
     lengths = tensors["replay.episode_lengths"]
     assert len(tensors["replay.rewards"]) == lengths.sum() <= 90
     returns = sorted(part.sum().item() for part in tensors["replay.rewards"].split(lengths.tolist()))
+    seen = np.concatenate([data.episode_returns for data in (load_episodes(str(tiny_dataset)), *rounds)])
     assert len(seen) == 5 + 3 * 3 > len(returns)
-    np.testing.assert_allclose(returns, sorted(seen)[-len(returns) :], rtol=1e-5)
-    assert figures(tmp_path / "run", "round")[-1]["replay_return_mean"] == pytest.approx(np.mean(returns))
+    np.testing.assert_allclose(returns, np.sort(seen)[-len(returns) :], rtol=1e-5)
+    assert lines[-1]["replay_return_mean"] == pytest.approx(np.mean(returns))
 
 
 def test_other_commands_take_the_result(reference, tmp_path, capsys):

@@ -10,6 +10,7 @@ import gymnasium
 import minari
 import numpy as np
 import pytest
+from conftest import left_in
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
@@ -195,7 +196,7 @@ def test_what_is_neither_here_nor_downloadable_is_refused_quickly_and_leaves_not
     text = refuse("could not download it", "test/hopper/tini-v0")
     assert f"not in {cache}; did you mean '{ID}'?" in text
     assert "http://127.0.0.1:9: [Errno 111] Connection refused" in text
-    assert {path.name for path in cache.iterdir() if not path.name.endswith(".lock")} == {"test"}
+    assert left_in(cache) == {"test"}
 
 
 def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(cache, monkeypatch):
@@ -220,7 +221,7 @@ def test_a_download_that_breaks_off_is_not_taken_for_the_dataset(cache, monkeypa
     assert read_minari(ID).num_episodes == 4
     assert attempts == [ID, ID]
     assert os.environ["MINARI_DATASETS_PATH"] == str(cache)
-    assert {path.name for path in cache.iterdir() if not path.name.endswith(".lock")} == {"test"}
+    assert left_in(cache) == {"test"}
 
 
 @pytest.mark.parametrize(

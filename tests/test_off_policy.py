@@ -8,12 +8,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import dataset_of
 from test_transformer import window_of
 from tiny_training import train_here
 
 import flowrl
-from flowrl.data import EpisodeDataset, load_episodes
-from flowrl.data.dataset import build_episodes
+from flowrl.data import load_episodes
 from flowrl.data.returns import DISCOUNT, lambda_returns
 from flowrl.errors import UserError
 from flowrl.evaluation.off_policy import EstimateConfig, agent_actions, estimate, estimate_run
@@ -79,18 +79,12 @@ class Shifted:
         return observations[:, :1] + self.distance
 
 
-def episodes_of_two(shown: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> EpisodeDataset:
+def episodes_of_two(shown, actions, rewards):
     """From (episodes, 2) each; the timestep is shown as well."""
     timestep = np.broadcast_to([0.0, 1.0], shown.shape)
-    return build_episodes(
-        observations=np.stack((shown, timestep), axis=-1).reshape(-1, 2),
-        actions=actions.reshape(-1, 1),
-        rewards=rewards.reshape(-1),
-        episode_lengths=np.full(len(shown), 2),
-        terminated=np.ones(len(shown)),
-        dataset_id="toy",
-        where="toy",
-    )
+    observations = np.stack((shown, timestep), axis=-1).reshape(-1, 2)
+    lengths = np.full(len(shown), 2)
+    return dataset_of(observations, actions.reshape(-1, 1), rewards.reshape(-1), lengths, dataset_id="toy")
 
 
 def test_estimates_of_a_task_whose_returns_are_known():

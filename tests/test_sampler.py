@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import dataset_of
 
-from flowrl.data.dataset import build_episodes
 from flowrl.data.sampler import WindowSampler
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import batch_size
@@ -18,14 +18,9 @@ EPISODE_OF = np.repeat(np.arange(5), LENGTHS)
 def make_dataset():
     """60 transitions that each carry their own number in every array."""
     number = np.arange(60, dtype=np.float32)
-    return build_episodes(
-        observations=np.stack((number, EPISODE_OF), axis=1),
-        actions=number[:, None] + 1000,
-        rewards=np.random.default_rng(0).uniform(size=60),
-        episode_lengths=LENGTHS,
-        terminated=np.ones(5, bool),
-        dataset_id="numbered",
-        where="numbered",
+    observations = np.stack((number, EPISODE_OF), axis=1)
+    return dataset_of(
+        observations, number[:, None] + 1000, np.random.default_rng(0).uniform(size=60), LENGTHS
     )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from conftest import serving
 from fake_hub import COMMIT, TOKEN, FakeHub
 from test_loading import make_agent, play
 from tiny_training import REPOSITORY, Command, figures, finish, train_here
@@ -139,12 +139,8 @@ def run(tiny_dataset, tmp_path_factory):
 @pytest.fixture
 def hub():
     server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server):
+        yield server
 
 
 def commands(hub_url, cache, lines, **environment):

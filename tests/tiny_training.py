@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -13,26 +14,29 @@ from subprocess import Popen
 from threading import Thread
 from typing import Any
 
+import pytest
+
 from flowrl.__main__ import main
 from flowrl.evaluation.evaluate import TargetResult
 from flowrl.training.metrics import METRICS_FILE
 from flowrl.training.run import run_train
+from flowrl.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {
     "env": "Hopper-v4",
-    "max-episode-steps": 15,
+    "max_episode_steps": 15,
     "device": "cpu",
-    "embed-dim": 8,
-    "num-heads": 2,
-    "num-layers": 2,
-    "context-length": 6,
-    "batch-size": 4,
+    "embed_dim": 8,
+    "num_heads": 2,
+    "num_layers": 2,
+    "context_length": 6,
+    "batch_size": 4,
     "steps": 60,
-    "checkpoint-every": 10,
-    "log-every": 7,
-    "eval-every": 25,
-    "eval-episodes": 2,
+    "checkpoint_every": 10,
+    "log_every": 7,
+    "eval_every": 25,
+    "eval_episodes": 2,
     "targets": "30 5",
 }
 TIMES = ("tokens_per_second", "updates_per_second", "seconds")  # all that may differ between equal runs
@@ -47,11 +51,15 @@ PROCESSES.set_forkserver_preload(
 )
 
 
+def flags(options: dict[str, Any]) -> list[str]:
+    """Words of a command line; the values of an option that takes several are separated by spaces."""
+    pairs = ((f"--{name.replace('_', '-')}", str(value).split()) for name, value in options.items())
+    return [word for name, values in pairs for word in (name, *values)]
+
+
 def arguments(dataset: Path, run: Path, **options: Any) -> list[str]:
-    """Command-line arguments of a tiny training; ``options`` win, with ``_`` for ``-``."""
-    merged = {**OPTIONS, **{name.replace("_", "-"): value for name, value in options.items()}}
-    flags = [word for name, value in merged.items() for word in (f"--{name}", *str(value).split())]
-    return ["--dataset", str(dataset), "--run-dir", str(run), *flags]
+    """Command-line arguments of a tiny training; ``options`` win."""
+    return ["--dataset", str(dataset), "--run-dir", str(run), *flags({**OPTIONS, **options})]
 
 
 def train_here(dataset: Path, run: Path, **options: Any) -> list[TargetResult]:
@@ -61,8 +69,19 @@ def train_here(dataset: Path, run: Path, **options: Any) -> list[TargetResult]:
 
 def resume_here(run: Path, **options: Any) -> list[TargetResult]:
     """Continue a run in this process."""
-    flags = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
-    return run_train(["--resume", str(run), *flags]).results
+    return run_train(["--resume", str(run), *flags(options)]).results
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal inside update ``step``."""
+    update = Trainer.update
+
+    def interrupted(self: Trainer) -> None:
+        update(self)
+        if self.step == step:
+            signal.raise_signal(number)
+
+    patch.setattr(Trainer, "update", interrupted)
 
 
 class Command:
