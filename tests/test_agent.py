@@ -1,6 +1,7 @@
 """Acting, slot by slot and step by step, against forward passes over the recorded history."""
 
 from functools import partial
+from typing import get_args
 
 import gymnasium
 import numpy as np
@@ -10,12 +11,12 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from test_transformer import make_model, window_of
 
-from flowrl.attention import ATTENTION_KINDS
 from flowrl.model import Agent, AgentConfig
+from flowrl.model.transformer import MixerName
 
 LOW, HIGH = np.array([-2.0, 0.0], np.float32), np.array([1.0, 0.5], np.float32)
 LAYOUTS = ("interleaved", "fused")
-KINDS = [(kind, 0) for kind in (*ATTENTION_KINDS, "gru")] + [("flow", 3)]  # and a convolution's width
+KINDS = [(kind, 0) for kind in get_args(MixerName)] + [("flow", 3)]  # and a convolution's width
 
 
 def make_agent(layout="interleaved", attention="flow", acting="recurrent", context_length=5, **options):
@@ -180,7 +181,7 @@ def test_calls_that_do_not_fit_are_refused():
     agent = make_agent()
     with pytest.raises(RuntimeError, match=r"call reset\(num_envs, target_return\) before act"):
         agent.act(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="autoreset_mode 'never'"):
+    with pytest.raises(ValueError, match="'never' is not a valid AutoresetMode"):
         agent.reset(1, 300.0, autoreset_mode="never")
     agent.reset(2, 300.0)
     with pytest.raises(ValueError, match=r"observations has shape \(2, 4\).*\(2, 3\)"):

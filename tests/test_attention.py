@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from naive_linear import (
 )
 
 from flowrl.attention import (
-    ATTENTION_KINDS,
+    AttentionName,
+    attention_kind,
     flow_attention,
     flow_attention_step,
     linear,
@@ -109,7 +111,7 @@ def test_naive_bidirectional_form_is_the_formula():
     ],
 )
 def test_parallel_recurrent_and_naive_forms_agree(name, length, options):
-    kind = ATTENTION_KINDS[name]
+    kind = attention_kind(name)
     q, k, v, weight = tokens(length, heads=1 if length > 1000 else 2, batch=1 if length > 1000 else 2)
     expected = with_gradients(NAIVE[name], q, k, v, weight, **options)
     assert not options or (expected[0] - naive_flow_attention(q, k, v, clamp=1e9)).abs().max() > 1e-3
@@ -136,7 +138,7 @@ def test_states_carry_over_blocks(monkeypatch, name, length):
     inputs = tokens(length, batch=5, head_dim=4, value_dim=3)
     for options in ({}, {"clamp": 0.5}) if name == "flow" else ({},):
         expected = with_gradients(NAIVE[name], *inputs, **options)
-        assert_all_close(with_gradients(ATTENTION_KINDS[name].parallel, *inputs, **options), expected, 1e-10)
+        assert_all_close(with_gradients(attention_kind(name).parallel, *inputs, **options), expected, 1e-10)
 
 
 def test_eps_and_value_width_are_honoured():
@@ -160,10 +162,10 @@ def test_bidirectional_form_agrees_with_the_naive_one(sinks, sources, dtype):
         assert_all_close(with_gradients(flow_attention, *cast, **options), expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", list(ATTENTION_KINDS))
+@pytest.mark.parametrize("name", get_args(AttentionName))
 @pytest.mark.parametrize("changed", [0, 1, 127, 128, 299])
 def test_a_change_alters_nothing_before_it(name, changed):
-    attention, inputs = ATTENTION_KINDS[name].parallel, tokens(300)[:3]
+    attention, inputs = attention_kind(name).parallel, tokens(300)[:3]
     before = attention(*inputs)
     effect = 0.0
     for index in range(3):
@@ -226,9 +228,9 @@ def test_autocast_does_not_lower_the_precision(name, options, dtype):
     exact = with_gradients(NAIVE[name], *(tensor.double() for tensor in inputs), **options)
     queries, keys, values = (tensor.clone().requires_grad_() for tensor in inputs[:3])
     with torch.autocast("cpu", torch.bfloat16):
-        output = ATTENTION_KINDS[name].parallel(queries, keys, values, **options)
+        output = attention_kind(name).parallel(queries, keys, values, **options)
         steps = (
-            stepped(*inputs[:3], step=ATTENTION_KINDS[name].step) if options != {"causal": False} else output
+            stepped(*inputs[:3], step=attention_kind(name).step) if options != {"causal": False} else output
         )
     (output * inputs[3]).sum().backward()
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6

@@ -9,7 +9,7 @@ from attention_forms import assert_all_close, stepped, tokens, with_gradients
 from naive_linear import naive_cosformer_attention
 
 from flowrl.attention import linear
-from flowrl.attention.kinds import ATTENTION_KINDS, attention_kind
+from flowrl.attention.kinds import attention_kind
 from flowrl.attention.linear import random_directions
 
 NAMES = ["linear", "performer", "cosformer"]
@@ -17,11 +17,11 @@ FIRST_DIRECTIONS = [[0.007634183479121073, 1.0986133188034695], [2.0329994615753
 
 
 def parallel(name):
-    return ATTENTION_KINDS[name].parallel
+    return attention_kind(name).parallel
 
 
 def by_steps(name):
-    return lambda *inputs: stepped(*inputs, step=ATTENTION_KINDS[name].step)
+    return lambda *inputs: stepped(*inputs, step=attention_kind(name).step)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,7 +61,7 @@ def test_directions_are_orthogonal_gaussian_and_always_the_same():
 def test_performer_estimates_softmax_attention(monkeypatch):
     """The error falls as with the square root of the number of features."""
     q, k, v, _ = tokens(150)
-    exact = ATTENTION_KINDS["softmax"].parallel(0.2 * q, 0.2 * k, v)
+    exact = attention_kind("softmax").parallel(0.2 * q, 0.2 * k, v)
     errors = []
     for features in (4, 64):
         monkeypatch.setattr(linear, "FEATURES_PER_DIMENSION", features)

@@ -2,19 +2,20 @@
 
 import copy
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 import flowrl
-from flowrl.attention import ATTENTION_KINDS
 from flowrl.envs.reference_scores import ReferenceScores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.model import Agent, AgentConfig, ModelConfig, SequenceModel
 from flowrl.model.checkpoint import Checkpoint, save_checkpoint
 from flowrl.model.loading import agent_config_from_dict, build_model, pick_device
+from flowrl.model.transformer import MixerName
 
 LAYOUTS = ("interleaved", "fused")
 
@@ -62,7 +63,7 @@ def play(agent, steps=9):
     return np.stack([agent.act(random.normal(size=(2, 4)), random.normal(size=2)) for _ in range(steps)])
 
 
-@pytest.mark.parametrize("attention", [*ATTENTION_KINDS, "gru"])
+@pytest.mark.parametrize("attention", get_args(MixerName))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_loaded_agent_acts_as_the_saved_one(tmp_path, layout, attention):
     for full_episodes, acting in ((True, "recurrent"), (False, "window")):

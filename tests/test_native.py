@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import test_transformer
 import torch
 from torch import nn
 
-from flowrl.attention import ATTENTION_KINDS
+from flowrl.attention import AttentionName
 from flowrl.model import Agent, AgentConfig
 from flowrl.native import kernels, linear
 from flowrl.native.accelerate import accelerate_acting, accelerate_training
@@ -81,7 +82,7 @@ def gelu_for_relu(model):
     [
         (gelu_for_relu, {}),
         (nn.Module.double, {}),
-        *((nn.Module.eval, {"attention": name}) for name in sorted(set(ATTENTION_KINDS) - {"flow"})),
+        *((nn.Module.eval, {"attention": name}) for name in sorted({*get_args(AttentionName)} - {"flow"})),
         (nn.Module.eval, {"embed_dim": 40, "num_heads": 5}),
         (nn.Module.eval, {"embed_dim": 48, "num_heads": 3}),
     ],

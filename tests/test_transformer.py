@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,12 +10,12 @@ import torch
 from naive_linear import naive_cosformer_attention
 from test_attention import NAIVE
 
-from flowrl.attention import ATTENTION_KINDS, naive_flow_attention
-from flowrl.model.transformer import INIT_STD, ModelConfig, SequenceModel
+from flowrl.attention import naive_flow_attention
+from flowrl.model.transformer import INIT_STD, MixerName, ModelConfig, SequenceModel
 from flowrl.window import Window
 
 LAYOUTS = ("interleaved", "fused")
-KINDS = (*ATTENTION_KINDS, "gru")
+KINDS = get_args(MixerName)
 
 
 def give_units(model, low=(-2.0, 0.0), high=(1.0, 0.5)):

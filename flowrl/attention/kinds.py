@@ -6,7 +6,7 @@ Adding a kind takes one file with its two functions and one line in ``attention_
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -86,11 +86,6 @@ def _with_decode(parallel: Callable[[Tensor, Tensor, Tensor], Tensor], step: Ste
 def stepwise(kind: AttentionKind) -> AttentionKind:
     """The same kind, decoding by its step: no tensor of a state is overwritten, so that it can be traced."""
     return _with_decode(kind.parallel, kind.step)
-
-
-ATTENTION_KINDS: dict[AttentionName, AttentionKind] = {
-    name: attention_kind(name) for name in get_args(AttentionName)
-}
 
 
 def select_rows(state: State, rows: Tensor) -> State:

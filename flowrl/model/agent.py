@@ -1,12 +1,12 @@
 """The agent: a trained model, all that it needs to act, and its state in the episodes under way."""
 
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -23,7 +23,6 @@ from flowrl.window import Window
 AgentName = Literal["transformer", "bc"]
 Acting = Literal["recurrent", "window"]
 Conditioning = Literal["return-to-go", "target"]
-AutoresetMode = Literal["NextStep", "SameStep", "Disabled"]  # values of gymnasium.vector.AutoresetMode
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -112,7 +111,7 @@ class Agent:
         num_envs: int | None,
         target_return: float | np.ndarray,
         *,
-        autoreset_mode: AutoresetMode | Enum = "Disabled",
+        autoreset_mode: AutoresetMode | str = AutoresetMode.DISABLED,
     ) -> None:
         """Start an episode in each of ``num_envs`` environments; None: in a single one, without a batch axis.
 
@@ -128,12 +127,7 @@ class Agent:
             ValueError: a target that is not finite, or an unknown mode.
         """
         self._batched, slots = num_envs is not None, 1 if num_envs is None else num_envs
-        mode = autoreset_mode.value if isinstance(autoreset_mode, Enum) else autoreset_mode
-        if mode not in get_args(AutoresetMode):
-            raise ValueError(
-                f"autoreset_mode {autoreset_mode!r}: expected one of {', '.join(get_args(AutoresetMode))}"
-            )
-        self._resets_on_next_step = mode == "NextStep"
+        self._resets_on_next_step = AutoresetMode(autoreset_mode) is AutoresetMode.NEXT_STEP
         self.model.eval()
         if self.acting == "recurrent":
             accelerate_acting(self.model)

@@ -9,7 +9,7 @@ from timing import Spread, Timing, interleaved, peak_memory
 from torch import Tensor
 from workload import Sizes
 
-from flowrl.attention import ATTENTION_KINDS
+from flowrl.attention.kinds import attention_kind
 from flowrl.process import prepare_process
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # queries, keys, values
@@ -44,8 +44,8 @@ def authors_flow_attention(
 
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "flow": ATTENTION_KINDS["flow"].parallel,
-    "softmax": ATTENTION_KINDS["softmax"].parallel,
+    "flow": attention_kind("flow").parallel,
+    "softmax": attention_kind("softmax").parallel,
     "authors": authors_flow_attention,
 }
 

@@ -4,18 +4,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from attention import authors_flow_attention
-from products import ProductRunner, needed_products
 from tables import Goal, Measurement, Row, Section
-from timing import Timing, interleaved, peak_memory
+from timing import interleaved, peak_memory
 from torch import nn
 from workload import Sizes, open_trainer, paper_config, training_data
 
-from flowrl.attention.kinds import ATTENTION_KINDS, AttentionName
-from flowrl.model.transformer import SelfAttention, SequenceModel
+from flowrl.attention.kinds import AttentionName, attention_kind
+from flowrl.model.transformer import SelfAttention
 from flowrl.training.config import TrainConfig
 
 BFLOAT16 = "flow, bfloat16"
-AUTHORS = replace(ATTENTION_KINDS["flow"], parallel=authors_flow_attention)
+AUTHORS = replace(attention_kind("flow"), parallel=authors_flow_attention)
 TINY = Sizes(
     num_layers=1, embed_dim=8, batch_size=1, episode_batch_size=1, episode_length=30, transitions=400
 )
@@ -33,10 +32,6 @@ def measure_update(sizes: Sizes, repetitions: int) -> Section:
     section = Section("update")
     _measure_case(section, sizes, repetitions, full_episodes=False)
     _measure_case(section, sizes, repetitions, full_episodes=True)
-    section.notes.append(
-        "matrix products: the update's needed products alone, forward and backward. The linear layers' take "
-        "those shapes and the routine of updates, attention's the rate of these; the size is their FLOPs."
-    )
     return section
 
 
@@ -63,17 +58,11 @@ def _measure_case(section: Section, sizes: Sizes, repetitions: int, *, full_epis
             trainers[form] = stack.enter_context(open_trainer(config, dataset))
         if "authors" in trainers:
             use_authors_attention(trainers["authors"].state.model)
-        model = trainers["flow"].state.model
-        assert isinstance(model, SequenceModel)
-        products = ProductRunner(needed_products(model, batch_size, timesteps))
-        contenders = {form: trainer.update for form, trainer in trainers.items()}
-        timings = interleaved({**contenders, "products": products}, repetitions)
+        timings = interleaved({form: trainer.update for form, trainer in trainers.items()}, repetitions)
     for form in forms:
         memory = peak_memory(update_once, sizes, form, full_episodes, warm_up=(TINY, form, full_episodes))
         size = batch_size * timesteps
         section.measurements.append(Measurement(form, f"update, {case}", size, timings[form], memory))
-    alone = Timing(tuple(seconds * products.scale for seconds in timings["products"].samples))
-    section.measurements.append(Measurement("matrix products", f"update, {case}", products.flops, alone))
 
     what = f"training update, {case}"
     softmax_goal = 2.5 if full_episodes else 1.0
@@ -84,9 +73,6 @@ def _measure_case(section: Section, sizes: Sizes, repetitions: int, *, full_epis
         section.rows.append(Row(what, "the same with the authors' form", "x", against_authors, Goal(20.0)))
     against_float32 = timings["flow"].ratio_to(timings[BFLOAT16])
     section.rows.append(Row(f"{what}: in bfloat16", "in float32", "x", against_float32))
-    share = alone.ratio_to(timings["flow"], factor=100.0)
-    goal = None if full_episodes else Goal(70.0)
-    section.rows.append(Row(f"{what}: share of its matrix products", "100%", "%", share, goal))
 
 
 def _config(sizes: Sizes, form: str, *, full_episodes: bool) -> TrainConfig:

@@ -16,7 +16,7 @@ from flowrl.attention.kinds import AttentionName
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.model.agent import Agent
-from flowrl.model.transformer import SequenceModel, TokenLayout
+from flowrl.model.transformer import TokenLayout
 from flowrl.signals import StopSignals
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import build_agent
@@ -119,8 +119,3 @@ def make_agent(sizes: Sizes, config: TrainConfig) -> Agent:
     agent = build_agent(config, make_episodes(2 * EPISODE_LIMIT, EPISODE_LIMIT))
     agent.model.eval()
     return agent
-
-
-def num_tokens(model: SequenceModel, timesteps: int) -> int:
-    """Tokens of a window of so many timesteps."""
-    return 3 * timesteps - 1 if model.config.token_layout == "interleaved" else timesteps
