@@ -7,7 +7,7 @@ from gymnasium.spaces import Box
 
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
-from flowrl.evaluation.rollout import NonFiniteError, failures_kept, rollout
+from flowrl.evaluation.rollout import failures_kept, rollout
 
 
 class LinearAgent:
@@ -83,7 +83,6 @@ def test_returns_and_lengths_equal_those_of_single_environments(environment, dim
     np.testing.assert_allclose(result.returns, returns, rtol=0, atol=1e-9)
     np.testing.assert_array_equal(result.lengths, lengths)
     np.testing.assert_array_equal(result.terminated, terminated)
-    np.testing.assert_array_equal(result.target_returns, targets)
     assert result.returns.dtype == np.float64
     if environment.env_id == "HalfCheetah-v4":
         assert set(lengths) == {30}  # it never terminates
@@ -134,7 +133,7 @@ def test_a_finished_slot_is_never_stepped_and_sums_are_exact(faulty):
 @pytest.mark.parametrize(("fault", "step"), [("observation", 3), ("reward", 2)])
 def test_a_non_finite_value_names_the_slot_and_the_step(faulty, fault, step):
     seeds = np.array([1, 5, 2, 9, 6])  # slots 0 and 2 are gone when slot 3 breaks
-    with pytest.raises(NonFiniteError, match=f"environment 3, step {step}: {fault} "):
+    with pytest.raises(UserError, match=f"environment 3, step {step}: {fault} "):
         rollout(LinearAgent(2, 1), EnvironmentSpec(faulty, {"fault": fault}), np.zeros(5), seeds)
 
 

@@ -79,7 +79,7 @@ def _scores(dataset: EpisodeDataset) -> list[str]:
     if dataset.reference is None:
         return []
     low, high = dataset.reference.minimum, dataset.reference.maximum
-    scores = np.array([dataset.reference.normalized_score(each) for each in dataset.episode_returns.tolist()])
+    scores = dataset.reference.normalized_score(dataset.episode_returns)
     return [f"normalised   {_quantiles(scores)}; returns of {low:g} and {high:g} are 0 and 100"]
 
 

@@ -1,6 +1,11 @@
 """D4RL's reference returns: what counts as 0 and as 100 when a return is normalised."""
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+_Returns = TypeVar("_Returns", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -10,9 +15,9 @@ class ReferenceScores:
     minimum: float
     maximum: float
 
-    def normalized_score(self, episode_return: float) -> float:
-        """Return ``100 * (episode_return - minimum) / (maximum - minimum)``; also works on NumPy arrays."""
-        return 100.0 * (episode_return - self.minimum) / (self.maximum - self.minimum)
+    def normalized_score(self, returns: _Returns) -> _Returns:
+        """Return ``100 * (returns - minimum) / (maximum - minimum)`` of one return or an array of them."""
+        return 100.0 * (returns - self.minimum) / (self.maximum - self.minimum)
 
 
 # Source: REF_MIN_SCORE and REF_MAX_SCORE of D4RL (Fu et al., 2020). Its tasks by the names that they have in

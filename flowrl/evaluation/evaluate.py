@@ -69,8 +69,8 @@ def evaluate(
     again. Several ranks share the episodes out, and all return the results of all.
 
     Raises:
-        UserError: no target, no episode, too many of them, or a target that is not finite.
-        NonFiniteError: see :func:`flowrl.evaluation.rollout.rollout`.
+        UserError: no target, no episode, too many of them, or a target that is not finite; and see
+            :func:`flowrl.evaluation.rollout.rollout`.
     """
     targets = tuple(dict.fromkeys(float(target) for target in targets))
     if not targets or not np.isfinite(targets).all():
@@ -94,9 +94,7 @@ def evaluate(
     results = []
     for target, its_outcomes in zip(targets, np.split(outcomes, len(targets), axis=1), strict=True):
         returns, lengths, successes, with_success, worlds, with_world = its_outcomes
-        scores = None
-        if reference is not None:
-            scores = np.array([reference.normalized_score(float(value)) for value in returns])
+        scores = None if reference is None else reference.normalized_score(returns)
         succeeded = successes > 0 if with_success.any() else None
         its_worlds = worlds.astype(np.int64) if with_world.any() else None
         results.append(TargetResult(target, returns, lengths.astype(np.int64), scores, succeeded, its_worlds))

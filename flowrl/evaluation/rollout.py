@@ -41,7 +41,6 @@ class Rollouts:
     environment does not report it.
     """
 
-    target_returns: np.ndarray
     returns: np.ndarray
     lengths: np.ndarray
     terminated: np.ndarray
@@ -51,10 +50,6 @@ class Rollouts:
 
 class EnvironmentFailure(UserError):
     """An environment raised an exception, which is the cause of this one."""
-
-
-class NonFiniteError(UserError):
-    """An environment or an agent produced NaN or infinity; the message names the slot and the step."""
 
 
 def rollout(
@@ -80,7 +75,7 @@ def rollout(
             (running, observation_dim), the agent's actions and the rewards (running,) that followed.
 
     Raises:
-        NonFiniteError: NaN or infinity in an observation, a reward or an action.
+        UserError: NaN or infinity in an observation, a reward or an action, of which slot and step are named.
         EnvironmentFailure: the environment raised an exception.
     """
     slots = len(target_returns)
@@ -127,8 +122,7 @@ def rollout(
         envs.close()
     # Both of every slot's episode, also of those that ended long before.
     successes, worlds = infos.get("success"), infos.get("world")
-    targets = np.asarray(target_returns, dtype=np.float64)
-    return Rollouts(targets, returns, lengths, terminated, successes, worlds)
+    return Rollouts(returns, lengths, terminated, successes, worlds)
 
 
 @contextmanager
@@ -159,4 +153,4 @@ def _check_finite(what: str, values: np.ndarray, running: np.ndarray, step: int)
         return
     bad = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
     index = int(np.argmax(bad))
-    raise NonFiniteError(f"environment {running[index]}, step {step}: {what} {values[index]} is not finite")
+    raise UserError(f"environment {running[index]}, step {step}: {what} {values[index]} is not finite")

@@ -8,6 +8,7 @@ drops the episodes of lowest return, not the oldest.
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,8 +128,7 @@ def collect_episodes(
     """Run one episode for each of the target returns, (episodes,), and return them as data.
 
     Raises:
-        NonFiniteError: see :func:`flowrl.evaluation.rollout.rollout`.
-        EnvironmentFailure: likewise.
+        UserError: see :func:`flowrl.evaluation.rollout.rollout`.
     """
     steps: list[tuple[np.ndarray, ...]] = []  # slots, observations, actions, rewards of those that run
     seeds = episode_seeds(seed, len(target_returns))
@@ -166,14 +166,9 @@ def saved_replay(checkpoint: Checkpoint, agent: Agent, where: str) -> tuple[Epis
     timesteps = checkpoint.training.get(_TIMESTEPS)
     if any(f"{_PREFIX}{name}" not in tensors for name in _SAVED) or type(timesteps) is not int:
         raise UserError(f"{where}: its checkpoint holds no replay: it is not one of a fine-tuning")
-    arrays = [tensors[f"{_PREFIX}{name}"].numpy() for name in _SAVED]
-    observations, actions, rewards, episode_lengths, terminated = arrays
+    arrays: dict[str, Any] = {name: tensors[f"{_PREFIX}{name}"].numpy() for name in _SAVED}
     replay = build_episodes(
-        observations=observations,
-        actions=actions,
-        rewards=rewards,
-        episode_lengths=episode_lengths,
-        terminated=terminated,
+        **arrays,
         dataset_id=about.dataset_id,
         where=f"{where}: replay",
         action_choices=agent.model.action_choices,

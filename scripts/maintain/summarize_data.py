@@ -10,6 +10,7 @@ from flowrl.atomic import atomic_path, write_text
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.embedded import EMBEDDED, load_embedded
 from flowrl.errors import UserError, exit_on_user_error
+from flowrl.report.plots import new_figure
 from flowrl.report.table import markdown_table
 
 BINS = 40
@@ -24,7 +25,7 @@ class DataSummary:
 
 
 def summarize_data(summary: DataSummary) -> str:
-    """Write ``data.md`` and, where matplotlib is installed, ``data_returns.png``; return the table.
+    """Write ``data.md`` and ``data_returns.png``; return the table.
 
     Datasets that are not here yet are collected.
 
@@ -41,23 +42,18 @@ def summarize_data(summary: DataSummary) -> str:
     table = markdown_table(header, rows)
     text = (
         "# The embedded datasets, as collected\n\nMean, std and best are normalised scores of whole "
-        f"episodes (100 is D4RL's expert).\n\n{table}\n"
+        f"episodes (100 is D4RL's expert).\n\n{table}\n\n![Returns](data_returns.png)\n"
     )
-    if draw_histograms(summary.results_dir / "data_returns.png", scores):
-        text += "\n![Returns](data_returns.png)\n"
+    draw_histograms(summary.results_dir / "data_returns.png", scores)
     write_text(summary.results_dir / "data.md", text)
     return table
 
 
-def draw_histograms(path: Path, scores: dict[str, np.ndarray]) -> bool:
-    """Draw each dataset's normalised scores into ``path``; return False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure  # an extra: only drawing needs it
-    except ImportError:
-        return False
+def draw_histograms(path: Path, scores: dict[str, np.ndarray]) -> None:
+    """Draw each dataset's normalised scores into ``path``."""
     columns = min(3, len(scores))
     rows = -(-len(scores) // columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    figure = new_figure(4 * columns, 2.6 * rows)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (dataset_id, values) in zip(axes.flat, scores.items(), strict=False):
         axis.hist(values, bins=BINS, color="#4477aa")
@@ -66,15 +62,13 @@ def draw_histograms(path: Path, scores: dict[str, np.ndarray]) -> bool:
         axis.set_ylabel("episodes", fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
-    return True
 
 
 def normalized_scores(dataset: EpisodeDataset) -> np.ndarray:
     """Return the normalised score of each episode, (E,) float64."""
     if dataset.reference is None:
         raise UserError(f"{dataset.dataset_id} has no reference scores")
-    reference = dataset.reference
-    return np.array([reference.normalized_score(value) for value in dataset.episode_returns.tolist()])
+    return dataset.reference.normalized_score(dataset.episode_returns)
 
 
 def table_row(dataset: EpisodeDataset, scores: np.ndarray) -> list[str]:
