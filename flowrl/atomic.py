@@ -74,12 +74,9 @@ def sole_user(folder: Path, refusal: str) -> Iterator[None]:
     Raises:
         UserError: ``refusal``, where another process holds it.
     """
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise UserError(refusal) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()

@@ -82,8 +82,6 @@ def joined_ranks() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    if not dist.is_available():
-        raise UserError("this build of torch has no torch.distributed; start one process, without torchrun")
     # Small messages stay on the CPU; gradients of GPUs go through NCCL.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -15,10 +14,6 @@ class Window(NamedTuple):
     returns_to_go: Tensor  # (batch, length)
     timesteps: Tensor  # (batch, length) int64, counted from the episode's start
     valid: Tensor  # (batch, length) bool, False on padding
-
-    def to(self, device: torch.device) -> "Window":
-        """A copy on the device; from pinned memory the copy does not block."""
-        return Window(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def rows(self, index: Tensor | slice) -> "Window":
         """Only these rows of the batch."""

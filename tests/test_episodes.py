@@ -34,12 +34,11 @@ def naive_returns_to_go(rewards: np.ndarray, lengths: tuple[int, ...]) -> list[f
     return result
 
 
-def test_offsets_timesteps_and_returns_match_a_plain_loop():
+def test_offsets_and_returns_match_a_plain_loop():
     given = arrays()
     dataset = build()
     assert dataset.episode_starts.tolist() == [0, 3, 4, 9]
     assert dataset.episode_lengths.tolist() == [3, 1, 5, 2]
-    assert dataset.timesteps.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1]
     expected = naive_returns_to_go(given["rewards"], LENGTHS)
     np.testing.assert_allclose(dataset.returns_to_go, expected, rtol=1e-6)
     np.testing.assert_allclose(dataset.episode_returns, [expected[i] for i in (0, 3, 4, 9)], rtol=1e-12)
@@ -48,7 +47,7 @@ def test_offsets_timesteps_and_returns_match_a_plain_loop():
     assert (dataset.observation_dim, dataset.action_dim) == (4, 2)
     for name in ("observations", "actions", "rewards", "returns_to_go"):
         assert getattr(dataset, name).dtype == np.float32
-    for name in ("timesteps", "episode_starts", "episode_lengths"):
+    for name in ("episode_starts", "episode_lengths"):
         assert getattr(dataset, name).dtype == np.int64
 
 

@@ -38,9 +38,8 @@ def linear_attention(queries: Tensor, keys: Tensor, values: Tensor, *, features:
 
     ``queries`` and ``keys`` are (batch, heads, length, head_dim), ``values`` (batch, heads, length,
     value_dim). Returns (batch, heads, length, value_dim) in the dtype of ``values``; sums are float32
-    (float64 for float64 input) whatever the autocast state. Raises ValueError for shapes that do not fit.
+    (float64 for float64 input) whatever the autocast state.
     """
-    _check_shapes(queries, keys, values, dimensions=4)
     with without_autocast(queries):
         dtype = accumulation_dtype(queries.dtype)
         positions = torch.arange(queries.shape[-2], dtype=dtype, device=queries.device)
@@ -57,10 +56,8 @@ def linear_attention_step(
     """The recurrent form: one token in, one out, in constant time and memory.
 
     ``query`` and ``key`` are (batch, heads, head_dim), ``value`` is (batch, heads, value_dim); ``state`` is
-    None before the first token. Returns the output (batch, heads, value_dim) and the new state. Raises
-    ValueError for shapes that do not fit.
+    None before the first token. Returns the output (batch, heads, value_dim) and the new state.
     """
-    _check_shapes(query, key, value, dimensions=3)
     with without_autocast(query):
         dtype = accumulation_dtype(query.dtype)
         num_tokens = query.new_zeros(query.shape[:2], dtype=dtype) if state is None else state.num_tokens
@@ -88,18 +85,6 @@ def _causal_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         before = torch.cat((torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]), dim=2).cumsum(2)
         product = product + q @ before
     return product.flatten(2, 3)[:, :, :length]
-
-
-def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, dimensions: int) -> None:
-    fit = (
-        queries.ndim == values.ndim == dimensions
-        and queries.shape == keys.shape
-        and queries.shape[:-1] == values.shape[:-1]
-        and queries.numel() > 0
-    )
-    if not fit:
-        shapes = f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
-        raise ValueError(f"linear attention takes {dimensions}-dimensional tensors that fit, got {shapes}")
 
 
 # Features: elu + 1 -----------------------------------------------------------------------------------------

@@ -104,10 +104,6 @@ class UniformPolicy:
     def observation_dim(self) -> int:
         return self.facts.observation_dim
 
-    @property
-    def action_dim(self) -> int:
-        return self.facts.action_dim
-
     def act(
         self, observations: np.ndarray, normals: np.ndarray, noise: np.ndarray | float = 0.0
     ) -> np.ndarray:
@@ -205,6 +201,10 @@ class _Running:
         self.actions: list[np.ndarray] = []
         self.rewards: list[float] = []
 
+    def episode(self, policy: str, terminated: bool) -> Episode:
+        arrays = (np.stack(self.observations), np.stack(self.actions), np.array(self.rewards))
+        return Episode(policy, self.seed, *arrays, terminated)
+
 
 def _collect_part(
     start: Callable[[int], _Running],
@@ -252,7 +252,7 @@ def _collect_part(
 
         ended = active & (terminations | truncations)
         for i in np.flatnonzero(ended).tolist():
-            finished[slots[i].number] = _finish(part.policy, slots[i], bool(terminations[i]))
+            finished[slots[i].number] = slots[i].episode(part.policy, bool(terminations[i]))
         while whole < len(finished) and whole_steps < target:
             episode = finished[whole]
             if episode is None:
@@ -269,14 +269,3 @@ def _collect_part(
         for i in np.flatnonzero(ended).tolist():
             slots[i].observations.append(observations[i])
     return [episode for episode in finished[:whole] if episode is not None]
-
-
-def _finish(policy: str, running: _Running, terminated: bool) -> Episode:
-    return Episode(
-        policy=policy,
-        seed=running.seed,
-        observations=np.stack(running.observations),
-        actions=np.stack(running.actions),
-        rewards=np.array(running.rewards),
-        terminated=terminated,
-    )

@@ -64,12 +64,6 @@ class EpisodeDataset:
         return int(self.actions.shape[1])
 
     @property
-    def timesteps(self) -> np.ndarray:
-        """Step inside its episode of each transition, from 0, (N,) int64; made anew at each access."""
-        starts = np.cumsum(self.episode_lengths) - self.episode_lengths
-        return np.arange(len(self.rewards)) - np.repeat(starts, self.episode_lengths)
-
-    @property
     def max_episode_length(self) -> int:
         return int(self.episode_lengths.max())
 

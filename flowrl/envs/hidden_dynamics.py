@@ -41,7 +41,9 @@ class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
     def __init__(self, num_envs: int, robot: str = "halfcheetah") -> None:
         super().__init__(num_envs, robot, added=1)
         assert self.single_action_space.shape is not None
-        self._wirings = wirings(self.single_action_space.shape[0])
+        signs = np.eye(self.single_action_space.shape[0], dtype=np.float32)
+        # The sign of each actuator in each world, (1 + action_dim, action_dim).
+        self._wirings = np.concatenate((np.ones_like(signs[:1]), 1 - 2 * signs))
         self._variant_count = len(self._wirings)
 
     def step(
@@ -73,8 +75,3 @@ class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
 
     def _info(self) -> dict[str, Any]:
         return {"world": self._variants.copy()}
-
-
-def wirings(action_dim: int) -> np.ndarray:
-    """The sign of each actuator in each world, float32 (1 + action_dim, action_dim)."""
-    return np.concatenate((np.ones((1, action_dim)), 1 - 2 * np.eye(action_dim))).astype(np.float32)

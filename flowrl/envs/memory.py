@@ -73,7 +73,8 @@ class TMazeVectorEnv(SlotVectorEnv):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step the slots whose episode is under way; the actions (num_envs, 1) of others are ignored."""
         running, at_junction = self._timestep < self.length, self._timestep == self.length - 1
-        right = nearest_arm(np.asarray(actions, dtype=np.float32)[:, 0], self.arms) == self._arm
+        places = (np.asarray(actions, dtype=np.float32)[:, 0].clip(-1, 1) + 1) / 2 * (self.arms - 1)
+        right = np.floor(places + 0.5) == self._arm  # the nearest arm
         rewards = (at_junction & right).astype(np.float64)
         self._timestep[running] += 1
         self._observations[at_junction] = 0
@@ -146,11 +147,6 @@ def cue_vector(arm: int | np.ndarray, arms: int) -> np.ndarray:
 def arm_action(arm: np.ndarray, arms: int) -> np.ndarray:
     """Return the action in the middle of an arm."""
     return 2 * arm / (arms - 1) - 1
-
-
-def nearest_arm(actions: np.ndarray, arms: int) -> np.ndarray:
-    """Return the arm that each action chooses, int64 of the same shape."""
-    return np.floor((actions.clip(-1, 1) + 1) / 2 * (arms - 1) + 0.5).astype(np.int64)
 
 
 def draw_cues(

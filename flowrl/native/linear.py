@@ -39,9 +39,9 @@ class OneDNNLinear(nn.Linear):
 @cache
 def library_is_held_back() -> bool:
     """Whether the processor has wider vectors than MKL uses on it."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         return False
     return _CPUINFO.exists() and "GenuineIntel" not in _CPUINFO.read_text()
 

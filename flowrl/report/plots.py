@@ -22,8 +22,8 @@ _COLUMNS = 3  # of panels, one panel per dataset
 _MARKED: dict[str, Any] = {"marker": "o", "ms": 4, "capsize": 3}
 
 
-def draw_report(results: Results, folder: Path, file_format: str) -> list[Path]:
-    """Write every picture into ``folder``; return the files.
+def draw_report(results: Results, folder: Path, file_format: str) -> None:
+    """Write every picture into ``folder``.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -38,7 +38,9 @@ def draw_report(results: Results, folder: Path, file_format: str) -> list[Path]:
         "achieved-returns": _draw_panels(results, colors, _draw_achieved),
         "online-episodes": _draw_panels(results, colors, _draw_bandits),
     }
-    return [_save(figure, folder / f"{name}.{file_format}") for name, figure in figures.items()]
+    for name, figure in figures.items():
+        with atomic_path(folder / f"{name}.{file_format}") as temporary:
+            figure.savefig(temporary, format=file_format, dpi=110)
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -111,9 +113,3 @@ def _add_legend(figure: "Figure", colors: dict[str, str]) -> None:
     inches = 0.7 + 0.09 * max(map(len, colors))  # of an entry
     columns = min(len(colors), max(1, int(figure.get_figwidth() / inches)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def _save(figure: "Figure", path: Path) -> Path:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=110)
-    return path

@@ -128,14 +128,11 @@ def hub_errors(repo: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError as error:
         raise UserError("no token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN") from error
     except errors.HfHubHTTPError as error:
-        hint = "; check the token: `hf auth login`, or HF_TOKEN" if _unauthorized(error) else ""
+        unauthorized = error.response is not None and error.response.status_code in (401, 403)
+        hint = "; check the token: `hf auth login`, or HF_TOKEN" if unauthorized else ""
         raise UserError(f"{repo}: the Hub refused: {one_line(error)}{hint}") from error
     except Exception as error:  # whatever its HTTP library raises without a network, or offline mode
         raise UserError(f"{repo}: the Hub cannot be reached: {one_line(error)}") from error
-
-
-def _unauthorized(error: Any) -> bool:
-    return error.response is not None and error.response.status_code in (401, 403)
 
 
 def refuse_paths(environment: EnvironmentSpec | None) -> None:

@@ -23,8 +23,6 @@ from flowrl.attention.flow.recurrent import (
 )
 from flowrl.attention.precision import accumulation_dtype, without_autocast
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)  # torch 2.7 has it
-
 __all__ = [
     "FlowState",
     "empty_flow_state",
@@ -94,7 +92,8 @@ def flow_attention(
     float64 input) whatever the autocast state. Raises ValueError for arguments that do not fit.
     """
     _check(queries, keys, values, causal, mask, initial_state, return_state)
-    traced = _is_exporting() or torch.jit.is_tracing()  # into torch's own operations, at any length
+    # Traced into torch's own operations, at any length.
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     fast = causal and mask is None and initial_state is None and not (return_state or traced or transformed)
     with without_autocast(queries):
