@@ -18,6 +18,7 @@ NUMBERS = (
     *("batch_size", "checkpoint_every", "dropout", "embed_dim", "eval_episodes", "eval_every"),
     *("gradient_clip", "keep_checkpoints", "learning_rate", "log_every", "num_heads", "num_layers"),
     *("return_scale", "seed", "steps", "warmup_steps", "weight_decay", "context_length"),
+    *("ema_decay", "q_weight", "source_clamp"),
 )
 NO_SENSE = ("-1", "1e999", "-.inf", ".nan", "9" * 400)
 
@@ -52,7 +53,7 @@ DOCUMENTS = (
     *(b"", b"\0", b"\xff\xfe\x00", b"\xef\xbb\xbf", b"---\n...\n", b"- steps", b"5", b"null", b"'"),
     *(b"%YAML 9.9\n---\n", b"steps: [", b"steps: {", b"steps: 1\n---\nsteps: 2", b"\tsteps: 1", b"@"),
     *(b"steps: 1\n seed: 2", b"a: b: c", b"? [a]\n: 1", b"? {a: 1}\n: 1", b"? |\n  a\n: 1", b"*a", b"&a : 1"),
-    *(b"!!omap [steps: 5]", b"!!set {steps}", b"[" * 50_000, b"{a: " * 5_000, b"a: &a [1]\nb: [*a, *a]"),
+    *(b"!!omap [steps: 5]", b"!!set {steps}", b"[" * 5_000, b"{a: " * 5_000, b"a: &a [1]\nb: [*a, *a]"),
     *(b"steps: " + b"9" * 5000, b"5: 5", b"~: 1", b".nan: 1", b"!!python/module:os"),
     *(b"!!python/object/apply:os.mkdir [exploded]", b"!!python/object/new:os.mkdir {}"),
     *PICKLES,

@@ -14,6 +14,7 @@ from flowrl.errors import UserError
 from flowrl.training.config import (
     RESUMABLE,
     TrainConfig,
+    check_resumable,
     check_values,
     parse_train_config,
     read_options,
@@ -35,7 +36,7 @@ def write_run(folder, **options):
 def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
     preset = tmp_path / "mine.yaml"
     preset.write_text(
-        "env: hopper-medium\ntargets: [10, 20]\nlearning_rate: 2e-4\nembed_dim: 64\ncompile: true\n"
+        "env: hopper-medium\ntargets: [10, 2e+1]\nlearning_rate: 2E-4\nembed_dim: 64\ncompile: true\n"
     )
     config = parse_train_config(["--config", str(preset)])
     assert config == TrainConfig(
@@ -46,6 +47,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
         compile=True,
         config=str(preset),
     )
+    assert isinstance(config.learning_rate, float)  # YAML 1.1 takes 2E-4 for a string
     flags = ["--targets", "-5", "--learning-rate", "3e-4", "--no-compile", "--env", "walker2d-medium"]
     for arguments in (["--config", str(preset), *flags], [*flags, "--config", str(preset)]):
         assert parse_train_config(arguments) == replace(
@@ -87,17 +89,6 @@ def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, r
     assert parse_train_config(["--config", env]) == replace(default, config=env)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("1", 1.0), ("5e+2", 500.0)])
-def test_numbers_in_yaml_are_numbers(tmp_path, text, expected):
-    """YAML 1.1 takes 1e-4 for a string; a learning rate must not."""
-    path = tmp_path / "x.yaml"
-    path.write_text(f"env: hopper-random\nlearning_rate: {text}\ntargets: [{text}, -{text}]\n")
-    config = parse_train_config(["--config", str(path)])
-    assert config.learning_rate == expected
-    assert isinstance(config.learning_rate, float)
-    assert config.targets == (expected, -expected)
-
-
 REFUSED = {  # more in test_broken_yaml.py
     "stepz: 5": "'stepz': unknown option; did you mean 'steps'",
     "batch-size: 5": "'batch-size': unknown option; did you mean 'batch_size'",
@@ -115,9 +106,6 @@ REFUSED = {  # more in test_broken_yaml.py
     "env: [a, b]": "'env' ['a', 'b']: should be a valid string",
     f"env: [{'a' * 100_000}, b]": "'env' ['aaa",
     "targets: &x [1]\nenv: *x": "references",
-    "steps": "expected a mapping",
-    "steps: [": "not plain YAML",
-    "steps: !!python/object/apply:os.mkdir [exploded]": "not plain YAML",
 }
 
 
@@ -140,22 +128,15 @@ def flag(name):
 
 FROM_1 = ("context_length", "num_layers", "embed_dim", "num_heads", "steps", "batch_size")
 FROM_1 += ("timesteps_per_update", "log_every", "checkpoint_every", "keep_checkpoints")
-FROM_0 = ("eval_every", "eval_episodes", "eval_seed", "warmup_steps", "weight_decay", "dropout", "ema_decay")
-FROM_0 += ("seed",)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         *(({name: 0}, f"{flag(name)} 0: should be greater than or equal to 1") for name in FROM_1),
-        *(({name: -1}, f"{flag(name)} -1: should be greater than or equal to 0") for name in FROM_0),
         *(
-            ({name: value}, f"{flag(name)} {value}: should be {bound}")
+            ({name: 0.0}, f"{flag(name)} 0.0: should be greater than 0")
             for name in ("learning_rate", "gradient_clip", "return_scale")
-            for value, bound in {
-                0.0: "greater than 0", -1.0: "greater than 0",
-                float("nan"): "a finite number", float("inf"): "a finite number",
-            }.items()
         ),
         ({"top_fraction": 1.01}, "--top-fraction 1.01: should be less than or equal to 1"),
         ({"dropout": 1.0}, "--dropout 1.0: should be less than 1"),
@@ -173,25 +154,27 @@ def test_values_that_make_no_sense_name_their_flag(options, message):
         check_values(TrainConfig(**{"env": "hopper-medium", **options}))
 
 
+# Every field away from its default.
+OTHER = TrainConfig(
+    env="hopper-medium", dataset=("minari:a/b-v0", "c.hdf5"), config="x.yaml", run_dir=Path("runs/a b"),
+    env_import=("a.b",), env_kwargs='{"x": [1, "y"]}', max_episode_steps=9, reference_scores=(-1.5, 2.0),
+    split_at_timeouts=True, memory_map=Path("map"), mask_velocities=True, conditioning="target",
+    agent="bc", top_fraction=0.25,
+    attention="softmax", token_layout="fused", context_length="episode", num_layers=2, embed_dim=64,
+    num_heads=2, dropout=0.0, steps=7, batch_size=3, learning_rate=1e-05, weight_decay=1e-22,
+    warmup_steps=3, schedule="constant", gradient_clip=1e16, return_scale=123.456, reward_mode="delayed",
+    ema_decay=0.5, seed=9, device="cpu", precision="float32", compile=True, targets=(-1.5, 1e-07),
+    eval_every=0, eval_episodes=1, eval_seed=7, acting="window", log_every=2, checkpoint_every=3,
+    keep_checkpoints=4, time_encoding="sinusoidal", source_clamp=20.0, timesteps_per_update=640,
+    keep_best="return_mean", validation_fraction=0.1, q_weight=0.25, convolution_width=4,
+)  # fmt: skip
+
+
 def test_written_configuration_reads_back_the_same(tmp_path):
-    """Every field away from its default, then every field at it."""
-    other = TrainConfig(
-        env="hopper-medium", dataset=("minari:a/b-v0", "c.hdf5"), config="x.yaml", run_dir=Path("runs/a b"),
-        env_import=("a.b",), env_kwargs='{"x": [1, "y"]}', max_episode_steps=9, reference_scores=(-1.5, 2.0),
-        split_at_timeouts=True, memory_map=Path("map"), mask_velocities=True, conditioning="target",
-        agent="bc", top_fraction=0.25,
-        attention="softmax", token_layout="fused", context_length="episode", num_layers=2, embed_dim=64,
-        num_heads=2, dropout=0.0, steps=7, batch_size=3, learning_rate=1e-05, weight_decay=1e-22,
-        warmup_steps=3, schedule="constant", gradient_clip=1e16, return_scale=123.456, reward_mode="delayed",
-        ema_decay=0.5, seed=9, device="cpu", precision="float32", compile=True, targets=(-1.5, 1e-07),
-        eval_every=0, eval_episodes=1, eval_seed=7, acting="window", log_every=2, checkpoint_every=3,
-        keep_checkpoints=4, time_encoding="sinusoidal", source_clamp=20.0, timesteps_per_update=640,
-        keep_best="return_mean", validation_fraction=0.1, q_weight=0.25, convolution_width=4,
-    )  # fmt: skip
     default = TrainConfig(env="hopper-random")
     for field in fields(TrainConfig):
-        assert field.name == "resume" or getattr(other, field.name) != getattr(default, field.name)
-    for config in (other, default):
+        assert field.name == "resume" or getattr(OTHER, field.name) != getattr(default, field.name)
+    for config in (OTHER, default):
         path = tmp_path / "config.yaml"
         path.write_text(to_yaml(config))
         assert parse_train_config(["--config", str(path)]) == replace(config, config=str(path))
@@ -219,18 +202,6 @@ def test_resume_never_lengthens_the_warm_up(tmp_path, saved, resumed):
         assert (config.warmup_steps, config.steps) == (resumed, 100_000)
 
 
-def another(value):
-    """A valid value other than this one, for any field."""
-    choices = {
-        None: "1", "flow": "softmax", "interleaved": "fused", "cosine": "constant", "dense": "delayed",
-        "hopper-medium": "walker2d-medium", "auto": "bfloat16", "transformer": "bc",
-        "learned": "none",
-    }  # fmt: skip
-    if isinstance(value, float):
-        return str(value / 2)
-    return str(value * 2 + 1) if isinstance(value, int) else choices[value]
-
-
 FIXED = sorted({field.name for field in fields(TrainConfig)} - RESUMABLE)
 
 
@@ -243,21 +214,16 @@ def test_the_value_that_a_run_has_anyway_is_no_change(tmp_path):
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_resume_cannot_change_what_was_computed(tmp_path, name):
-    run = tmp_path / "run"
-    saved = write_run(run)
-    same = getattr(saved, name)
-    special = {
-        "return_scale": ["3.5"], "reference_scores": ["0", "1"], "split_at_timeouts": [],
-        "mask_velocities": [], "validation_fraction": ["0.5"], "q_weight": ["0.5"],
-    }  # fmt: skip
-    words = special.get(name, ["x"] if same == () else None)
-    words = [another(same)] if words is None else words
-    with pytest.raises(UserError, match=f"{flag(name)} .*: .* was trained with .*--resume cannot change it"):
-        parse_train_config(["--resume", str(run), flag(name), *words])
+def test_resume_cannot_change_what_was_computed(name):
+    saved = TrainConfig(env="hopper-random")
+    check_resumable(saved, replace(saved, steps=7), Path("run"))
+    with pytest.raises(
+        UserError, match=f"^{flag(name)} .*: run was trained with .*--resume cannot change it"
+    ):
+        check_resumable(saved, replace(saved, **{name: getattr(OTHER, name)}), Path("run"))
 
 
-@pytest.mark.parametrize("options", [{"embed_dim": 1 << 20}, {"embed_dim": 1 << 14, "num_layers": 1000}])
+@pytest.mark.parametrize("options", [{"embed_dim": 1 << 20}, {"embed_dim": 1 << 16, "num_layers": 20}])
 @pytest.mark.parametrize("agent", ["transformer", "bc"])
 def test_a_model_beyond_this_machine_is_refused_before_it_is_made(tiny_dataset, tmp_path, options, agent):
     with pytest.raises(UserError, match=r"--embed-dim \d+, --num-layers \d+: .* GiB of memory") as raised:

@@ -60,30 +60,26 @@ def test_d4rls_file_comes_first_and_flowrls_data_can_be_forced(folders):
         load_episodes("hopper-medium")
 
 
-def test_stored_data_that_changed_is_refused(folders):
+def test_stored_data_that_changed_or_is_of_another_recipe_is_refused(folders):
     load_embedded("hopper-medium")
-    folder = folders / "minari" / ID
-    with h5py.File(folder / "data" / "main_data.hdf5", "a") as file:
+    folder = folders / "minari" / ID / "data"
+    with h5py.File(folder / "main_data.hdf5", "a") as file:
         file["episode_0/rewards"][0] += 0.5
     with pytest.raises(UserError, match=r"content is not what was collected .* hopper-medium --overwrite"):
         load_embedded("hopper-medium")
-    (folder / "data" / "main_data.hdf5").write_bytes(b"")
+    (folder / "main_data.hdf5").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read"):
         load_embedded("hopper-medium")
-    (folder / "data" / "metadata.json").write_text("{")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text("{")
     with pytest.raises(UserError, match=r"metadata\.json: not the metadata of a dataset that flowrl"):
         load_embedded("hopper-medium")
-
-
-def test_data_of_another_recipe_is_refused(folders):
-    folder = collect_minari(replace(SMALL, seed=5), ID)
+    metadata["flowrl"]["policy_sha256"]["25k"] = "0" * 64
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match="not collected by this version's recipe and policies"):
+        load_embedded("hopper-medium")
+    collect_minari(replace(SMALL, seed=5), ID, overwrite=True)
     with pytest.raises(UserError, match=r"not collected by this version's recipe and policies.*--overwrite"):
         load_embedded("hopper-medium")
     collect_minari(SMALL, ID, overwrite=True)
     load_embedded("hopper-medium")
-    path = folder / "data" / "metadata.json"
-    metadata = json.loads(path.read_text())
-    metadata["flowrl"]["policy_sha256"]["25k"] = "0" * 64
-    path.write_text(json.dumps(metadata))
-    with pytest.raises(UserError, match="not collected by this version's recipe and policies"):
-        load_embedded("hopper-medium")

@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from test_evaluate import ConstantAgent
 from tiny_training import resume_here, train_here
 
 from flowrl import load_agent
@@ -24,18 +25,6 @@ from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import episode_seeds, evaluate, format_table
 from flowrl.evaluation.rollout import rollout
 from flowrl.training.setup import velocities
-
-
-class Still:
-    """Does nothing, on Hopper."""
-
-    def reset(self, num_envs: int, target_return: float | np.ndarray) -> None: ...
-
-    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
-        return np.zeros((len(observations), 3), np.float32)
-
-    def keep(self, indices: np.ndarray) -> None: ...
-
 
 LEVELS = ["tmaze-20", "tmaze-1100", "tmaze-30-arms-4-distractors-3", "tmaze-5-arms-16", "tmaze-2"]
 
@@ -61,14 +50,14 @@ class Oracle:
         self.cues = self.cues[indices]
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", LEVELS[2:])
 def test_tmaze_passes_gymnasiums_checker(name):
     check_env(make_env(environment_named(name)).unwrapped, skip_render_check=True)
 
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_many_tmazes_equal_single_ones(name):
-    environment, seeds = environment_named(name), [3, 4, 5, 6, 7, 8]
+    environment, seeds = environment_named(name), [3, 4, 5]
     envs = make_vector_env(environment, len(seeds))
     assert isinstance(envs, TMazeVectorEnv)
     singles = [make_env(environment) for _ in seeds]
@@ -87,11 +76,11 @@ def test_many_tmazes_equal_single_ones(name):
                 np.testing.assert_array_equal(observations[slot], observation)
                 assert (rewards[slot], finished[slot]) == (reward, terminated)
             assert not truncated.any()
-    envs.reset(seed=[0] * 6, options={"reset_mask": np.arange(6) < 2})
-    after, rewards, finished, _, _ = envs.step(np.ones((6, 1), np.float32))
-    assert list(finished) == [name == "tmaze-1"] * 2 + [True] * 4  # the others stay still
-    assert not rewards[2:].any()
-    assert not after[2:].any()
+    envs.reset(seed=[0] * 3, options={"reset_mask": np.arange(3) < 1})
+    after, rewards, finished, _, _ = envs.step(np.ones((3, 1), np.float32))
+    assert finished.tolist() == [False, True, True]  # the others stay still
+    assert not rewards[1:].any()
+    assert not after[1:].any()
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -130,21 +119,23 @@ def test_data_is_the_environments_and_the_same_every_time():
     np.testing.assert_array_equal(observations[0, :, 2], np.arange(15, dtype=np.float32) / 15)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("tmaze-1", "length 1: must be from 2 to"),
-        ("tmaze-50-arms-17", "arms 17: must be from 2 to 16"),
-        ("tmaze-50-distractors-49", "distractors 49: must be from 0 to 48"),
-        ("tmaze-100001", "made for corridors of up to 100000"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(name, message):
-    with pytest.raises(UserError, match=message) as error:
-        load_episodes(name)
-    assert "\n" not in str(error.value)
+def test_numbers_limits_and_robots_that_a_task_does_not_have_are_refused():
+    for name, message in {
+        "tmaze-1": "length 1: must be from 2 to",
+        "tmaze-50-arms-17": "arms 17: must be from 2 to 16",
+        "tmaze-50-distractors-49": "distractors 49: must be from 0 to 48",
+        "tmaze-100001": "made for corridors of up to 100000",
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            load_episodes(name)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"T-Maze: .*must be a whole number"):
         gymnasium.make("flowrl/TMaze-v0", length=2.5)
+    for task, timesteps in (("Cued", 400), ("Hidden", 300)):
+        with pytest.raises(UserError, match="no robot 'ant'; known: halfcheetah, walker2d, hopper"):
+            gymnasium.make(f"flowrl/Hopper{task}-v0", robot="ant")
+        with pytest.raises(UserError, match=f"max_episode_steps 99: .* have {timesteps}"):
+            make_vector_env(EnvironmentSpec(f"flowrl/Hopper{task}-v0", max_episode_steps=99), 2)
 
 
 def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused():
@@ -161,8 +152,10 @@ def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused():
             refused()
 
 
-@pytest.mark.parametrize(("task", "strength"), [("Cued", 0.1), ("Hidden", 0.2), ("Hidden", 1.0)])
-@pytest.mark.parametrize("robot", ["HalfCheetah", "Walker2d", "Hopper"])
+@pytest.mark.parametrize(
+    ("robot", "task", "strength"),
+    [("HalfCheetah", "Cued", 0.1), ("Hopper", "Hidden", 0.2), ("Walker2d", "Hidden", 1.0)],
+)
 def test_many_robots_equal_single_ones(robot, task, strength):
     environment, seeds = EnvironmentSpec(f"flowrl/{robot}{task}-v0"), [1, 2, 3]
     envs, singles = make_vector_env(environment, 3), [make_env(environment) for _ in seeds]
@@ -255,14 +248,6 @@ def test_a_hidden_world_reverses_an_actuator_and_is_in_no_observation():
             )
 
 
-def test_robots_and_time_limits_that_a_task_does_not_have_are_refused():
-    for task, timesteps in (("Cued", 400), ("Hidden", 300)):
-        with pytest.raises(UserError, match="no robot 'ant'; known: halfcheetah, walker2d, hopper"):
-            gymnasium.make(f"flowrl/Hopper{task}-v0", robot="ant")
-        with pytest.raises(UserError, match=f"max_episode_steps 99: .* have {timesteps}"):
-            make_vector_env(EnvironmentSpec(f"flowrl/Hopper{task}-v0", max_episode_steps=99), 2)
-
-
 def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good():
     assert environment_named("hopper-hidden") == EnvironmentSpec("flowrl/HopperHidden-v0")
     episodes = collect(replace(EMBEDDED["hopper-hidden"].recipe, steps=4_000)).episodes
@@ -284,7 +269,7 @@ def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good():
 
 
 def test_an_evaluation_has_the_world_of_each_episode():
-    environment, agent = environment_named("hopper-hidden"), Still()
+    environment, agent = environment_named("hopper-hidden"), ConstantAgent()
     (result,) = evaluate(agent, environment, [1.0], 8, seed=0, reference=None)
     env = make_env(environment)
     worlds = [env.reset(seed=int(seed))[1]["world"] for seed in episode_seeds(0, 8)]
