@@ -60,7 +60,7 @@ COMMANDS = {
     ),
     "estimate": Command(
         "Estimate an agent's return from data alone.",
-        "evaluation.off_policy", "estimate_run", "EstimateConfig",
+        "report.estimate", "estimate_run", "EstimateConfig",
     ),
     "collect": Command(
         "Collect a dataset with the behaviour policies of the package.",

@@ -16,8 +16,9 @@ import flowrl
 from flowrl.data import load_episodes
 from flowrl.data.returns import DISCOUNT, lambda_returns
 from flowrl.errors import UserError
-from flowrl.evaluation.off_policy import EstimateConfig, agent_actions, estimate, estimate_run
+from flowrl.evaluation.off_policy import agent_actions, estimate
 from flowrl.model.action_model import ActionModel
+from flowrl.report.estimate import EstimateConfig, estimate_run
 
 
 @pytest.mark.parametrize("trace", [0.0, 0.7, 1.0])
