@@ -1,11 +1,12 @@
 """How every broken input must end: in one line and exit code 2, or a result; in little memory."""
 
+import copy
 import io
 import json
 import pickle
 import resource
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,27 @@ def reseal(checkpoint: Path) -> None:
         content = (checkpoint / name).read_bytes()
         manifest["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def with_value(data: Any, place: tuple, value: Any) -> Any:
+    """A copy of a JSON document with another value at this place."""
+    changed = copy.deepcopy(data)
+    holder = changed
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    return changed
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond ``size`` bytes: a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def _peak() -> int:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from export_behavior import BehaviorExport, export_behavior, measure_returns, save_policy
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from flowrl.behavior.policy import ACTION_GRID, BehaviorPolicy, load_policy
 from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, behavior_names, load_behavior
@@ -24,10 +24,6 @@ def make_policy(
 
     hidden = (layer(observation_dim, 16), layer(16, 8))
     return BehaviorPolicy("Hopper-v5", steps, hidden, layer(8, action_dim), layer(8, action_dim))
-
-
-def layers(policy: BehaviorPolicy) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [*policy.hidden, policy.mean, policy.log_std]
 
 
 def torch_actor(policy: BehaviorPolicy, observations: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,16 +55,12 @@ def test_distribution_and_mode_equal_torch():
     np.testing.assert_allclose(actions, torch.tanh(mean).numpy(), rtol=0, atol=ACTION_GRID / 2 + 1e-9)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_snapshot_round_trip(tmp_path, dtype):
     policy = make_policy()
     save_policy(policy, tmp_path / "policy.safetensors", dtype)
     loaded = load_policy(tmp_path / "policy.safetensors")
-    assert (loaded.env_id, loaded.steps) == ("Hopper-v5", 7)
-    assert (loaded.observation_dim, loaded.action_dim) == (11, 3)
-    for ours, written in zip(layers(loaded), layers(policy), strict=True):
-        np.testing.assert_array_equal(ours[0], written[0])
-        np.testing.assert_array_equal(ours[1], written[1])
+    np.testing.assert_equal(vars(loaded), vars(policy))
     assert [path.name for path in tmp_path.iterdir()] == ["policy.safetensors"]
 
 
@@ -77,15 +69,12 @@ def test_damaged_snapshots_are_refused_by_name(tmp_path):
     save_policy(make_policy(), path)
     tensors, whole = load_file(path), path.read_bytes()
     metadata = {"env_id": "Hopper-v5", "steps": "7"}
-    contents = [whole[:500], b"\x80\x04K\x01."]  # cut off; a pickle
-    for damaged, described in (
-        ({k: v for k, v in tensors.items() if k != "hidden.1.bias"}, metadata),
-        ({**tensors, "log_std.bias": np.zeros(2, np.float32)}, metadata),
-        ({**tensors, "mean.weight": np.zeros((5, 3), np.float32)}, metadata),
-        (tensors, {}),
-    ):
-        save_file(damaged, path, metadata=described)
-        contents.append(path.read_bytes())
+    contents = [
+        *(whole[:500], b"\x80\x04K\x01.", save(tensors)),  # cut off; a pickle; of no environment
+        save({name: x for name, x in tensors.items() if name != "hidden.1.bias"}, metadata),
+        save({**tensors, "log_std.bias": np.zeros(2, np.float32)}, metadata),
+        save({**tensors, "mean.weight": np.zeros((5, 3), np.float32)}, metadata),
+    ]
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"policy\.safetensors: not a readable behaviour policy"):

@@ -87,7 +87,7 @@ def test_the_best_episodes_fill_the_share_of_timesteps(fraction, kept):
     dataset = episodes([5, 9, 4, 30, 1], [10, 5, 14, 10, 1])
     top = top_episodes(dataset, fraction)
     rows = np.isin(dataset.observations[:, 0], kept)
-    for name in ("observations", "actions", "rewards", "returns_to_go", "timesteps"):
+    for name in ("observations", "actions", "rewards", "returns_to_go"):
         np.testing.assert_array_equal(getattr(top, name), getattr(dataset, name)[rows])
     np.testing.assert_array_equal(top.episode_lengths, dataset.episode_lengths[kept])
     np.testing.assert_array_equal(top.terminated, dataset.terminated[kept])

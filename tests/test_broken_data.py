@@ -163,23 +163,11 @@ def test_other_content_is_refused_and_never_unpickled(tmp_path, monkeypatch, nam
     assert not (tmp_path / MARKER).exists()
 
 
-@pytest.mark.parametrize(
-    ("env", "observation_dim", "action_dim"),
-    [
-        ("Hopper-v4", 12, 3),
-        ("Ant-v4", 112, 8),
-        ("hopper-medium", 17, 6),
-        ("CartPole-v1", 4, 2),
-        ("Hopper-v999", 11, 3),
-        (None, 11, 3),
-    ],
-)
-def test_the_wrong_environment_is_refused(tmp_path, env, observation_dim, action_dim):
+@pytest.mark.parametrize(("env", "width"), [("Hopper-v4", 12), ("Hopper-v999", 11), (None, 11)])
+def test_the_wrong_environment_is_refused(tmp_path, env, width):
     path = write(tmp_path / "data.hdf5")
     with h5py.File(path, "a") as file:
-        for key, width in (("observations", observation_dim), ("actions", action_dim)):
-            del file[key]
-            file[key] = np.ones((STEPS, width), np.float32)
+        replaced(shape=(STEPS, width), fillvalue=1.0)(file, "observations")
     config = replace(CONFIG, dataset=str(path), env=env, eval_episodes=1)
     assert "environment" in refusal(lambda: load_dataset(config))
 

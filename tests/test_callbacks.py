@@ -8,7 +8,7 @@ import pytest
 from tiny_training import OPTIONS, assert_same_end, figures, steps_on_disk, train_here
 
 import flowrl
-from flowrl.data import load_episodes
+from flowrl.data import EpisodeDataset, load_episodes
 from flowrl.data.dataset import held_out
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError
@@ -18,6 +18,11 @@ from flowrl.report.runs import load_runs
 from flowrl.training.trainer import Trainer
 
 TINY = OPTIONS | {"targets": (30.0, 5.0)}
+
+
+def train(dataset, run, *callbacks, **options):
+    given = {**TINY, **options, "run_dir": run, "callbacks": list(callbacks), "progress_bar": False}
+    return flowrl.train(dataset if isinstance(dataset, EpisodeDataset) else str(dataset), **given)
 
 
 class Recorder(flowrl.Callback):
@@ -54,9 +59,7 @@ def test_training_from_python_is_that_of_the_command_without_its_output(
     recorder, handlers = Recorder(), []
     before = signal.getsignal(signal.SIGINT)
     recorder.stop = lambda event, step: handlers.append(signal.getsignal(signal.SIGINT))
-    run = flowrl.train(
-        str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=[recorder], progress_bar=False
-    )
+    run = train(tiny_dataset, tmp_path / "run", recorder)
     assert capfd.readouterr() == ("", "")
     assert set(handlers) == {before}
     assert figures(run.folder) == figures(reference)
@@ -74,16 +77,12 @@ def test_training_from_python_is_that_of_the_command_without_its_output(
     assert called["checkpoint"][-1][1] == run.folder / "checkpoints" / "step-00000060"
 
 
-@pytest.mark.parametrize(
-    ("event", "step", "true"), [("log", 7, bool), ("checkpoint", 30, bool), ("evaluation", 50, np.bool_)]
-)
+@pytest.mark.parametrize(("event", "step", "true"), [("log", 7, bool), ("evaluation", 50, np.bool_)])
 def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
     reference, tiny_dataset, tmp_path, event, step, true
 ):
     recorder = Recorder(lambda *now: true(now == (event, step)))
-    run = flowrl.train(
-        str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=[recorder], keep_best="return_mean"
-    )
+    run = train(tiny_dataset, tmp_path / "run", recorder, keep_best="return_mean")
     assert run.step == load_checkpoint(run.folder).step == step
     assert flowrl.train(resume=run.folder, progress_bar=False).step == 60
     assert_same_end(run.folder, reference)
@@ -92,7 +91,7 @@ def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
 
 def test_data_in_memory_is_trained_on_as_from_its_file(reference, tiny_dataset, tmp_path):
     episodes = load_episodes(str(tiny_dataset))
-    run = flowrl.train(episodes, **TINY, run_dir=tmp_path / "run", progress_bar=False)
+    run = train(episodes, tmp_path / "run")
     assert figures(run.folder, "train") == figures(reference, "train")
 
 
@@ -162,59 +161,41 @@ def test_held_out_episodes_are_never_trained_on_and_their_loss_is_logged(tiny_da
         np.testing.assert_allclose(
             agent.model.observation_mean, trained_on.statistics.observation_mean, rtol=1e-6
         )
-    stopped = flowrl.train(
-        str(tiny_dataset), **TINY | options, run_dir=tmp_path / "stopped", progress_bar=False,
-        callbacks=[Recorder(lambda *now: now == ("evaluation", 50))],
-    )  # fmt: skip
+    recorder = Recorder(lambda *now: now == ("evaluation", 50))
+    stopped = train(tiny_dataset, tmp_path / "stopped", recorder, **options)
     assert stopped.step == 50
     flowrl.train(resume=stopped.folder, progress_bar=False)
     assert_same_end(stopped.folder, tmp_path / "run")
 
 
-def test_weights_and_biases_receives_every_figure(reference, tiny_dataset, tmp_path, monkeypatch):
-    import wandb
-
+def test_trackers_receive_every_figure(reference, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "tracked"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    import trackio
+    import wandb
+    from trackio.sqlite_storage import SQLiteStorage
+
     tracked = wandb.init(mode="offline", project="flowrl", dir=tmp_path)
-    callbacks = [flowrl.TrackerCallback(tracked)]
-    flowrl.train(str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=callbacks, progress_bar=False)
+    other = trackio.init("flowrl", name="run", embed=False, auto_log_cpu=False)
+    train(tiny_dataset, tmp_path / "run", flowrl.TrackerCallback(tracked), flowrl.TrackerCallback(other))
+    other.finish()
+    training, evaluations = (figures(reference, kind) for kind in ("train", "evaluation"))
     assert tracked.config["embed_dim"] == 8
     assert tracked.step == 60
     tracked.log({}, step=61)  # those of step 60 are whole
-    last = {
-        f"train/{name}": value for name, value in figures(reference, "train")[-1].items() if name != "kind"
-    }
-    for number, line in enumerate(figures(reference, "evaluation")[-2:], start=1):
+    last = {f"train/{name}": value for name, value in training[-1].items() if name != "kind"}
+    for number, line in enumerate(evaluations[-2:], start=1):
         last |= {f"evaluation/target{number}/{name}": value for name, value in line.items()}
     shown = {name: tracked.summary[name] for name in last if name in tracked.summary.keys()}  # noqa: SIM118
     tracked.finish()
     assert {"train/loss", "evaluation/target2/return_mean"} <= shown.keys()
     assert shown == {name: pytest.approx(last[name]) for name in shown}
 
-
-def test_trackio_receives_every_figure(reference, tiny_dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "tracked"))
-    import trackio
-    from trackio.sqlite_storage import SQLiteStorage
-
-    tracked = trackio.init("flowrl", name="run", embed=False, auto_log_cpu=False)
-    callbacks = [flowrl.TrackerCallback(tracked)]
-    flowrl.train(str(tiny_dataset), **TINY, run_dir=tmp_path / "run", callbacks=callbacks, progress_bar=False)
-    tracked.finish()
     assert next(iter(trackio.Api().runs("flowrl"))).config["embed_dim"] == 8
     lines = SQLiteStorage.get_logs("flowrl", "run")
-    expected = [
-        (line["step"], line[name])
-        for line in figures(reference, "train")
-        for name in ("loss", "learning_rate")
-    ]
-    shown = [
-        (line["step"], line[f"train/{name}"])
-        for line in lines
-        if "train/loss" in line
-        for name in ("loss", "learning_rate")
-    ]
-    assert shown == [(step, pytest.approx(value)) for step, value in expected]
-    last = {line["step"]: line for line in lines if "evaluation/target2/return_mean" in line}
-    returns = [line["return_mean"] for line in figures(reference, "evaluation")][1::2]
-    assert [line["evaluation/target2/return_mean"] for line in last.values()] == pytest.approx(returns)
+    for name in ("loss", "learning_rate"):
+        shown = [(line["step"], line[f"train/{name}"]) for line in lines if "train/loss" in line]
+        assert shown == [(line["step"], pytest.approx(line[name])) for line in training]
+    name = "evaluation/target2/return_mean"
+    shown = {line["step"]: line[name] for line in lines if name in line}
+    assert list(shown.values()) == pytest.approx([line["return_mean"] for line in evaluations[1::2]])

@@ -1,7 +1,6 @@
 """Collection against a plain loop over one environment, and what it leaves on disk, whole or interrupted."""
 
 import re
-import resource
 import signal
 import time
 from dataclasses import replace
@@ -11,6 +10,7 @@ import gymnasium
 import minari
 import numpy as np
 import pytest
+from broken_inputs import files_of_at_most
 from tiny_training import Command, finish, wait_for
 
 from flowrl.__main__ import COMMANDS
@@ -226,15 +226,11 @@ def test_a_killed_collection_is_not_trusted_and_not_in_the_way(storage):
 
 
 def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, storage):
-    recipe, limits = replace(SMALL, steps=3000), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match="cannot be written"):
-            collect_minari(recipe, "mine/x-v0")
-        with pytest.raises(UserError, match="cannot be written"):
-            collect_d4rl(recipe, tmp_path / "x.hdf5")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    recipe = replace(SMALL, steps=3000)
+    with files_of_at_most(20_000), pytest.raises(UserError, match="cannot be written"):
+        collect_minari(recipe, "mine/x-v0")
+    with files_of_at_most(20_000), pytest.raises(UserError, match="cannot be written"):
+        collect_d4rl(recipe, tmp_path / "x.hdf5")
     assert visible(storage) == []
     assert [path.name for path in tmp_path.iterdir()] == ["minari"]
 

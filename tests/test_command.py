@@ -1,15 +1,18 @@
-"""The command line as a program, and what importing the package does to a process."""
+"""The command line as a program, what importing the package does to a process, and ``flowrl info``."""
 
 import re
 import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from conftest import EPISODE_LENGTHS
 from tiny_training import REPOSITORY, Command, arguments, finish, steps_on_disk
 
 from flowrl import __main__
 from flowrl.__main__ import COMMANDS, EXIT_BROKEN_PIPE, main
+from flowrl.data.d4rl import read_d4rl_file
 
 # Importing torch's compiler takes as long as all the rest of torch.
 NOT_FOR_ACTING = ("tyro", "tensorboard", "minari", "h5py", "mujoco", "yaml", "matplotlib", "torch._dynamo")
@@ -77,3 +80,30 @@ def test_an_evaluation_that_nobody_reads_costs_no_update(tiny_dataset, tmp_path)
     words = arguments(tiny_dataset, tmp_path / "run", eval_every=25, checkpoint_every=1000)
     assert finish(Command(["train", *words], CLOSED_PIPE))[0] == EXIT_BROKEN_PIPE
     assert steps_on_disk(tmp_path / "run")[-1] == "step-00000025"
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
+    assert main(["info", *words]) == 0
+    output = capsys.readouterr().out
+    assert output.isascii()
+    return dict(line.split(maxsplit=1) for line in output.splitlines())
+
+
+def test_a_dataset_is_described(tiny_dataset, capsys):
+    returns = read_d4rl_file(tiny_dataset).episode_returns
+    lines = lines_of(capsys, str(tiny_dataset), "--env", "Hopper-v4")
+    assert (lines["dataset"], lines["transitions"]) == ("file:tiny.hdf5", "60")
+    assert lines["episodes"] == "5, 3 of them terminated"
+    assert lines["lengths"] == f"from 1 to 30, median 9, mean {np.mean(EPISODE_LENGTHS):g}"
+    middle = f"median {np.median(returns):.6g}, mean {returns.mean():.6g}"
+    assert lines["returns"] == f"from {returns.min():.6g} to {returns.max():.6g}, {middle}"
+    assert lines["observations"].endswith("1 of them constant")
+    assert lines["environment"] == "Hopper-v4"
+    assert lines["normalised"].endswith("returns of -20.2723 and 3234.3 are 0 and 100")
+    assert "refused" not in lines
+
+
+def test_bad_options_are_named(tiny_dataset, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["info", str(tiny_dataset), "--max-episode-steps", "0"])
+    assert "--max-episode-steps 0" in capsys.readouterr().err

@@ -4,21 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import minari
 import numpy as np
 import pytest
+from conftest import dataset_of
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
+from test_minari import create
 
 from flowrl.data.d4rl import read_d4rl_file
-from flowrl.data.dataset import build_episodes
 from flowrl.data.minari import read_minari
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
 
 ID = "test/random-v0"
 NAMES = (
-    *("observations", "actions", "rewards", "returns_to_go", "timesteps"),
+    *("observations", "actions", "rewards", "returns_to_go"),
     *("episode_starts", "episode_lengths", "terminated"),
 )
 STORAGE: list[dict[str, Any]] = [
@@ -65,35 +65,22 @@ def write_minari(columns: dict[str, np.ndarray], lengths: np.ndarray, dtype: typ
     for index, (stop, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
         own = {name: column[stop - length : stop] for name, column in columns.items()}
         final = np.full_like(own["observations"][:1], np.nan if index % 2 else 7.0)
-        buffers.append(
-            EpisodeBuffer(
-                observations=np.concatenate((own["observations"], final)).astype(dtype),
-                actions=own["actions"].astype(dtype),
-                rewards=own["rewards"].tolist(),
-                terminations=own["terminals"].tolist(),
-                truncations=own["timeouts"].tolist(),
-            )
-        )
+        observations = np.concatenate((own["observations"], final)).astype(dtype)
+        ends = {"terminations": own["terminals"].tolist(), "truncations": own["timeouts"].tolist()}
+        rewards, actions = own["rewards"].tolist(), own["actions"].astype(dtype)
+        buffers.append(EpisodeBuffer(observations=observations, actions=actions, rewards=rewards, **ends))
     observed, acted = (columns[name].shape[1:] for name in ("observations", "actions"))
-    minari.create_dataset_from_buffers(
-        ID,
-        buffers,
-        observation_space=spaces.Box(-np.inf, np.inf, observed, dtype),
-        action_space=spaces.Box(-1.0, 1.0, acted, dtype),
-    )
+    action_space = spaces.Box(-1.0, 1.0, acted, dtype)
+    create(buffers, ID, spaces.Box(-np.inf, np.inf, observed, dtype), action_space=action_space)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_file_minari_and_memory_agree(seed, tmp_path, monkeypatch):
     random = np.random.default_rng(seed)
     columns, lengths, endings = random_episodes(random)
-    memory = build_episodes(
-        **{name: columns[name] for name in ("observations", "actions", "rewards")},
-        episode_lengths=lengths,
-        terminated=np.array([ending in ("terminal", "both") for ending in endings]),
-        dataset_id="memory",
-        where="memory",
-    )
+    terminated = np.array([ending in ("terminal", "both") for ending in endings])
+    arrays = (columns[name] for name in ("observations", "actions", "rewards"))
+    memory = dataset_of(*arrays, lengths, terminated=terminated)
     from_file = read_d4rl_file(write_d4rl(tmp_path / "episodes.hdf5", columns, random))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     write_minari(columns, lengths, np.float64 if random.random() < 0.5 else np.float32)

@@ -1,12 +1,12 @@
 """Downloads from a server on this machine that fails in the ways that real ones do."""
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from broken_inputs import files_of_at_most
 from conftest import left_in
 from failing_server import CONTENT, SHA256, SIZE, Server, sends, silent, stalled_halfway, status
 
@@ -69,13 +69,10 @@ def test_an_unreachable_host_is_reported_at_once(server, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(server, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, limits[1]))
-    try:
-        with pytest.raises(DownloadError, match=r"data\.bin: cannot be written: File too large"):
-            download([server.url("/data", sends(CONTENT))], tmp_path / "data.bin", SHA256, accept)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    url, path = server.url("/data", sends(CONTENT)), tmp_path / "data.bin"
+    message = r"data\.bin: cannot be written: File too large"
+    with files_of_at_most(SIZE // 2), pytest.raises(DownloadError, match=message):
+        download([url], path, SHA256, accept)
     assert left_in(tmp_path) == set()
 
 

@@ -1,10 +1,14 @@
-"""What a process may use of its machine: the limits of containers and of other operating systems."""
+"""What a process may use of its machine, within limits of containers; what ``flowrl check`` says of it."""
 
 import os
+import re
 
 import pytest
+import torch
 
-from flowrl import machine
+from flowrl import check, machine
+from flowrl.check import describe_device
+from flowrl.native import kernels
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,27 @@ def test_other_operating_systems_have_cores_but_may_not_tell_their_memory(monkey
     monkeypatch.delattr(os, "sysconf")
     assert machine.available_cores() == os.cpu_count()
     assert machine.available_memory() is None
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(check, "SHAPES", ((1, 2, 5, 64), (1, 2, 70, 64)))
+    monkeypatch.setattr(kernels, "_trusted", {})
+
+
+def shown():
+    """What is said of each thing."""
+    lines = describe_device().splitlines()
+    return {line[:20].strip(): line[20:] for line in lines}
+
+
+@pytest.mark.usefixtures("quick")
+def test_everything_is_used_here():
+    found = shown()
+    assert f"torch {torch.__version__}" in found["software"]
+    assert re.search("bfloat16: (native|emulated)", found["processor"])
+    assert found["FLOWRL_KERNELS"] == "not set: kernels are on"
+    assert re.fullmatch(r"[\d.e+]+ ms and [\d.e+]+ ms", found["torch"])
+    error = re.search("ms, largest difference from torch (.*)", found["C++"])
+    assert 0 < float(error[1]) < 1e-4
+    assert found["Acting in C++"] == "used"

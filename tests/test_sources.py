@@ -181,7 +181,7 @@ def test_several_sources_are_taken_together(tmp_path):
     parts = [load_episodes(source, "Hopper-v4") for source in (*files, "minari:test/hopper-v0")]
     assert together.dataset_id == "file:0.hdf5 + file:1.hdf5 + minari:test/hopper-v0"
     assert together.episode_lengths.tolist() == [5, 4, 5, 4, 4, 1, 7, 2]
-    for name in ("observations", "actions", "rewards", "returns_to_go", "timesteps", "terminated"):
+    for name in ("observations", "actions", "rewards", "returns_to_go", "terminated"):
         expected = np.concatenate([getattr(part, name) for part in parts])
         np.testing.assert_array_equal(getattr(together, name), expected)
     assert together.environment == EnvironmentSpec("Hopper-v4")

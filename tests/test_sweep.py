@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from filelock import FileLock, Timeout
-from tiny_training import Command, assert_same_end, figures, steps_on_disk, wait_for
+from tiny_training import Command, assert_same_end, figures, flags, steps_on_disk, wait_for
 
 from flowrl.errors import UserError
 from flowrl.sweeps.command import run_sweep
@@ -29,14 +30,13 @@ TINY = {
     "targets": [5.0],
 }
 STEPS = 40
+HOPPER = "datasets: [hopper-medium]\nmethods: "
 METHODS = {"flow-6": {"context_length": 6}, "softmax-6": {"attention": "softmax", "context_length": 6}}
 
 
 def write_sweep(path: Path, dataset: Path, steps: int, seeds: tuple[int, ...] = (0,)) -> Path:
-    common = "".join(f"  {name}: {value}\n" for name, value in {**TINY, "steps": steps}.items())
-    methods = "".join(f"  {name}: {options}\n".replace("'", "") for name, options in METHODS.items())
-    text = f"datasets: [{dataset}]\nmethods:\n{methods}seeds: {list(seeds)}\ncommon:\n{common}"
-    path.write_text(text)
+    sweep = {"datasets": [str(dataset)], "methods": METHODS, "seeds": list(seeds)}
+    path.write_text(yaml.safe_dump({**sweep, "common": {**TINY, "steps": steps}}))
     return path
 
 
@@ -88,21 +88,17 @@ def test_timesteps_per_update_win_over_a_presets_batch_size(tmp_path, capsys):
     ("text", "words", "message"),
     [
         ("datasets: [hoper-medium]\nmethods: {a: {}}", [], "did you mean 'hopper-medium'"),
-        ("datasets: [hopper-medium]\nmethods: {a: {atention: flow}}", [], "did you mean 'attention'"),
-        ("datasets: [hopper-medium]\nmethods: {a: {attention: foo}}", [], "'attention' 'foo': should be"),
-        ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--methods", "b"], "no such method"),
-        ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--attention", "flow"], "has its own methods"),
-        ("datasets: [hopper-medium]\nmethods: {a: {}}", ["--seed", "1"], "--seeds"),
-        ("datasets: [hopper-medium]\nmethods: {a/b: {}}", [], "folder"),
-        ("dataset: [hopper-medium]\nmethods: {a: {}}", [], "did you mean 'datasets'"),
+        (HOPPER + "{a: {atention: flow}}", [], "did you mean 'attention'"),
+        (HOPPER + "{a: {attention: foo}}", [], "'attention' 'foo': should be"),
+        (HOPPER + "{a: {}}", ["--methods", "b"], "no such method"),
+        (HOPPER + "{a: {}}", ["--attention", "flow"], "has its own methods"),
+        (HOPPER + "{a: {}}", ["--seed", "1"], "--seeds"),
+        (HOPPER + "{a/b: {}}", [], "folder"),
+        (HOPPER.replace("datasets", "dataset") + "{a: {}}", [], "did you mean 'datasets'"),
         ("datasets: [hopper-medium, hopper-medium]\nmethods: {a: {}}", [], "given twice"),
         ("datasets: [ant-medium]\nmethods: {a: {dataset: flowrl}}", [], "no embedded dataset 'ant-medium'"),
-        ("datasets: [hopper-medium]\nmethods: {a: {timesteps_per_update: 2, batch_size: 3}}", [], "not both"),
-        (
-            "datasets: [hopper-medium]\nmethods: {a: {}}",
-            ["--env", "ant-medium"],
-            "is not the sweep's dataset",
-        ),
+        (HOPPER + "{a: {timesteps_per_update: 2, batch_size: 3}}", [], "not both"),
+        (HOPPER + "{a: {}}", ["--env", "ant-medium"], "is not the sweep's dataset"),
         ("datasets: [ant-medium, ant-medium.hdf5]\nmethods: {a: {}}", [], "two of them have one folder name"),
     ],
 )
@@ -152,11 +148,8 @@ def whole_runs(tiny_dataset, tmp_path_factory):
     """The same trainings by scripts/train.py's own command line, uninterrupted; one folder per method."""
     folder = tmp_path_factory.mktemp("whole")
     for method, options in METHODS.items():
-        words = ["--dataset", str(tiny_dataset), "--steps", str(STEPS), "--run-dir", str(folder / method)]
-        for name, value in {**TINY, **options}.items():
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
-        run_train(words)
+        words = flags({**TINY, **options, "steps": STEPS, "run_dir": folder / method})
+        run_train(["--dataset", str(tiny_dataset), *words])
     return folder
 
 

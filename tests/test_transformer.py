@@ -29,15 +29,8 @@ def give_units(model, low=(-2.0, 0.0), high=(1.0, 0.5)):
 def make_model(layout="interleaved", attention="flow", seed=0, dtype=torch.float64, noise=0.3, **options):
     """A model whose weights are large enough that every input matters, with uneven action bounds."""
     torch.manual_seed(seed)
-    sizes = {
-        "num_layers": 2,
-        "embed_dim": 16,
-        "num_heads": 2,
-        "dropout": 0.1,
-        "max_timesteps": 40,
-        "context_tokens": 12,
-        "source_clamp": 0.9,  # which binds
-    }
+    sizes = {"num_layers": 2, "embed_dim": 16, "num_heads": 2, "dropout": 0.1, "max_timesteps": 40}
+    sizes |= {"context_tokens": 12, "source_clamp": 0.9}  # which binds
     choices = options.get("action_choices", ())
     config = ModelConfig(3, sum(choices) or 2, attention=attention, token_layout=layout, **sizes | options)
     model = SequenceModel(config)

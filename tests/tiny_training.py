@@ -46,15 +46,19 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         *("flowrl.training.run", "flowrl.evaluation.command", "flowrl.data.command"),
+        "torch._dynamo",  # of DistributedDataParallel
         "gymnasium.envs.mujoco.mujoco_rendering",  # starts a program of its own while it is imported
     ]
 )
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Words of a command line; the values of an option that takes several are separated by spaces."""
-    pairs = ((f"--{name.replace('_', '-')}", str(value).split()) for name, value in options.items())
-    return [word for name, values in pairs for word in (name, *values)]
+    """Words of a command line; the values of an option are a list or separated by spaces."""
+    words: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else str(value).split()
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words
 
 
 def arguments(dataset: Path, run: Path, **options: Any) -> list[str]:
