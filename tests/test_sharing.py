@@ -40,15 +40,18 @@ def test_a_saved_agent_acts_as_before_and_nothing_is_overwritten(tmp_path):
         load_checkpoint(tmp_path / "agent", for_training=True)
 
 
-def run_onnx(path, inputs_of, timesteps, batch):
-    """Act with onnxruntime alone; ``inputs_of(timestep)`` are observations, returns-to-go and restarts."""
+def run_onnx(path, inputs):
+    """Act with onnxruntime alone, on the observations, returns-to-go and restarts of each timestep."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["flowrl"])
-    state = {"timesteps": np.zeros(batch, np.int64), "previous_actions": np.zeros((batch, 2), np.float32)}
-    state |= {name: np.zeros((batch, *shape), np.float32) for name, shape in about["state_shapes"].items()}
+    batch = len(inputs[0][0])
+    state = {name: np.zeros((batch, *shape), np.float32) for name, shape in about["state_shapes"].items()}
+    state = {
+        "timesteps": np.zeros(batch, np.int64),
+        "previous_actions": np.zeros((batch, 3), np.float32),
+    } | state
     actions = []
-    for timestep in range(timesteps):
-        observations, returns_to_go, restarts = inputs_of(timestep)
+    for observations, returns_to_go, restarts in inputs:
         state["timesteps"] = np.where(restarts, 0, state["timesteps"])
         feed = {"observations": observations, "returns_to_go": returns_to_go, **state}
         outputs = session.run(about["outputs"], feed)
@@ -57,11 +60,10 @@ def run_onnx(path, inputs_of, timesteps, batch):
     return np.stack(actions)
 
 
-def test_an_exported_onnx_step_acts_as_the_agent_for_1000_timesteps(tmp_path):
-    agent, batch, timesteps = make_agent("interleaved", convolution_width=3), 3, 1000
-    agent = Agent(agent.model, replace(agent.config, reward_mode="dense"))
+def test_an_exported_onnx_step_acts_as_the_agent_for_1000_timesteps(run, exported):
+    agent, batch, timesteps = load_agent(run, acting="recurrent"), 3, 1000
     random = np.random.default_rng(0)
-    observations = random.normal(size=(timesteps, batch, 4)).astype(np.float32)
+    observations = random.normal(size=(timesteps, batch, 11)).astype(np.float32)
     rewards = random.normal(size=(timesteps, batch)).astype(np.float32)
     restarts = np.zeros((timesteps, batch), dtype=bool)
     restarts[400, 1] = restarts[401, 1] = restarts[900, 2] = True
@@ -76,11 +78,10 @@ def test_an_exported_onnx_step_acts_as_the_agent_for_1000_timesteps(tmp_path):
         returns_to_go.append(current.astype(np.float32))
         expected.append(agent.act(observations[timestep], rewards[timestep]))
 
-    export_agent(agent, tmp_path / "step.onnx", "onnx")
-    actions = run_onnx(
-        tmp_path / "step.onnx", lambda t: (observations[t], returns_to_go[t], restarts[t]), timesteps, batch
-    )
-    np.testing.assert_allclose(actions, np.stack(expected), atol=1e-4)
+    inputs = list(zip(observations, returns_to_go, restarts, strict=True))
+    np.testing.assert_allclose(run_onnx(exported, inputs), np.stack(expected), atol=1e-4)
+    unrestarted = run_onnx(exported, [(*given, np.zeros(batch, bool)) for *given, _ in inputs])
+    assert np.abs(unrestarted - expected)[450:850, 1].max() > 1e-2  # long after it the restart matters
 
 
 def test_an_exported_torch_archive_takes_any_batch(tmp_path, capsys):
@@ -132,8 +133,16 @@ def test_what_cannot_be_exported_is_refused(attention, name, message, tmp_path):
 def run(tiny_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     with contextlib.redirect_stdout(io.StringIO()):
-        train_here(tiny_dataset, folder)
+        train_here(tiny_dataset, folder, convolution_width=3, learning_rate=0.01)
     return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    """The step of the run's agent, which takes most of a minute to export."""
+    path = run.with_name("step.onnx")
+    export_agent(load_agent(run, acting="recurrent"), path, "onnx")
+    return path
 
 
 @pytest.fixture
@@ -326,30 +335,19 @@ def test_the_folder_of_a_dry_run_has_a_card_and_nothing_of_this_machine(run, tmp
 
 
 @pytest.mark.filterwarnings("ignore:.*is out of date")
-def test_the_example_acts_a_whole_episode_as_evaluation_does(run, tmp_path, monkeypatch):
+def test_the_example_acts_a_whole_episode_as_evaluation_does(run, exported, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "examples")
     from act_with_onnx import act
 
-    path = str(tmp_path / "step.onnx")
-    export_agent(load_agent(run, acting="recurrent"), Path(path), "onnx")
+    path, step = str(tmp_path / "step.onnx"), onnx.load(exported)
+    (about,) = step.metadata_props
     for conditioning in ("return-to-go", "target"):
-        step = onnx.load(path)
-        (about,) = step.metadata_props
         about.value = about.value.replace('"return-to-go"', f'"{conditioning}"')
         onnx.save(step, path)
         agent = load_agent(run, acting="recurrent", conditioning=conditioning)
         results = evaluate(agent, agent.environment, agent.config.targets[:1], 2, 0, None)
         earned = [act(path, int(seed)) for seed in episode_seeds(0, 2)]
         np.testing.assert_allclose(earned, results[0].returns, rtol=1e-4)
-
-
-def test_the_example_refuses_a_file_of_another_version_in_one_line(run, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "examples")
-    from act_with_onnx import act
-
-    path = str(tmp_path / "step.onnx")
-    export_agent(load_agent(run, acting="recurrent"), Path(path), "onnx")
-    step = onnx.load(path)
     for metadata in ({"flowrl": json.dumps({"format_version": 2})}, {"other": "{}"}):
         del step.metadata_props[:]
         onnx.helper.set_model_props(step, metadata)
