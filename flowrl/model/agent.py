@@ -127,7 +127,11 @@ class Agent:
             ValueError: a target that is not finite, or an unknown mode.
         """
         self._batched, slots = num_envs is not None, 1 if num_envs is None else num_envs
-        self._resets_on_next_step = AutoresetMode(autoreset_mode) is AutoresetMode.NEXT_STEP
+        try:
+            self._resets_on_next_step = AutoresetMode(autoreset_mode) is AutoresetMode.NEXT_STEP
+        except ValueError as error:
+            modes = ", ".join(mode.value for mode in AutoresetMode)
+            raise ValueError(f"autoreset_mode {autoreset_mode!r}: expected one of {modes}") from error
         self.model.eval()
         if self.acting == "recurrent":
             accelerate_acting(self.model)

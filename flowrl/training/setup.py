@@ -4,7 +4,6 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from enum import IntEnum
 
-import gymnasium
 import numpy as np
 import torch
 
@@ -154,11 +153,12 @@ def _model_config(
 ) -> ModelConfig | BehaviorCloningConfig:
     """Of the options those that the model has, by name, and the sizes of the data."""
     tokens = context_length * TOKENS_PER_TIMESTEP[config.token_layout]
+    time_limit = dataset.environment.time_limit if dataset.environment else None
     values = asdict(config) | {
         "observation_dim": dataset.observation_dim,
         "action_dim": dataset.action_dim,
         "action_choices": dataset.action_choices,
-        "max_timesteps": max(dataset.max_episode_length, _time_limit(dataset)),
+        "max_timesteps": max(dataset.max_episode_length, time_limit or 1),
         "context_tokens": min(tokens, LARGEST_DIMENSION),
     }
     kind = MODELS[config.agent]
@@ -219,10 +219,3 @@ def _bounds(dataset: EpisodeDataset) -> tuple[np.ndarray, np.ndarray]:
     return np.where(constant, low - 1, low).astype(np.float32), np.where(constant, low + 1, high).astype(
         np.float32
     )
-
-
-def _time_limit(dataset: EpisodeDataset) -> int:
-    if dataset.environment is None:
-        return 1
-    registered = gymnasium.registry.get(dataset.environment.env_id)
-    return dataset.environment.max_episode_steps or (registered and registered.max_episode_steps) or 1
