@@ -10,9 +10,16 @@ from tiny_training import assert_same_end, figures, resume_here, train_here
 
 from flowrl.data.returns import DISCOUNT
 from flowrl.errors import UserError
+from flowrl.model import critic
 from flowrl.model.action_model import ActionModel
 from flowrl.training import guidance
 from flowrl.training.guidance import guide, learn_critics
+
+
+@pytest.fixture(autouse=True)
+def small_critics(monkeypatch):
+    """A quarter of the usual width, which is enough here."""
+    monkeypatch.setattr(critic, "WIDTH", 64)
 
 
 def episodes(rewards_of, lengths=(5,) * 800, action_choices=()):
