@@ -7,9 +7,9 @@ import h5py
 import numpy as np
 import pytest
 
-from flowrl.data import load_episodes
+from flowrl.data import embedded, load_episodes
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
-from flowrl.data.embedded import EMBEDDED, Embedded, load_embedded
+from flowrl.data.embedded import EMBEDDED, load_embedded
 from flowrl.data.writers import collect_minari
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec
@@ -22,7 +22,8 @@ ID = "flowrl/hopper/medium-v0"
 @pytest.fixture(autouse=True)
 def folders(own_folders, monkeypatch):
     """A hopper-medium that is quickly collected."""
-    monkeypatch.setitem(EMBEDDED, "hopper-medium", Embedded(SMALL))
+    monkeypatch.setitem(EMBEDDED, "hopper-medium", SMALL)
+    monkeypatch.delitem(embedded._SHA256, "hopper-medium")
     return own_folders
 
 

@@ -203,11 +203,11 @@ def test_the_target_speed_is_shown_for_ten_timesteps_and_pays_after_the_run_up()
 
 
 def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it():
-    recipe = replace(EMBEDDED["hopper-cued"].recipe, steps=6_000)
+    recipe = replace(EMBEDDED["hopper-cued"], steps=6_000)
     episodes = collect(recipe).episodes
     assert {episode.policy for episode in episodes} == {"350k", "expert"}
     assert recipe.provenance()["recipe"]["opening"] == "350k"
-    assert "opening" not in EMBEDDED["hopper-medium"].recipe.provenance()["recipe"]
+    assert "opening" not in EMBEDDED["hopper-medium"].provenance()["recipe"]
     policy = load_behavior("hopper", "350k")
     for episode in episodes:
         mean = policy.act(episode.observations[:-1, :-3], 0.0)
@@ -250,7 +250,7 @@ def test_a_hidden_world_reverses_an_actuator_and_is_in_no_observation():
 
 def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good():
     assert environment_named("hopper-hidden") == EnvironmentSpec("flowrl/HopperHidden-v0")
-    episodes = collect(replace(EMBEDDED["hopper-hidden"].recipe, steps=4_000)).episodes
+    episodes = collect(replace(EMBEDDED["hopper-hidden"], steps=4_000)).episodes
     env = make_env(EnvironmentSpec("flowrl/HopperHidden-v0"))
     seen = set()
     for episode in episodes:

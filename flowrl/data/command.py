@@ -83,7 +83,7 @@ def _recipe(command: CollectCommand) -> Recipe:
     if command.name in EMBEDDED:
         if command.policies or command.noise:
             raise UserError(f"{command.name} has its own policies: --policies and --noise go with hopper")
-        recipe = EMBEDDED[command.name].recipe
+        recipe = EMBEDDED[command.name]
     else:
         known, named = [], None
         if command.name in behavior_names():
@@ -105,7 +105,7 @@ def _recipe(command: CollectCommand) -> Recipe:
 def _dataset_id(command: CollectCommand, recipe: Recipe) -> str:
     """Return the id to store under; an embedded dataset's own is for its own recipe only."""
     own = embedded_id(command.name) if command.name in EMBEDDED else None
-    if own is not None and recipe == EMBEDDED[command.name].recipe:
+    if own is not None and recipe == EMBEDDED[command.name]:
         return command.id or own
     if command.id is None or command.id.startswith("flowrl/"):
         raise UserError("data of one's own needs a name of its own: --id such as mine/hopper/mixed-v0")

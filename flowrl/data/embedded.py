@@ -5,7 +5,7 @@ scores on the same data only.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from flowrl.data.collect import Part, Recipe
 from flowrl.data.dataset import EpisodeDataset
@@ -16,15 +16,6 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError, did_you_mean
 
 SOURCE = "flowrl"  # what --dataset takes
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A recipe and the content that it gave where it was published."""
-
-    recipe: Recipe
-    sha256: str = ""
-    """Content hash; other processors or versions of MuJoCo may differ slightly, so it only warns."""
 
 
 # A replay set holds what the training run saw on its way to its medium policy: each snapshot stands for the
@@ -43,6 +34,7 @@ _CUED = {
 # In the trial the expert that takes the robot as built, then two that are given the world.
 _HIDDEN = {f"{robot}-hidden": EnvironmentSpec(env_id) for robot, env_id in HIDDEN_IDS.items()}
 ROBOT_TASKS = (*_CUED, *_HIDDEN)
+# Of the content where it was published; other processors or versions of MuJoCo may differ slightly.
 _SHA256 = {
     "hopper-medium": "f401a3462b2fb1f3caa2f59f0bd4741ac81e153fc4aced41382fe35c4b6ad502",
     "hopper-medium-replay": "025fe06c4e849674d32aba608980bf2714426ac4f1a791cfe0611c23ef683c74",
@@ -72,7 +64,7 @@ def _recipe(name: str) -> Recipe:
     return Recipe(environment, tuple(map(Part.parse, policies.split())), seed=seed)
 
 
-EMBEDDED = {name: Embedded(_recipe(name), _SHA256.get(name, "")) for name in (*_SHA256, *ROBOT_TASKS)}
+EMBEDDED = {name: _recipe(name) for name in (*_SHA256, *ROBOT_TASKS)}
 
 
 def embedded_id(name: str) -> str:
@@ -84,8 +76,8 @@ def embedded_id(name: str) -> str:
     return f"{SOURCE}/{environment}/{level}-v0"
 
 
-def embedded_named(name: str) -> Embedded:
-    """Return the embedded dataset ``name``; a UserError for an unknown one suggests the closest."""
+def embedded_recipe(name: str) -> Recipe:
+    """Return the recipe of an embedded dataset; a UserError for an unknown name suggests the closest."""
     if name not in EMBEDDED:
         raise UserError(f"no embedded dataset '{name}'{did_you_mean(name, EMBEDDED)}")
     return EMBEDDED[name]
@@ -102,10 +94,10 @@ def load_embedded(name: str, why: str = "") -> EpisodeDataset:
         UserError: no such dataset, policies or stored data that are not what they should be, or a disk that
             cannot be written.
     """
-    embedded, dataset_id = embedded_named(name), embedded_id(name)
+    recipe, dataset_id = embedded_recipe(name), embedded_id(name)
     not_d4rls = "" if name in ROBOT_TASKS else f", NOT D4RL's {name}"
     print(f"{why}{'; ' if why else ''}using flowrl's own data {dataset_id}{not_d4rls}", file=sys.stderr)
-    folder = ensure_minari(embedded.recipe, dataset_id)
+    folder = ensure_minari(recipe, dataset_id)
     dataset = read_minari(dataset_id)
     if dataset.sha256 != read_provenance(folder).get("sha256"):
         raise UserError(
@@ -116,9 +108,10 @@ def load_embedded(name: str, why: str = "") -> EpisodeDataset:
         f"THIS IS flowrl's OWN DATA {dataset_id}{not_d4rls}: "
         "its scores compare only with scores on the same data"
     ]
-    if embedded.sha256 and dataset.sha256 != embedded.sha256:
+    published = _SHA256.get(name, dataset.sha256)
+    if dataset.sha256 != published:
         notes.append(
             f"collected here, {dataset_id} has SHA-256 {dataset.sha256}, where it was published "
-            f"{embedded.sha256}: another processor or version of MuJoCo; compare scores on this machine only"
+            f"{published}: another processor or version of MuJoCo; compare scores on this machine only"
         )
     return replace(dataset, dataset_id=dataset_id, notes=(*notes, *dataset.notes))

@@ -23,7 +23,7 @@ def memory_environment(name: str) -> EnvironmentSpec | None:
         UserError: a memory task's name with numbers that are out of range.
     """
     if name in ROBOT_TASKS:
-        return EMBEDDED[name].recipe.acts_in
+        return EMBEDDED[name].acts_in
     return tmaze_environment(name)
 
 

@@ -119,10 +119,14 @@ def _load(
             f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
             f"{' or '.join(FILE_SUFFIXES)}; other formats are not read, pickles never"
         )
-    raise UserError(
-        f"unknown dataset '{source}'{did_you_mean(source, D4RL_ENVIRONMENTS)} "
-        f"(or give {MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)})"
-    )
+    raise unknown_dataset(source)
+
+
+def unknown_dataset(source: str) -> UserError:
+    """The error for a name of no dataset; it suggests the closest."""
+    known = did_you_mean(source, {*D4RL_ENVIRONMENTS, *EMBEDDED})
+    forms = f"{MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)}"
+    return UserError(f"unknown dataset '{source}'{known} (or give {forms})")
 
 
 def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:

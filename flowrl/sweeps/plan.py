@@ -14,9 +14,9 @@ from typing import Any
 
 from flowrl.atomic import write_text
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS
-from flowrl.data.embedded import EMBEDDED, SOURCE, embedded_named
+from flowrl.data.embedded import EMBEDDED, SOURCE, embedded_recipe
 from flowrl.data.memory import memory_environment
-from flowrl.data.sources import FILE_SUFFIXES, MINARI_PREFIX
+from flowrl.data.sources import FILE_SUFFIXES, MINARI_PREFIX, unknown_dataset
 from flowrl.errors import UserError, did_you_mean
 from flowrl.options import Seed, checked
 from flowrl.plain_yaml import read_yaml_mapping
@@ -169,7 +169,7 @@ def _cell_config(
         given = f"--env {config.env} --dataset {' '.join(config.dataset)}"
         raise UserError(f"{where}: {given} is not the sweep's dataset '{dataset}'; see --datasets")
     if config.dataset == (SOURCE,):
-        embedded_named(dataset)
+        embedded_recipe(dataset)
     return config
 
 
@@ -179,8 +179,4 @@ def _data_options(dataset: str) -> dict[str, Any]:
         return {"env": dataset}
     if dataset.startswith(MINARI_PREFIX) or Path(dataset).suffix.lower() in FILE_SUFFIXES:
         return {"dataset": (dataset,)}
-    known = did_you_mean(dataset, {*D4RL_ENVIRONMENTS, *EMBEDDED})
-    raise UserError(
-        f"unknown dataset '{dataset}'{known} "
-        f"(or give {MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)})"
-    )
+    raise unknown_dataset(dataset)
