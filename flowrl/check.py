@@ -38,7 +38,7 @@ def run_check() -> str:
 
 
 def describe_device() -> str:
-    """Show the machine, and for each hand-written kernel whether it is used, its error and its speed."""
+    """Show the machine, which hand-written kernels are used, and the error and speed of attention's."""
     lines = [*_machine(), *_attention(torch.device("cpu"), cpu, "C++")]
     if torch.cuda.is_available():
         lines += _attention(torch.device("cuda", torch.cuda.current_device()), triton, "Triton")

@@ -20,7 +20,7 @@ KINDS = [(kind, 0) for kind in get_args(MixerName)] + [("flow", 3)]  # and a con
 
 
 def make_agent(layout="interleaved", attention="flow", acting="recurrent", context_length=5, **options):
-    """Weights are large enough that the whole history has a say."""
+    """Weights are large enough that the whole history matters."""
     own = {name: options.pop(name) for name in ("reward_mode", "conditioning") if name in options}
     options = {"max_timesteps": 1000, "context_tokens": 4096, "dropout": 0.5, "noise": 0.15} | options
     model = make_model(layout, attention, dtype=torch.float32, **options)
@@ -84,7 +84,7 @@ def test_window_acting_equals_a_forward_over_the_last_timesteps(
         expected = predicted(agent, 3, actions, 300.0, max(0, stop - context_length), stop)[-1]
         assert np.abs(actions[stop - 1] - expected).max() < 1e-5
     whole = predicted(agent, 3, actions, 300.0, 0, 14)[-1]
-    assert np.abs(actions[-1] - whole).max() > 1e-4  # the window does forget
+    assert np.abs(actions[-1] - whole).max() > 1e-4  # the window is shorter than the episode
 
 
 @pytest.mark.parametrize(

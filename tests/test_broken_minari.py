@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def data(whole, tmp_path, monkeypatch):
-    """The files of a copy of the dataset, in a cache of our own, and no network."""
+    """The files of a copy of the dataset, in a cache of its own, and no network."""
     cache = tmp_path / "cache"
     shutil.copytree(whole, cache)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(cache))

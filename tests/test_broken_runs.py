@@ -1,4 +1,4 @@
-"""Run folders with wrong weights, configurations, states and figures: refused, whatever vouches for them."""
+"""Run folders with wrong weights, configurations, states and figures: refused, even with a valid manifest."""
 
 import json
 import math

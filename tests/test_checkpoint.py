@@ -73,7 +73,7 @@ def test_every_file_is_synced_before_the_folder_gets_its_name(tmp_path, monkeypa
 
 
 def test_bytes_flipped_or_cut_are_refused_by_name(tmp_path):
-    """Every 100th; of the manifest, for which nothing but its own sense vouches, every one."""
+    """Every 100th; of the manifest, which has no checksum, every one."""
     save_checkpoint(tmp_path, make_checkpoint(12), keep=1)
     folder = folder_of(tmp_path, 12)
     tried = 0
@@ -161,7 +161,7 @@ def test_missing_runs_and_steps_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "manifest.json"])
 def test_a_pickle_under_any_accepted_name_is_refused(tmp_path, monkeypatch, name):
-    """Even with a manifest that vouches for it; torch.save's format is a pickle too."""
+    """Even with a matching manifest; torch.save's format is a pickle too."""
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path, make_checkpoint(3), keep=1)
     path = folder_of(tmp_path, 3) / name

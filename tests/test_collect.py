@@ -215,7 +215,7 @@ sys.exit()
 """
 
 
-def test_a_killed_collection_is_not_trusted_and_not_in_the_way(storage):
+def test_a_killed_collection_is_discarded(storage):
     words = "collect hopper --policies 25k --steps 300 --seed 4 --id mine/x-v0"
     assert finish(Command(words.split(), KILLED))[0] == -signal.SIGKILL
     assert not (storage / "mine" / "x-v0").exists()

@@ -75,7 +75,7 @@ trainer.evaluate = closed
 """
 
 
-def test_an_evaluation_that_nobody_reads_costs_no_update(tiny_dataset, tmp_path):
+def test_a_closed_pipe_loses_no_update(tiny_dataset, tmp_path):
     """The pipe is closed before its table is printed."""
     words = arguments(tiny_dataset, tmp_path / "run", eval_every=25, checkpoint_every=1000)
     assert finish(Command(["train", *words], CLOSED_PIPE))[0] == EXIT_BROKEN_PIPE

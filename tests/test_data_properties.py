@@ -60,7 +60,7 @@ def write_d4rl(path: Path, columns: dict[str, np.ndarray], random: np.random.Gen
 
 
 def write_minari(columns: dict[str, np.ndarray], lengths: np.ndarray, dtype: type) -> None:
-    """T + 1 observations an episode; the last one is used by nobody, so it may be anything."""
+    """T + 1 observations an episode; the last one is unused, so it may be anything."""
     buffers = []
     for index, (stop, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
         own = {name: column[stop - length : stop] for name, column in columns.items()}

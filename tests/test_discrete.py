@@ -58,7 +58,7 @@ class Locks(gym.Env[Any, Any]):
 
 
 class Binary(Locks):
-    """The same with three switches that want to be on."""
+    """The same with three switches, rewarded when on."""
 
     action_space = spaces.MultiBinary(3)
 

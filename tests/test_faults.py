@@ -62,14 +62,14 @@ for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink"):
 
 
 def kill_at_a_change(words: list[str], random: np.random.Generator) -> None:
-    """One life, ended by its own hand in the middle of a write."""
+    """One process that kills itself in the middle of a write."""
     hook = KILLED_AT_CHANGE.format(changes=random.integers(1, 80), before=bool(random.integers(2)))
     code, output, errors = finish(Command(words, hook))
     assert code == -signal.SIGKILL, (output + errors)[-2000:]
 
 
 def kill_from_outside(words: list[str], random: np.random.Generator) -> None:
-    """One life, ended at a random time after its first output, or before any."""
+    """One process, killed at a random time after its first output, or before any."""
     process = Command(words, SLOW_WRITES)
     if random.random() < 0.8:
         wait_for(lambda: bool(process.output), process)

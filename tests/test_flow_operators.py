@@ -174,7 +174,7 @@ def test_a_wrong_kernel_is_found_out_before_its_first_use(unchecked, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["flow_forward", "flow_backward"])
-def test_a_kernel_that_raises_later_gives_way(unchecked, monkeypatch, name):
+def test_a_kernel_that_raises_later_is_replaced_by_torch(unchecked, monkeypatch, name):
     flow_attention(*(x.float() for x in inputs_of(3)[:3]))  # the check passes
     spoil(monkeypatch, name, lambda *tensors: 1 / 0)
     assert_torch_took_over("failed: division by zero")

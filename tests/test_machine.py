@@ -33,7 +33,7 @@ def test_memory_is_what_the_control_groups_leave(tmp_path, monkeypatch, groups, 
     assert machine.available_memory() == (memory or physical)
 
 
-def test_other_operating_systems_have_cores_but_may_not_tell_their_memory(monkeypatch):
+def test_memory_may_be_unknown_on_other_operating_systems(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.delattr(os, "sysconf")
     assert machine.available_cores() == os.cpu_count()

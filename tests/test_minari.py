@@ -28,7 +28,7 @@ ID = "test/hopper/tiny-v0"
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A local cache of our own, and no network."""
+    """A local cache of its own, and no network."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("MINARI_REMOTE", raising=False)

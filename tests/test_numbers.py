@@ -37,7 +37,7 @@ def test_300_updates_and_acting_stay_finite(extreme, tmp_path, layout, attention
     )  # fmt: skip
     lines = figures(tmp_path / "run", "train")
     assert np.isfinite([line["gradient_norm"] for line in lines]).all()
-    assert lines[-1]["loss"] < lines[0]["loss"]  # it went somewhere
+    assert lines[-1]["loss"] < lines[0]["loss"]  # it fell
     for acting in ("recurrent", "window"):
         agent, random = load_agent(tmp_path / "run", acting=acting), np.random.default_rng(0)
         agent.reset(4, np.array([1e5, -1e5, 1e15, 0.0]))

@@ -25,7 +25,7 @@ def test_a_signal_is_only_noted_outside_interruptible(number, code):
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)
-def test_a_signal_interrupts_where_it_may_or_at_the_door(number, code):
+def test_a_signal_interrupts_inside_or_on_entering_interruptible(number, code):
     for before in (True, False):
         with StopSignals() as signals:
             if before:
@@ -36,7 +36,7 @@ def test_a_signal_interrupts_where_it_may_or_at_the_door(number, code):
             assert signals.received == number
 
 
-def test_no_signal_falls_between_the_question_and_the_door(monkeypatch):
+def test_no_signal_is_lost_while_entering_interruptible(monkeypatch):
     """One that comes at any line while interruptible() is entered must raise there, or have been seen."""
     for arrival in range(1, 12):
         with StopSignals() as signals:

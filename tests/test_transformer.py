@@ -151,7 +151,7 @@ def test_forward_is_the_description_without_its_shortcuts(layout, attention, con
         expected, actual = plain_forward(model, window), model(window)
     assert actual.shape == (3, 7, 2)
     assert (actual - expected).abs().max() < 1e-10
-    assert actual.std() > 0.1  # far from a constant: everything compared above had a say
+    assert actual.std() > 0.1  # far from a constant: everything compared above mattered
 
 
 @pytest.mark.parametrize("attention", KINDS)

@@ -122,7 +122,7 @@ def assert_fits(cases, taken):
 
 
 def test_a_kernel_compiles_and_takes_no_more_shared_memory_than_there_is(tmp_path):
-    """The hungriest one."""
+    """The kernel with the most shared memory."""
     cases = [(86, 64, "float32", ["grad_inputs_kernel"])]
     assert_fits(cases, shared_memory(cases, tmp_path))
 

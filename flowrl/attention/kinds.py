@@ -1,6 +1,7 @@
 """The attention kinds that ``--attention`` chooses from, under one contract.
 
-Adding a kind takes one file with its two functions and one line in ``attention_kind``.
+Adding a kind takes one file with its two functions, its name in ``AttentionName`` and a branch in
+``attention_kind``.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Causal softmax attention with the interface of Flow-Attention: the Decision Transformer we compare with."""
+"""Causal softmax attention with the interface of Flow-Attention: the Decision Transformer's."""
 
 from functools import partial
 from typing import NamedTuple

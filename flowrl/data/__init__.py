@@ -1,4 +1,4 @@
-"""Offline data: D4RL files and Minari datasets in one in-memory form."""
+"""Offline data: D4RL files and Minari datasets in one form, in memory or mapped."""
 
 from flowrl.data.dataset import EpisodeDataset
 from flowrl.data.sources import load_episodes

@@ -31,7 +31,7 @@ _CUED = {
     "halfcheetah-cued": "medium 50k 225k expert",
     "walker2d-cued": "medium 400k expert",
 }
-# In the trial the expert that takes the robot as built, then two that are given the world.
+# In the trial the expert as for the robot as built, then two that are given the world.
 _HIDDEN = {f"{robot}-hidden": EnvironmentSpec(env_id) for robot, env_id in HIDDEN_IDS.items()}
 ROBOT_TASKS = (*_CUED, *_HIDDEN)
 # Of the content where it was published; other processors or versions of MuJoCo may differ slightly.

@@ -1,4 +1,4 @@
-"""The command ``flowrl info``: what a dataset holds, and what training would note or refuse about it."""
+"""The command ``flowrl info``: what a dataset holds, and the notes and errors of training on it."""
 
 from dataclasses import dataclass
 from pathlib import Path

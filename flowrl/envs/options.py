@@ -17,8 +17,8 @@ class EnvironmentOptions:
     env_kwargs: str | None = None
     """JSON object of keyword arguments for the environment, such as '{"continuing_task": false}'."""
     max_episode_steps: PositiveCount | None = None
-    """Time limit of an episode in timesteps; by default the environment's, or, where it has none, twice the
-    longest episode of the data."""
+    """Time limit of an episode in timesteps; by default the environment's or, in training, where it has none,
+    twice the longest episode of the data."""
 
     def apply(self, environment: EnvironmentSpec) -> EnvironmentSpec:
         """Return the environment with these options over its own.

@@ -44,7 +44,7 @@ class EvaluateConfig(EvaluationOptions):
     returns, from the reference score 0 (or the smallest of the run's targets) to a quarter above its
     largest target."""
     acting: Acting | None = None
-    """recurrent: constant cost per step over the whole episode so far; window: recompute the last
+    """recurrent: constant cost per timestep over the whole episode so far; window: recompute the last
     context_length steps. By default the way that the run was trained for."""
     conditioning: Conditioning | None = None
     """return-to-go: on the target less what was earned; target: on the target itself at every timestep. By
@@ -70,8 +70,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
     """Load, evaluate, print the table, write the files.
 
     The JSON file holds ``config`` (the options of the run), ``environment``, ``dataset_id``,
-    ``dataset_sha256``, ``acting``, ``checkpoint_step``, ``chosen_by`` (:class:`AgentConfig`), ``seed``,
-    ``temperature``, ``versions``, and in ``targets`` what
+    ``dataset_sha256``, ``acting``, ``conditioning``, ``checkpoint_step``, ``chosen_by``
+    (:class:`AgentConfig`), ``seed``, ``temperature``, ``versions``, and in ``targets`` what
     :meth:`flowrl.evaluation.evaluate.TargetResult.to_dict` gives for each target.
     ``flowrl report`` reads it as ``evaluation.json`` in the run folder.
 

@@ -120,7 +120,7 @@ def rollout(
                 running, rewards = running[kept], rewards[kept]
     finally:
         envs.close()
-    # Both of every slot's episode, also of those that ended long before.
+    # For all slots, including finished ones.
     successes, worlds = infos.get("success"), infos.get("world")
     return Rollouts(returns, lengths, terminated, successes, worlds)
 

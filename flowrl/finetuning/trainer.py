@@ -80,7 +80,7 @@ class OnlineTrainer(Trainer):
     def _collect(self) -> None:
         """Add a round's episodes to the replay; random numbers of updates are the same with and without."""
         options, state, agent = self.options, self.state, self.state.agent
-        assert agent.environment is not None  # the command saw to it
+        assert agent.environment is not None  # checked by the command
         seed = stream_seed(options.seed, Stream.COLLECTION, self.step // options.updates_per_round)
         target = self.replay.episode_returns.max() if options.target is None else options.target
         explorer = Agent(agent.model, agent.config, acting=agent.acting, temperature=1.0, noise=options.noise)

@@ -57,8 +57,9 @@ class AgentConfig:
 class Agent:
     """Acts in many environments at once, one slot each, or in a single one.
 
-    ``recurrent`` acting carries the attention state: constant time and memory per step under Flow-Attention,
-    exact over the whole episode so far. ``window`` acting recomputes the last ``context_length`` timesteps.
+    ``recurrent`` acting carries the attention state: constant time and memory per timestep under
+    Flow-Attention, exact over the whole episode so far. ``window`` acting recomputes the last
+    ``context_length`` timesteps.
     """
 
     def __init__(

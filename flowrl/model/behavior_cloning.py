@@ -1,4 +1,4 @@
-"""Behaviour cloning: a multi-layer perceptron from the observation to the action, blind to returns and past.
+"""Behaviour cloning: a multi-layer perceptron from the observation to the action, without returns or history.
 
 Trained on the best episodes alone (``--top-fraction 0.1``) it is the 10%-BC of Chen et al., "Decision
 Transformer" (arXiv 2106.01345). It has the sequence model's interface, so the same trainer, agent, evaluator

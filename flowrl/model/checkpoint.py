@@ -53,7 +53,7 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write the checkpoint, then delete older ones so that ``keep`` are left; return its folder.
 
     At every moment the newest whole checkpoint is found by :func:`load_checkpoint`. Later steps than this
-    one, which a run set back to here has found damaged, are neither counted nor touched.
+    one, damaged ones that a resumed run skipped, are neither counted nor touched.
 
     Raises:
         UserError: the folder cannot be written (full disk, no permission); earlier checkpoints are untouched.

@@ -80,7 +80,7 @@ def build_model(
     config: ModelConfig | BehaviorCloningConfig, tensors: dict[str, Tensor], where: str
 ) -> SequenceModel | BehaviorCloningModel:
     """Make a model of these tensors; a missing, extra or misshapen one is a UserError that names it."""
-    with torch.device("meta"):  # shapes first: no memory is taken on the word of a file
+    with torch.device("meta"):  # shapes are checked before memory is allocated
         model = untrained_model(config)
     expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):

@@ -1,6 +1,6 @@
 """Whether hand-written kernels are used: one switch for all, and a check before the first use of each.
 
-``FLOWRL_KERNELS=off`` in the environment makes every kernel (C++, Triton) step aside for plain torch.
+``FLOWRL_KERNELS=off`` in the environment disables every kernel (C++, Triton): plain torch computes instead.
 """
 
 import os
@@ -60,7 +60,7 @@ def run_trusted(
 ) -> Result:
     """``fast()`` where :func:`is_trusted` holds; otherwise, and from its first exception on, ``plain()``.
 
-    Memory that runs out is no fault of a kernel and is raised.
+    Out-of-memory errors are raised.
     """
     if is_trusted(kernel, case, check, tolerance):
         try:

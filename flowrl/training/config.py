@@ -51,11 +51,11 @@ class TrainConfig(EvaluationOptions):
     """Train a sequence agent on an offline dataset and evaluate it in its environment."""
 
     env: str | None = None
-    """Name of a D4RL dataset, such as hopper-medium, which also picks the preset of that name; or, beside
-    --dataset PATH, the Gymnasium environment to evaluate in, such as Hopper-v4."""
+    """Name of a D4RL dataset or memory task, such as hopper-medium or tmaze-500, which also picks its preset;
+    or, beside --dataset PATH, the Gymnasium environment to evaluate in, such as Hopper-v4."""
     dataset: Annotated[tuple[str, ...], BeforeValidator(several)] = ()
-    """Where the data is, if not D4RL's file for --env: minari:mujoco/hopper/medium-v0, or PATH.hdf5 in
-    D4RL's layout; several are trained on together."""
+    """Where the data is, if not D4RL's file for --env: flowrl for its own data of that name,
+    minari:mujoco/hopper/medium-v0, or PATH.hdf5 in D4RL's layout; several are trained on together."""
     split_at_timeouts: bool = False
     """Episodes of D4RL files end at timeouts alone: for AntMaze, whose terminal flag stays set at a goal."""
     memory_map: FilePath | None = None
@@ -86,7 +86,7 @@ class TrainConfig(EvaluationOptions):
     """interleaved: return-to-go, observation and action tokens; fused: one token per timestep."""
     source_clamp: SourceClamp = SOURCE_CLAMP
     """Flow-Attention's bound on the conserved source before its exponential. A timestep can stand out from
-    about e to this power of later ones: 10 carries a cue over 20,000 timesteps and more, 20 over millions."""
+    about e to this power of later ones: 10 carries a cue over 20,000 timesteps or more, 20 over a million."""
     time_encoding: TimeEncoding = "learned"
     """learned: an embedding for each timestep of the longest episode, whose last stands for all later ones;
     sinusoidal: waves, defined for any timestep; none: without use for the timestep."""
@@ -129,7 +129,7 @@ class TrainConfig(EvaluationOptions):
     return_scale: Positive | None = None
     """Returns-to-go are divided by this; by default the largest magnitude in the data."""
     reward_mode: Literal["dense", "delayed"] = "dense"
-    """delayed: the whole return is given on an episode's last step."""
+    """delayed: the whole return is given on an episode's last timestep."""
     mask_velocities: bool = False
     """Hide the velocities in a robot's observations from the agent, in training and wherever it acts."""
     seed: Seed = 0
@@ -140,8 +140,7 @@ class TrainConfig(EvaluationOptions):
     """Of training's matrix products; weights and sums stay float32. auto: bfloat16 on GPUs that compute in
     it, float32 elsewhere (a CPU with AMX may train up to twice as fast in bfloat16)."""
     compile: bool = False
-    """torch.compile the training loss; off, as updates of the paper's size measured 1.2 times as long with it
-    on a CPU."""
+    """torch.compile the training loss; off, as it was slower on a CPU."""
 
     targets: tuple[float, ...] = ()
     """Target returns to evaluate at; by default the best and the median episode's return in the data."""

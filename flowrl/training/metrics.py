@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends JSON lines and TensorBoard events to a run folder.
 
-    Each line holds ``kind`` (run, train or evaluation), ``step``, and the figures.
+    Each line holds ``kind`` (run, train, validation, evaluation or round), ``step``, and the figures.
     """
 
     def __init__(self, run_dir: Path, purge_step: int | None = None) -> None:
@@ -63,7 +63,7 @@ class MetricsLog:
             threading.excepthook = self._report_thread
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """No traceback of TensorBoard's writing thread: what failed there, our next write raises again."""
+        """No traceback of TensorBoard's writing thread: the next write raises the same error."""
         if not isinstance(failure.exc_value, OSError):
             self._report_thread(failure)
 
@@ -78,7 +78,7 @@ def tags(group: str, figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(run: Path, kind: str, figures: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Return the lines of one kind (run, train, evaluation) of a run, in the order they were written.
+    """Return the lines of one kind of a run, in the order they were written.
 
     Each line has a step and these ``figures``, which are numbers. A last line cut off by a crash is left out.
 

@@ -61,7 +61,7 @@ def train(
     progress_bar: bool = True,
     **options: Any,
 ) -> Run:
-    """Train an agent as ``flowrl train`` does, without its output and without handlers of signals.
+    """Train an agent as ``flowrl train`` does, without the command's lines and without handlers of signals.
 
     Under ``torchrun`` the processes share every batch and every evaluation; see :mod:`flowrl.ranks`.
 
@@ -154,7 +154,7 @@ def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    """runs/<dataset>/<method>-seed<k>-<time>, such as runs/hopper-medium/flow-interleaved-20-seed0-..."""
+    """runs/<dataset>/<method>-seed<k>-<time>, such as runs/hopper-medium/flow-fused-episode-seed0-..."""
     folder = dataset_folder(config.env or "+".join(config.dataset))
     name = f"{method_name(asdict(config))}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     return Path("runs") / folder / name

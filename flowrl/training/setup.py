@@ -82,7 +82,7 @@ def batch_size(config: TrainConfig, dataset: EpisodeDataset) -> int:
 def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) -> EpisodeDataset:
     """Load what ``--dataset`` or ``--env`` names, or take ``episodes``; check it against its environment."""
     if episodes is None and not config.dataset:
-        assert config.env is not None  # check_values saw to it
+        assert config.env is not None  # checked by check_values
         dataset = load_episodes(config.env, options=config)
     else:
         source = config.dataset if episodes is None else episodes
@@ -136,7 +136,7 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset, device: torch.devi
         model=model.config,
         context_length=context_length,
         full_episodes=whole,
-        targets=targets[:1] if config.agent == "bc" else targets,  # to which it is blind: one will do
+        targets=targets[:1] if config.agent == "bc" else targets,  # unused: one suffices
         reward_mode=config.reward_mode,
         conditioning=config.conditioning,
         acting=config.acting,

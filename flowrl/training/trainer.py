@@ -244,7 +244,7 @@ class Trainer:
         done = self.state.evaluated_step == self.step and not self.at_end
         if not self._evaluation_due or done or config.eval_episodes == 0:
             return
-        assert agent.environment is not None  # load_dataset saw to it
+        assert agent.environment is not None  # checked by load_dataset
         self._check_finite()
         seed, started = evaluation_seed(config), time.perf_counter()
         # Several processes finish an evaluation together, and stop after it.
@@ -270,7 +270,7 @@ class Trainer:
             self.state.evaluated_step, self.results = self.step, results
             where = f"step {self.step}, {agent.environment.env_id}, acting {agent.acting}, {seconds:.1f} s"
             self._say(f"{where}\n{format_table(results)}")
-        except BaseException:  # stopped, an environment that fails, a closed pipe: none may cost any update
+        except BaseException:  # stopped, an environment that fails, a closed pipe: no update may be lost
             if self.ranks.size == 1:  # several cannot meet any more
                 self.save()
             raise

@@ -49,7 +49,7 @@ class MemoryConfig:
     """Episodes in each corridor."""
     seed: int = 1_028
     """Of the first episode's environment; the following ones have the following numbers. Of these 20 episodes
-    each cue has a half, so that an agent blind to it is at 50%."""
+    each cue has a half, so that an agent that ignores it is at 50%."""
     training_lengths: tuple[int, ...] = ()
     """Timesteps of the sequences on which updates are measured, one sequence each, width 64, 2 layers."""
 

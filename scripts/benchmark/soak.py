@@ -1,4 +1,4 @@
-"""Does a training stay the size it was? A real one for hours, its memory watched from outside."""
+"""Does a training's memory grow? A real one for hours, measured from outside."""
 
 import json
 import signal

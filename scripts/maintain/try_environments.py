@@ -2,8 +2,8 @@
 
     python scripts/maintain/try_environments.py --output results/environments.md
 
-The data is our own, of random or scripted episodes, as a Minari dataset or a file in D4RL's layout; it is no
-benchmark's. Needs gymnasium-robotics, shimmy[dm-control], gymnasium[box2d], minigrid and popgym.
+The data is flowrl's own, of random or scripted episodes, as a Minari dataset or a file in D4RL's layout; it
+is no benchmark's. Needs gymnasium-robotics, shimmy[dm-control], gymnasium[box2d], minigrid and popgym.
 """
 
 import importlib
@@ -120,7 +120,7 @@ def try_environments(output: Path, only: tuple[str, ...] = ()) -> None:
     output.write_text(
         "# Other people's environments\n\n"
         "Trained and scored by the command line alone, with `scripts/maintain/try_environments.py`. The\n"
-        "data is our own, of random or scripted episodes: no benchmark's. Trainings this short\n"
+        "data is flowrl's own, of random or scripted episodes: no benchmark's. Trainings this short\n"
         f"show that everything works, not how well. {versions}.\n\n"
         f"Training: `{' '.join(TRAINING)}`. Return and success rate: `flowrl evaluate`, {EPISODES} episodes\n"
         "at the best return in the data.\n\n"

@@ -86,7 +86,7 @@ def flow_attention(
         return_state: also return the state after the last token, from which this function and
             :func:`flow_attention_step` continue.
         clamp: bound on the conserved source flow before its exponential.
-        eps: added to every component where the formula divides by a flow.
+        eps: added to every component of both factors of the four flows.
 
     Returns (batch, heads, length, value_dim) in the dtype of ``values``. Sums are float32 (float64 for
     float64 input) whatever the autocast state. Raises ValueError for arguments that do not fit.

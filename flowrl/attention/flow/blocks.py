@@ -6,8 +6,8 @@ I and O the incoming and outgoing flows, n the number of tokens up to and includ
 
 A block of C tokens needs only its products G = q k^T: the flows I and O are row sums of the lower and column
 sums of the upper triangle of G, the conserved flows the same sums weighted, the output tril(G) (C v). What
-precedes a block enters as four vectors and one head_dim x value_dim matrix, found for all blocks at once by
-prefix sums.
+precedes a block enters as four vectors, one number and one head_dim x value_dim matrix, found for all blocks
+at once by prefix sums.
 """
 
 from collections.abc import Callable
