@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from tiny_training import OPTIONS, assert_same_end, figures, steps_on_disk, train_here
+from tiny_training import OPTIONS, assert_same_end, figures, resume_here, steps_on_disk, train_here
 
 import flowrl
 from flowrl.data import EpisodeDataset, load_episodes
@@ -137,6 +137,12 @@ def test_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_pat
         train_here(tiny_dataset, tmp_path / "run", keep_best="success_rate", steps=3)
     with pytest.raises(UserError, match=r"--checkpoint best: .* has none; --keep-best keeps it"):
         flowrl.load_agent(tmp_path / "run", checkpoint="best")
+
+
+def test_scores_of_another_metric_are_not_compared_with_the_best(tiny_dataset, tmp_path):
+    train_here(tiny_dataset, tmp_path / "run", keep_best="return_mean", steps=3)
+    resume_here(tmp_path / "run", keep_best="normalized_score_mean", steps=5)
+    assert flowrl.load_agent(tmp_path / "run", checkpoint="best").checkpoint_step == 5
 
 
 def test_held_out_episodes_are_never_trained_on_and_their_loss_is_logged(tiny_dataset, tmp_path):

@@ -157,6 +157,8 @@ def test_missing_runs_and_steps_are_named(tmp_path):
         save_checkpoint(tmp_path, make_checkpoint(step), keep=2)
     with pytest.raises(UserError, match=r"--checkpoint 3: .* has checkpoints at steps 1, 2"):
         load_checkpoint(tmp_path, 3)
+    with pytest.raises(UserError, match=r"--checkpoint 1: .*step-00000002 is one checkpoint, of step 2"):
+        load_checkpoint(folder_of(tmp_path, 2), 1)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "manifest.json"])

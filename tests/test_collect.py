@@ -158,6 +158,7 @@ def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path, storage):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (CollectCommand("CartPole-v1", ("uniform",), id="a-v0"), "'uniform' is for continuous actions"),
         (CollectCommand("hoper-medium"), "did you mean 'hopper-medium'"),
         (CollectCommand("Pendulum-v1", ("medium",)), "give --policies, of uniform"),
         (CollectCommand("hopper", ("25k",), id="a-v0", env_kwargs="{"), "--env-kwargs {: Invalid JSON"),

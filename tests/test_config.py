@@ -55,6 +55,12 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
         )
 
 
+def test_timesteps_per_update_win_over_a_presets_batch_size():
+    words = ["--env", "hopper-medium", "--config", "paper", "--timesteps-per-update", "5000"]
+    assert (parse_train_config(words).batch_size, parse_train_config(words[:4]).batch_size) == (None, 64)
+    assert parse_train_config([*words, "--batch-size", "8"]).batch_size == 8
+
+
 TARGETS = {"hopper": (3600.0, 1800.0), "halfcheetah": (12000.0, 6000.0), "walker2d": (5000.0, 2500.0)}
 SHAPES = {"-paper": (20, "interleaved", 64), "-fused": (20, "fused", 64), "-long": ("episode", "fused", 4)}
 
@@ -146,6 +152,7 @@ FROM_1 += ("timesteps_per_update", "log_every", "checkpoint_every", "keep_checkp
         ({"targets": (1.0, float("nan"))}, r"--targets \(1.0, nan\): should be a finite number"),
         ({"eval_episodes": 60_000}, "--eval-episodes 60000: must be at most 50000 at each of 2 --targets"),
         ({"env": None}, "give --env .* or --dataset"),
+        ({"keep_best": "return_mean", "eval_episodes": 0}, "--keep-best return_mean: there are no"),
     ],
     ids=str,
 )  # fmt: skip
@@ -166,7 +173,7 @@ OTHER = TrainConfig(
     ema_decay=0.5, seed=9, device="cpu", precision="float32", compile=True, targets=(-1.5, 1e-07),
     eval_every=0, eval_episodes=1, eval_seed=7, acting="window", log_every=2, checkpoint_every=3,
     keep_checkpoints=4, time_encoding="sinusoidal", source_clamp=20.0, timesteps_per_update=640,
-    keep_best="return_mean", validation_fraction=0.1, q_weight=0.25, convolution_width=4,
+    keep_best="success_rate", validation_fraction=0.1, q_weight=0.25, convolution_width=4,
 )  # fmt: skip
 
 
@@ -189,6 +196,8 @@ def test_resume_takes_the_run_s_configuration(tmp_path):
     assert parse_train_config(["--resume", str(run)]) == replace(saved, resume=run)
     changed = parse_train_config(["--resume", str(run), "--steps", "900", "--targets", "1", "2"])
     assert changed == replace(saved, resume=run, steps=900, targets=(1.0, 2.0))
+    with pytest.raises(UserError, match=r"--run-dir x: --resume continues in .*run; copy that folder first"):
+        parse_train_config(["--resume", str(run), "--run-dir", "x"])
     moved = run.rename(tmp_path / "moved")
     assert parse_train_config(["--resume", str(moved)]).resume == moved
 

@@ -40,7 +40,9 @@ def test_without_file_and_network_the_embedded_data_stands_in(folders, capsys):
     )
     assert len(dataset.notes) == 1
     assert "scores compare only with scores on the same data" in dataset.notes[0]
-    assert load_episodes("flowrl", "hopper-medium").sha256 == dataset.sha256
+    mapped = load_episodes("flowrl", "hopper-medium", memory_map=folders / "map")
+    assert mapped.sha256 == dataset.sha256
+    assert isinstance(mapped.observations, np.memmap)
     with pytest.raises(UserError, match="could not be downloaded"):
         load_episodes("hopper-expert")  # flowrl has none of that name
 

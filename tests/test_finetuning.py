@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
 from flowrl.finetuning import trainer as online
-from flowrl.finetuning.command import run_finetune
+from flowrl.finetuning.command import _default_folder, run_finetune
+from flowrl.finetuning.config import FinetuneConfig, training_of
 from flowrl.finetuning.trainer import collect_episodes
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import load_checkpoint
@@ -169,8 +171,24 @@ def test_other_commands_take_the_result(reference, tmp_path, capsys):
     assert again.step == 1
     resume(tmp_path / "again", "--steps", "3")
     assert steps_on_disk(tmp_path / "again")[-1] == "step-00000003"
-    with pytest.raises(UserError, match=r"--noise 0\.5: .*--resume cannot change it"):
-        resume(tmp_path / "again", "--noise", "0.5")
+    for flag, value in (("--noise", "0.5"), ("--conditioning", "target")):
+        with pytest.raises(UserError, match=rf"{flag} {value}: .*--resume cannot change it"):
+            resume(tmp_path / "again", flag, value)
+    with pytest.raises(UserError, match=r"--run-dir elsewhere: --resume continues in .*again"):
+        resume(tmp_path / "again", "--run-dir", "elsewhere")
+    resumed = resume(tmp_path / "again", "--steps", "4", "--targets", "70")
+    assert [result.target_return for result in resumed.results] == [70.0]
+    assert flowrl.load_agent(tmp_path / "again").config.targets == (70.0,)
+
+
+def test_evaluation_seed_and_best_checkpoint_are_not_inherited(trained, tmp_path, monkeypatch):
+    run = shutil.copytree(trained, tmp_path / "run")
+    text = (run / "config.yaml").read_text().replace("eval_seed: null", "eval_seed: 7")
+    (run / "config.yaml").write_text(text.replace("eval_episodes: 0", "eval_episodes: 2"))
+    training = training_of(FinetuneConfig(run=run, seed=3), run)
+    assert (training.eval_seed, training.keep_best) == (None, None)
+    monkeypatch.chdir(run)
+    assert _default_folder(Path(), 3) == tmp_path / "run-online-seed3"
 
 
 def test_what_cannot_be_fine_tuned_is_one_line(trained, tmp_path):

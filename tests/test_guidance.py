@@ -73,6 +73,17 @@ def test_the_value_of_a_state_is_what_follows_from_it(monkeypatch):
         assert np.corrcoef(member, true)[0, 1] > 0.98
 
 
+def test_a_truncated_end_is_worth_nothing_by_itself_where_rewards_are_negative(monkeypatch):
+    monkeypatch.setattr(guidance, "UPDATES", 150)
+    dataset = episodes(lambda o, a, rng: 0.5 * a[:, 0] - 1, lengths=(40,) * 60)
+    dataset.terminated[:] = False
+    dataset.observations[:, 0] = np.tile(np.arange(40), 60) / 20 - 1
+    critics = learn_critics(dataset, ActionModel(2, 2), seed=0)
+    for member in critics.action_values(*map(torch.from_numpy, (dataset.observations, dataset.actions))):
+        assert abs(np.corrcoef(member, dataset.observations[:, 0])[0, 1]) < 0.6
+        assert np.corrcoef(member, dataset.actions[:, 0])[0, 1] > 0.6
+
+
 def test_discrete_actions_have_no_direction_to_move_in():
     dataset = episodes(lambda o, a, rng: np.ones(len(o)), action_choices=(2,))
     with pytest.raises(UserError, match=r"--q-weight 0\.1: needs continuous actions"):

@@ -15,6 +15,8 @@ from tiny_training import figures, train_here
 from flowrl.data import EpisodeDataset, load_episodes, mapped
 from flowrl.data.arrays import Storage, release, row_chunks
 from flowrl.errors import UserError
+from flowrl.training.config import TrainConfig
+from flowrl.training.setup import load_dataset
 
 LARGE = ("observations", "actions", "rewards", "returns_to_go")
 
@@ -48,9 +50,14 @@ def test_files_minari_and_several_are_the_same_as_in_memory(tiny_dataset, own_fo
     folder, minari_id = own_folders / "map", "minari:test/hopper/tiny-v0"
     loaded(folder, tiny_dataset, env="Hopper-v4")
     loaded(folder, minari_id)
+    (own_folders / "d4rl").mkdir()
+    write_tiny_dataset(own_folders / "d4rl" / "hopper_medium-v2.hdf5", seed=3)
+    loaded(folder, "hopper-medium")
+    named = load_dataset(TrainConfig(env="hopper-medium", memory_map=folder, eval_episodes=0))
+    assert isinstance(named.observations, np.memmap)
     assert loaded(folder, tiny_dataset, other, minari_id, env="Hopper-v4").num_episodes == 14
     kept = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    assert len(kept) == 4
+    assert len(kept) == 5
     monkeypatch.setattr(mapped, "_write", lambda *_: pytest.fail("it is there already"))
     load_episodes((str(tiny_dataset), str(other), minari_id), "Hopper-v4", memory_map=folder)
     monkeypatch.undo()

@@ -30,7 +30,7 @@ BASE = TrainConfig(env="hopper-medium", steps=100, eval_episodes=2, targets=(100
 def figures(target: float | None, value: float, unit: str = "normalized_score") -> dict[str, Any]:
     """Two episodes, 1 above and 1 below ``value``; returns are ten times the scores, 50 steps long."""
     episodes = [value - 1, value + 1]
-    lines: dict[str, Any] = {"target_return": target, "seconds": 4.0, "length_mean": 50.0}
+    lines: dict[str, Any] = {"target_return": target, "seconds": 4.0, "length_mean": 50.0, "episodes": 2}
     lines |= {"return_mean": value * 10, "returns": [10 * score for score in episodes]}
     if unit == "normalized_score":
         lines |= {"normalized_score_mean": value, "normalized_scores": episodes}
@@ -259,6 +259,27 @@ def test_an_evaluation_in_the_run_folder_gives_its_score(tmp_path):
     write_evaluation(run / "evaluation.json", *targets, checkpoint_step=50, config={"seed": 0, "steps": 100})
     with pytest.raises(UserError, match="of checkpoint 50, not of the last one"):
         load_runs([run])
+    write_evaluation(run / "evaluation.json", *targets, checkpoint_step=50, config={"seed": 0, "steps": 50})
+    with pytest.raises(UserError, match="of another number of updates than the run's: evaluate it again"):
+        load_runs([run])
+    write_evaluation(run / "evaluation.json", targets[0], config={"seed": 0, "steps": 100})
+    with pytest.raises(UserError, match="not at the run's first target return 100: evaluate it again"):
+        load_runs([run])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_resumed_with_other_targets_or_with_its_data_elsewhere_is_reported(tmp_path):
+    run = write_run(tmp_path / "a", 10)
+    metrics = (run / "metrics.jsonl").read_text()
+    last = figures(70.0, 20)
+    (run / "metrics.jsonl").write_text(
+        metrics + json.dumps({"kind": "evaluation", "step": 200, **last}) + "\n"
+    )
+    (run / "config.yaml").write_text(to_yaml(replace(BASE, steps=200, targets=(70.0,), run_dir=run)))
+    moved = seeded(1, steps=200, targets=(70.0,), memory_map=Path("map"), dataset=("x.hdf5",))
+    other = write_run(tmp_path / "b", 30, config=moved)
+    text = write_report(ReportConfig((run, other), tmp_path / "out"))
+    assert row_of(text, "`flowrl/hopper")[2] == "**25.0 ± 5.0** (2)"
 
 
 @pytest.mark.usefixtures("no_pictures")

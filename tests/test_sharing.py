@@ -36,6 +36,8 @@ def test_a_saved_agent_acts_as_before_and_nothing_is_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["agent"]
     with pytest.raises(UserError, match="agent: already there"):
         agent.save(tmp_path / "agent")
+    with pytest.raises(UserError, match="already there"):
+        agent.save(Path())
     with pytest.raises(UserError, match="without the training state"):
         load_checkpoint(tmp_path / "agent", for_training=True)
 

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -24,6 +25,7 @@ from flowrl.evaluation.evaluate import episode_seeds, evaluate
 from flowrl.model.checkpoint import load_checkpoint
 from flowrl.model.transformer import SequenceModel
 from flowrl.native.accelerate import accelerate_training
+from flowrl.options import LARGEST_DIMENSION
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import (
     Stream,
@@ -265,6 +267,9 @@ def test_an_agent_learns_its_units_from_the_data():
     hopper = build_agent(TrainConfig(embed_dim=8, num_heads=2), of_hopper)
     assert hopper.model.action_low.tolist() == [-1.0] * 3
     assert hopper.config.model.max_timesteps == gymnasium.spec("Hopper-v4").max_episode_steps
+    endless = replace(of_hopper, environment=EnvironmentSpec("Hopper-v4", max_episode_steps=10**7))
+    without_time = TrainConfig(embed_dim=8, num_heads=2, time_encoding="none")
+    assert build_agent(without_time, endless).config.model.max_timesteps == LARGEST_DIMENSION
 
 
 @pytest.mark.parametrize(
@@ -295,6 +300,12 @@ def test_a_run_folder_is_never_overwritten(tiny_dataset, tmp_path):
     train_here(tiny_dataset, tmp_path / "run", steps=1, eval_episodes=0)
     with pytest.raises(UserError, match="cannot be written"):
         train_here(tiny_dataset, "/proc/absent/run")
+
+
+def test_a_run_is_never_set_back_to_fewer_updates(finished):
+    with pytest.raises(UserError, match=r"--steps 10: .*run has 60 updates already"):
+        resume_here(finished, steps=10)
+    assert "steps: 60\n" in (finished / "config.yaml").read_text()
 
 
 def test_training_works_outside_the_main_thread(tiny_dataset, tmp_path):

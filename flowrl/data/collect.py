@@ -154,8 +154,9 @@ def collect(recipe: Recipe) -> Collection:
     if facts.max_episode_steps is None:
         raise UserError(f"environment {environment.env_id} has no time limit: give --max-episode-steps")
     policies: dict[str, Policy] = {**shipped, UNIFORM: UniformPolicy(facts)}
-    if not np.isfinite(facts.action_bounds).all() and len(shipped) < len(recipe.parts):
-        raise UserError(f"environment {environment.env_id}: its actions have no bounds to be uniform between")
+    bounded = np.isfinite(facts.action_bounds).all() and not facts.action_choices
+    if not bounded and len(shipped) < len(recipe.parts):
+        raise UserError(f"environment {environment.env_id}: 'uniform' is for continuous actions with bounds")
     opening = policies[recipe.opening] if recipe.opening else None
     shares = np.array([part.share for part in recipe.parts])
     targets = np.ceil(recipe.steps * shares / shares.sum()).astype(int).tolist()

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flowrl.atomic import file_sha256
 from flowrl.data.arrays import IN_MEMORY, Storage, chunks, release
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.download import DownloadError, download
+from flowrl.data.mapped import files_key, mapped_dataset
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.spaces import EnvironmentFacts, choices_of, environment_facts, flat_rows
 from flowrl.envs.specs import EnvironmentSpec
@@ -60,12 +62,12 @@ _CHUNK_CACHE = 1 << 26  # bytes; a compressed chunk is read in several pieces, b
 _ANT_WITH_CONTACT_FORCES, _ANT_BODY = 111, 27
 
 
-def read_d4rl(name: str) -> EpisodeDataset:
+def read_d4rl(name: str, memory_map: Path | None = None) -> EpisodeDataset:
     """Read D4RL's v2 dataset ``name`` (a key of ``D4RL_ENVIRONMENTS``), downloading it when it is not here.
 
     The file, ``hopper_medium-v2.hdf5`` for ``hopper-medium``, is looked for in ``$D4RL_DATASET_DIR`` and
     ``~/.d4rl/datasets``. A local file is used whatever it holds, but its data is named D4RL's only when its
-    SHA-256 does not contradict that.
+    SHA-256 does not contradict that. With ``memory_map`` its arrays are kept in that folder.
 
     Raises:
         UserError: neither found nor downloaded, or not a valid file (see :func:`read_d4rl_file`).
@@ -79,7 +81,11 @@ def read_d4rl(name: str) -> EpisodeDataset:
     elif file_sha256(path) != published:
         dataset_id = f"file:{path.name}"
         notes = (f"{path} is not D4RL's published {name}-v2: its scores are not D4RL scores",)
-    return read_d4rl_file(path, dataset_id=dataset_id, environment=D4RL_ENVIRONMENTS[name], notes=notes)
+    about: dict[str, Any] = {"environment": D4RL_ENVIRONMENTS[name], "notes": notes}
+    read = partial(read_d4rl_file, path, dataset_id=dataset_id, **about)
+    if memory_map is None:
+        return read()
+    return mapped_dataset(memory_map, files_key([path], dataset_id), lambda storage: read(storage=storage))
 
 
 def find_d4rl_file(name: str) -> Path:

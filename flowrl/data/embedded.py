@@ -6,10 +6,11 @@ scores on the same data only.
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from flowrl.data.collect import Part, Recipe
 from flowrl.data.dataset import EpisodeDataset
-from flowrl.data.minari import read_minari
+from flowrl.data.minari import load_minari
 from flowrl.data.writers import ensure_minari, read_provenance
 from flowrl.envs.hidden_dynamics import HIDDEN_IDS
 from flowrl.envs.specs import EnvironmentSpec
@@ -83,11 +84,12 @@ def embedded_recipe(name: str) -> Recipe:
     return EMBEDDED[name]
 
 
-def load_embedded(name: str, why: str = "") -> EpisodeDataset:
+def load_embedded(name: str, memory_map: Path | None = None, why: str = "") -> EpisodeDataset:
     """Load the embedded dataset ``name`` ("hopper-medium"), collecting it on first use.
 
     Args:
         name: a key of ``EMBEDDED``.
+        memory_map: folder in which its arrays are kept, to be read as needed.
         why: reason for using this data, printed before its name.
 
     Raises:
@@ -98,7 +100,7 @@ def load_embedded(name: str, why: str = "") -> EpisodeDataset:
     not_d4rls = "" if name in ROBOT_TASKS else f", NOT D4RL's {name}"
     print(f"{why}{'; ' if why else ''}using flowrl's own data {dataset_id}{not_d4rls}", file=sys.stderr)
     folder = ensure_minari(recipe, dataset_id)
-    dataset = read_minari(dataset_id)
+    dataset = load_minari(dataset_id, memory_map)
     if dataset.sha256 != read_provenance(folder).get("sha256"):
         raise UserError(
             f"{folder}: its content is not what was collected (SHA-256 {dataset.sha256}): collect it again, "

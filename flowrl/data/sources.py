@@ -11,7 +11,7 @@ from flowrl.data.dataset import EpisodeDataset, concatenate
 from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
 from flowrl.data.mapped import files_key, mapped_dataset
 from flowrl.data.memory import memory_dataset, memory_environment
-from flowrl.data.minari import local_folder, read_minari
+from flowrl.data.minari import load_minari
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment
@@ -91,17 +91,14 @@ def _load(
     path = Path(os.path.expanduser(source))  # unlike pathlib's, keeps the tilde of an unknown user
     suffix = path.suffix.lower()
     if source == SOURCE:
-        return memory_dataset(env) if env and memory_environment(env) else load_embedded(env or "")
+        own = env or ""
+        return memory_dataset(own) if memory_environment(own) else load_embedded(own, memory_map)
     if source.startswith(MINARI_PREFIX):
-        dataset_id = source.removeprefix(MINARI_PREFIX)
-        if memory_map is None:
-            return read_minari(dataset_id)
-        files = [each for each in local_folder(dataset_id).rglob("*") if each.is_file()]
-        return mapped_dataset(memory_map, files_key(files, dataset_id), partial(read_minari, dataset_id))
+        return load_minari(source.removeprefix(MINARI_PREFIX), memory_map)
     if memory_environment(source) is not None:
         return memory_dataset(source)
     if source in D4RL_ENVIRONMENTS:
-        return _d4rl_or_embedded(source)
+        return _d4rl_or_embedded(source, memory_map)
     if suffix in FILE_SUFFIXES:
         read = partial(
             read_d4rl_file,
@@ -137,15 +134,15 @@ def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> Epis
     return replace(joined, environment=datasets[0].environment, reference=datasets[0].reference)
 
 
-def _d4rl_or_embedded(name: str) -> EpisodeDataset:
+def _d4rl_or_embedded(name: str, memory_map: Path | None) -> EpisodeDataset:
     """Read D4RL's dataset; where it is neither here nor to be had, flowrl's own of that name."""
     try:
         find_d4rl_file(name)
     except UserError as error:
         if name not in EMBEDDED:
             raise
-        return load_embedded(name, why=str(error).partition("; give a file")[0])
-    return read_d4rl(name)
+        return load_embedded(name, memory_map, why=str(error).partition("; give a file")[0])
+    return read_d4rl(name, memory_map)
 
 
 def _evaluated_in(

@@ -41,6 +41,7 @@ def run_finetune(arguments: Sequence[str] | None = None) -> Run:
             training = training_of(options, run_dir)
             saved = load_checkpoint(run_dir, for_training=True)
             agent = load_agent(run_dir, checkpoint=saved.step)
+            agent.config = replace(agent.config, targets=options.targets or agent.config.targets)
             replay, timesteps = saved_replay(saved, agent, where=f"--resume {run_dir}")
         else:
             assert options.run is not None
@@ -60,6 +61,7 @@ def run_finetune(arguments: Sequence[str] | None = None) -> Run:
 
 
 def _default_folder(run: Path, seed: int) -> Path:
+    run = run.absolute()  # "." has no name
     return run.with_name(f"{run.name}-online-seed{seed}")
 
 

@@ -21,6 +21,7 @@ from flowrl.training.config import (
     check_resumable,
     check_values,
     read_options,
+    refuse_run_dir,
     several,
 )
 
@@ -102,6 +103,7 @@ def parse_finetune_config(arguments: Sequence[str] | None = None) -> FinetuneCon
     resume = config.resume
     if (config.run is None) == (resume is None):
         raise UserError("give a run folder to start from, or --resume and the folder of a fine-tuning")
+    refuse_run_dir(resume, config.run_dir)
     if resume is not None:
         path = resume / FINETUNE_FILE
         if not path.is_file():
@@ -110,6 +112,8 @@ def parse_finetune_config(arguments: Sequence[str] | None = None) -> FinetuneCon
         before = FinetuneConfig(**saved)
         config = tyro.cli(FinetuneConfig, args=arguments, default=before)
         check_resumable(before, config, resume)
+        if config.conditioning != before.conditioning:  # which collecting depends on
+            raise UserError(f"--conditioning {config.conditioning}: --resume cannot change it")
     checked(FinetuneConfig, asdict(config), flag)
     return config
 
@@ -128,6 +132,7 @@ def training_of(config: FinetuneConfig, run: Path) -> TrainConfig:
         raise UserError(f"{run}: behaviour cloning aims at no return, so that there is nothing to fine-tune")
     given = {name: getattr(config, name) for name in sorted(_SHARED)}
     given = {name: value for name, value in given.items() if value not in (None, ())}
+    given |= {"eval_seed": config.eval_seed, "keep_best": config.keep_best}  # not those of the run
     if config.dataset:
         given["dataset"] = config.dataset
     fixed = {"schedule": "constant", "warmup_steps": 0, "validation_fraction": 0.0, "q_weight": 0.0}

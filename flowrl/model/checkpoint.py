@@ -91,9 +91,9 @@ def save_agent(folder: Path, step: int, agent: dict[str, Any], model: dict[str, 
     Raises:
         UserError: the folder is there already, or cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
     if folder.exists():
         raise UserError(f"{folder}: already there; give the name of a new folder")
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -128,7 +128,10 @@ def load_checkpoint(
             raise UserError(f"--checkpoint best: {run_dir} has none; --keep-best keeps it while training")
         return load_checkpoint(run_dir / BEST)
     if (run_dir / MANIFEST).is_file():
-        return _load(run_dir, for_training)
+        loaded = _load(run_dir, for_training)
+        if step not in (None, loaded.step):
+            raise UserError(f"--checkpoint {step}: {run_dir} is one checkpoint, of step {loaded.step}")
+        return loaded
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run folder")
     folders = list(_folders(run_dir))

@@ -21,7 +21,7 @@ _FREE_OPTIONS = frozenset(
     (
         *("seed", "run_dir", "config", "resume", "device", "compile"),
         *("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_episodes", "eval_seed"),
-        "keep_best",
+        *("keep_best", "dataset", "memory_map"),  # hashes of the data are compared
     )
 )
 
@@ -72,8 +72,8 @@ class RunResult:
 
     def curve(self, unit: Unit) -> dict[int, float]:
         """Mean score after each evaluated update, at the first target return."""
-        first = [f for f in self.evaluations if f["target_return"] == self.evaluations[0]["target_return"]]
-        return {figures["step"]: _score(figures, unit) for figures in first}
+        target = self.final[0]["target_return"]
+        return {f["step"]: _score(f, unit) for f in self.evaluations if f["target_return"] == target}
 
     def policies(self, unit: Unit) -> list[np.ndarray]:
         """Scores (episodes,) of the last checkpoint at each target return whose episodes are known."""
@@ -199,10 +199,13 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
         )
     if (separate.sha256, separate.environment) != (result.sha256, result.environment):
         raise UserError(f"{separate.path}: not an evaluation of this run")
+    if separate.config.get("steps") != config["steps"]:
+        raise UserError(f"{separate.path}: of another number of updates than the run's: evaluate it again")
     first = result.final[0]["target_return"]
-    return replace(
-        result, final=tuple(sorted(separate.final, key=lambda figures: figures["target_return"] != first))
-    )
+    final = tuple(sorted(separate.final, key=lambda figures: figures["target_return"] != first))
+    if final[0]["target_return"] != first:
+        raise UserError(f"{separate.path}: not at the run's first target return {first:g}: evaluate it again")
+    return replace(result, final=final)
 
 
 def _read_evaluation(path: Path) -> RunResult:

@@ -231,7 +231,7 @@ def _average(results: Results, datasets: Sequence[str], method: str) -> str:
 def _speeds(run: RunResult) -> tuple[float, float, float]:
     """Medians of updates and tokens per second; timesteps per second of the last evaluation's episodes."""
     last = [line for line in run.evaluations if line["step"] == run.evaluations[-1]["step"]]
-    timesteps = sum(line["length_mean"] for line in last) * run.config["eval_episodes"]
+    timesteps = sum(line["length_mean"] * line["episodes"] for line in last)
     updates, tokens = (
         float(np.median([line[f"{unit}_per_second"] for line in run.train])) for unit in ("updates", "tokens")
     )

@@ -157,10 +157,8 @@ def _cell_config(
     for name in _OWN_OPTIONS:
         if name in options:
             raise UserError(f"{where}: '{name}' is given by the sweep; see --seeds and --runs-dir")
-    if "timesteps_per_update" in options:
-        if "batch_size" in options:
-            raise UserError(f"{where}: give 'timesteps_per_update' or 'batch_size', not both")
-        options["batch_size"] = None  # not the preset's
+    if {"timesteps_per_update", "batch_size"} <= options.keys():
+        raise UserError(f"{where}: give 'timesteps_per_update' or 'batch_size', not both")
     data = _data_options(dataset)
     options = {**data, **checked_options(options, where)}
     config = parse_train_config(arguments, options)

@@ -204,8 +204,11 @@ def parse_train_config(
     """
     options = options or {}
     flags = tyro.cli(TrainConfig, args=arguments, default=TrainConfig(**options))
+    refuse_run_dir(flags.resume, flags.run_dir)
     if flags.resume is None:
         below = _preset(flags)
+        if flags.timesteps_per_update is not None:
+            below["batch_size"] = None  # the preset's gives way
     else:
         saved = flags.resume / "config.yaml"
         if not saved.is_file():
@@ -223,6 +226,12 @@ def parse_train_config(
         check_resumable(TrainConfig(**below), config, flags.resume)
     check_values(config)
     return config
+
+
+def refuse_run_dir(resume: Path | None, run_dir: Path | None) -> None:
+    """Raise a UserError where both are given: a resumed run stays in its folder."""
+    if resume is not None and run_dir is not None:
+        raise UserError(f"--run-dir {run_dir}: --resume continues in {resume}; copy that folder first")
 
 
 def _preset(flags: TrainConfig) -> dict[str, Any]:
@@ -265,6 +274,8 @@ def check_values(config: TrainConfig) -> None:
             f"--eval-episodes {config.eval_episodes}: must be at most {MOST_EPISODES // targets} at each of "
             f"{targets} --targets"
         )
+    if config.keep_best is not None and config.eval_episodes == 0:
+        raise UserError(f"--keep-best {config.keep_best}: there are no evaluations with --eval-episodes 0")
     if config.env is None and not config.dataset:
         raise UserError("nothing to train on: give --env (such as hopper-medium) or --dataset")
 

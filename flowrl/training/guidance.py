@@ -74,7 +74,7 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
     choices = torch.from_numpy(with_known_return(dataset))
     episodes = np.repeat(np.arange(dataset.num_episodes), dataset.episode_lengths)  # of each transition
     learns = torch.from_numpy(_halves(dataset, seed))
-    values = np.ones_like(rewards)  # of a mean reward forever
+    values = np.full_like(rewards, rewards.mean() / (1 - DISCOUNT))  # of a mean reward forever
     targets = lambda_returns(dataset, rewards, values, values, 1.0)
     mean, scale = float(targets.mean()), max(float(targets.std()), 1e-12)
     for update in range(UPDATES):

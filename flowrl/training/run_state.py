@@ -54,7 +54,8 @@ class RunState:
         )
         self.step = 0  # updates so far
         self.evaluated_step = -1
-        self.best_score: float | None = None  # of --keep-best
+        self.best_score: float | None = None  # of --keep-best, whose metric and target are in best_of
+        self.best_of = f"{config.keep_best} at {agent.config.targets[0]}"
         self.pending: list[Tensor] = []  # (loss, gradient norm) of each update since the last line of metrics
         self.timed_updates = self.timed_tokens = 0  # since that line, or since this process started
         self._unchecked: list[Tensor] = []  # spans of the batches whose loss is not known to be finite yet
@@ -96,7 +97,11 @@ class RunState:
             tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
         if self.critics is not None:
             tensors |= {f"{_CRITICS}{name}": value for name, value in self.critics.state_dict().items()}
-        training = {"evaluated_step": self.evaluated_step, "best_score": self.best_score}
+        training = {
+            "evaluated_step": self.evaluated_step,
+            "best_score": self.best_score,
+            "best_of": self.best_of,
+        }
         model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
         return Checkpoint(self.step, self.agent.config.to_dict(), model, training, tensors)
 
@@ -144,7 +149,8 @@ class RunState:
         self.evaluated_step = saved.training["evaluated_step"]
         if type(self.evaluated_step) is not int or not -1 <= self.evaluated_step <= self.step:
             raise ValueError(f"'evaluated_step' cannot be {short_repr(self.evaluated_step)}")
-        self.best_score = _score(saved.training.get("best_score"))  # which older checkpoints lack
+        if saved.training.get("best_of", self.best_of) == self.best_of:  # which older checkpoints lack
+            self.best_score = _score(saved.training.get("best_score"))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]

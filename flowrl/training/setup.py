@@ -83,7 +83,7 @@ def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) ->
     """Load what ``--dataset`` or ``--env`` names, or take ``episodes``; check it against its environment."""
     if episodes is None and not config.dataset:
         assert config.env is not None  # checked by check_values
-        dataset = load_episodes(config.env, options=config)
+        dataset = load_episodes(config.env, options=config, memory_map=config.memory_map)
     else:
         source = config.dataset if episodes is None else episodes
         dataset = load_episodes(source, config.env, config, config.split_at_timeouts, config.memory_map)
@@ -111,7 +111,7 @@ def build_agent(config: TrainConfig, dataset: EpisodeDataset, device: torch.devi
     Raises:
         UserError: a model that cannot be trained in the memory of ``device``.
     """
-    longest = dataset.max_episode_length
+    longest = min(dataset.max_episode_length, LARGEST_DIMENSION)
     whole = config.context_length == "episode"
     context_length = (
         longest if isinstance(config.context_length, str) else min(config.context_length, longest)
@@ -158,7 +158,7 @@ def _model_config(
         "observation_dim": dataset.observation_dim,
         "action_dim": dataset.action_dim,
         "action_choices": dataset.action_choices,
-        "max_timesteps": max(dataset.max_episode_length, time_limit or 1),
+        "max_timesteps": min(max(dataset.max_episode_length, time_limit or 1), LARGEST_DIMENSION),
         "context_tokens": min(tokens, LARGEST_DIMENSION),
     }
     kind = MODELS[config.agent]

@@ -34,7 +34,7 @@ from flowrl.training.callbacks import Callback
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.cuda_graph import CapturedStep
 from flowrl.training.guidance import guide
-from flowrl.training.metrics import MetricsLog, has_figures, rewind
+from flowrl.training.metrics import METRICS_FILE, MetricsLog, has_figures, rewind
 from flowrl.training.run_state import RunState, critic_tensors
 from flowrl.training.setup import Stream, batch_size, build_agent, evaluation_seed, resolve, stream_seed
 from flowrl.window import Window
@@ -103,6 +103,8 @@ class Trainer:
         torch.manual_seed(stream_seed(config.seed, Stream.DROPOUT, ranks.rank))
         if saved is not None:
             self.state.restore(saved, where=str(run_dir))
+            if self.step > config.steps:
+                raise UserError(f"--steps {config.steps}: {run_dir} has {self.step} updates already")
         self.metrics = self._open_metrics(dataset, started) if ranks.is_first else None
         self._loss: nn.Module | Callable[[Window], Tensor] = _Loss(self.state.model)
         if ranks.size > 1:
@@ -269,6 +271,7 @@ class Trainer:
                 self._keep_if_best(results[0])
             self.state.evaluated_step, self.results = self.step, results
             where = f"step {self.step}, {agent.environment.env_id}, acting {agent.acting}, {seconds:.1f} s"
+            where += "" if new else f"; {METRICS_FILE} keeps its first evaluation"
             self._say(f"{where}\n{format_table(results)}")
         except BaseException:  # stopped, an environment that fails, a closed pipe: no update may be lost
             if self.ranks.size == 1:  # several cannot meet any more
