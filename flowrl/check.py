@@ -120,11 +120,12 @@ def _others() -> list[tuple[str, str]]:
 
 
 def _with_warning(function: Callable[[], Result]) -> tuple[Result, str]:
-    """What a function returns, and its first warning."""
+    """What a function returns, and the first warning of a kernel that is not used."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = function()
-    return result, str(caught[0].message) if caught else ""
+    messages = [str(warning.message) for warning in caught]
+    return result, next((text for text in messages if "torch" in text and "used" in text), "")
 
 
 def _by_torch(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class Agent:
         self._target_return = torch.zeros(slots, device=self.device)
         self._returns_to_go = torch.zeros(slots, device=self.device)
         self._timesteps = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self._ended = torch.zeros(slots, dtype=torch.bool, device=self.device)  # and not restarted yet
+        self._ended = np.zeros(slots, dtype=bool)  # and not restarted yet
         self._state = self.model.start(slots)
         self._history = self._empty_history(slots) if self.acting == "window" else None
         self.set_target(target_return)
@@ -237,20 +237,20 @@ class Agent:
         self._target_return = self._target_return[rows]
         self._returns_to_go = self._returns_to_go[rows]
         self._timesteps = self._timesteps[rows]
-        self._ended = self._ended[rows]
+        self._ended = self._ended[indices]
         self._state = self._state.keep(rows)
         if self._history is not None:
             self._history = self._history.rows(rows)
 
     def _start_ended_episodes(self, terminations: object, truncations: object) -> None:
-        ended = torch.zeros_like(self._ended)
+        ended = np.zeros_like(self._ended)
         for flags in (terminations, truncations):
             if flags is not None:
-                ended |= torch.as_tensor(np.asarray(flags, dtype=bool).reshape(-1), device=self.device)
+                ended |= np.asarray(flags, dtype=bool).reshape(-1)
         # In NEXT_STEP mode an end comes with its own last observation, the next step returns the first one.
         starting = self._ended if self._resets_on_next_step else ended
         if starting.any():
-            self.restart(starting.cpu().numpy())
+            self.restart(starting)
         self._ended = ended
 
     def _chosen(self, outputs: Tensor) -> Tensor:
@@ -262,9 +262,9 @@ class Agent:
     def _act_window(self, observed: Tensor, previous: Tensor, history: Window) -> Tensor:
         """Append a timestep to each slot's window, dropping the oldest of a full one, and predict from it."""
         full = history.valid.all(dim=1)
-        if full.any():
-            for tensor in history:
-                tensor[full] = tensor[full].roll(-1, dims=1)
+        for tensor in history:  # without a wait for the device
+            rows = full.view(-1, *(1,) * (tensor.ndim - 1))
+            tensor.copy_(torch.where(rows, tensor.roll(-1, dims=1), tensor))
         place = history.valid.sum(dim=1) - full.long()
         row = torch.arange(len(place), device=place.device)
         entries = (observed, torch.zeros_like(previous), previous, self._returns_to_go, self._timesteps)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowrl.attention.kinds import SOURCE_CLAMP, AttentionName, State, attention_kind
 from flowrl.attention.linear import MAX_TOKENS
+from flowrl.attention.precision import without_autocast
 from flowrl.model.action_model import ActingState, ActionModel
 from flowrl.options import STRICT, ConvolutionWidth, NumLayers, Probability, Size, SourceClamp
 from flowrl.window import Window
@@ -108,7 +109,9 @@ class GRU(nn.Module):
 
     def step(self, x: Tensor, state: GRUState | None, read: slice) -> tuple[Tensor, GRUState]:
         """See :meth:`SelfAttention.step`."""
-        outputs, hidden = self.gru(x, None if state is None else state.hidden[None])
+        with without_autocast(x):  # which would compute in float16 on CUDA, whatever its dtype
+            x = x.to(next(self.gru.parameters()).dtype)
+            outputs, hidden = self.gru(x, None if state is None else state.hidden[None])
         return outputs[:, read], GRUState(hidden[0])
 
 

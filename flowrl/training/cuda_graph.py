@@ -36,6 +36,7 @@ class CapturedStep:
         self._calls: Counter[int] = Counter()  # by length
         self._recordings: dict[int, _Recording] = {}
         self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()  # one memory for all lengths: no two replay at a time
 
     def __call__(self, window: Window) -> Tensor:
         """Return a tensor of the caller's own; nothing here waits for the device but the capture."""
@@ -54,7 +55,7 @@ class CapturedStep:
     def _record(self, window: Window) -> _Recording:
         """Record the step; nothing is computed."""
         graph, inputs = torch.cuda.CUDAGraph(), Window(*(tensor.clone() for tensor in window))
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = self._step(inputs)
         return _Recording(graph, inputs, result)
 

@@ -50,7 +50,7 @@ class RunState:
             lr=torch.tensor(config.learning_rate, device=device) if on_cuda else config.learning_rate,
             weight_decay=config.weight_decay,
             fused=True,
-            capturable=on_cuda,
+            capturable=on_cuda and ranks.size == 1,  # as only then steps are recorded
         )
         self.step = 0  # updates so far
         self.evaluated_step = -1

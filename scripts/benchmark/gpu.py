@@ -75,6 +75,9 @@ def _measure_attention(section: Section, sizes: Sizes, repetitions: int) -> None
         shape = (BATCH, HEADS, length, HEAD_DIM)
         inputs = make_inputs(shape, "cuda", torch.bfloat16)
         contenders = {"flow": partial(forward_backward, "flow", inputs), "softmax": partial(_flash, inputs)}
+        for call in contenders.values():  # kernels are compiled before anything is timed
+            call()
+        torch.cuda.synchronize()
         timings = interleaved(contenders, repetitions, wait=torch.cuda.synchronize)
         kernels = "" if triton.supports(*inputs) else ", without Triton"
         case = f"GPU attention forward + backward{kernels}, bf16, {BATCH} x {HEADS} x {length:,} x {HEAD_DIM}"

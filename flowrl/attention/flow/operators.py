@@ -108,7 +108,8 @@ def _results_by_torch(
     """Outputs, and the gradients by queries, keys and values."""
     queries, keys, values = (x.detach().requires_grad_() for x in inputs)
     outputs = _by_torch(queries, keys, values, clamp, eps)
-    return outputs, *torch.autograd.grad(outputs, (queries, keys, values), g_outputs)
+    with torch.autograd.set_multithreading_enabled(False):  # a CUDA device's own thread may wait for this one
+        return outputs, *torch.autograd.grad(outputs, (queries, keys, values), g_outputs)
 
 
 def check_error(form: ModuleType, device: torch.device, dtype: torch.dtype, width: int) -> float:

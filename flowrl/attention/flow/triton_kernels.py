@@ -23,6 +23,9 @@ from the first.
 import triton
 import triton.language as tl
 
+# Numbers that change between batches: no kernel is compiled anew where one is 1 or a multiple of 16.
+COUNTS = ("heads", "sequences", "length", "blocks")
+
 # Rows of ``flows``.
 INCOMING: tl.constexpr = tl.constexpr(0)
 OUTGOING: tl.constexpr = tl.constexpr(1)
@@ -153,7 +156,7 @@ def exponential(source, clamp):
     return tl.exp(tl.minimum(tl.maximum(source, -clamp), clamp))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sums_kernel(
     queries, keys, sums, heads, sequences, length, blocks, in_batch, in_head, in_token,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
@@ -167,7 +170,7 @@ def sums_kernel(
     store_vector(sums, sequences + sequence, block + 1, blocks, tl.sum(q, 0), WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def flows_kernel(
     queries, keys, sums, weighted, flows, heads, sequences, length, blocks, in_batch, in_head, in_token, eps,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr,
@@ -188,7 +191,7 @@ def flows_kernel(
     store_vector(weighted, sequences + sequence, block + 1, blocks, weighted_sum(n / incoming, q), WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def conserved_kernel(
     queries, keys, weighted, exponentials, flows, heads, sequences, length, blocks,
     in_batch, in_head, in_token, eps, clamp, TOKENS: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr,
@@ -212,7 +215,7 @@ def conserved_kernel(
     tl.store(exponentials + sequence * (blocks + 1) + block + 1, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def memory_kernel(
     keys, values, exponentials, memory, flows, heads, sequences, length, blocks, in_batch, in_head, in_token,
     clamp, TOKENS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr,
@@ -229,7 +232,7 @@ def memory_kernel(
     store_matrix(memory, sequence, block + 1, blocks, block_memory, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def outputs_kernel(
     queries, keys, values, outputs, memory, flows, heads, sequences, length, blocks,
     in_batch, in_head, in_token, out_batch, out_head, out_token, clamp,
@@ -267,7 +270,7 @@ def window_flows(gram, q, k, n, eps, clamp, TOKENS: tl.constexpr, WIDTH: tl.cons
     return incoming, outgoing, sink, source, tl.cumsum(exponential(source, clamp), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def window_kernel(
     queries, keys, values, outputs, heads, length, in_batch, in_head, in_token,
     out_batch, out_head, out_token, eps, clamp,
@@ -329,7 +332,7 @@ def block_gradients(
     return g_q, g_k
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_memory_kernel(
     queries, outputs, g_outputs, g_memory, g_weighted, flows, grads, heads, sequences, length, blocks,
     in_batch, in_head, in_token, out_batch, out_head, out_token, eps,
@@ -356,7 +359,7 @@ def grad_memory_kernel(
     store_vector(g_weighted, sequence, slot, blocks, weighted_sum(g_sink, q + eps), WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_values_kernel(
     queries, keys, values, g_outputs, g_values, g_memory, g_exponentials, flows, grads,
     heads, sequences, length, blocks, in_batch, in_head, in_token, out_batch, out_head, out_token, clamp,
@@ -387,7 +390,7 @@ def grad_values_kernel(
     tl.store(g_exponentials + sequence * (blocks + 1) + blocks - block, g_normaliser)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_source_kernel(
     keys, g_exponentials, g_weighted, flows, grads, heads, sequences, length, blocks,
     in_batch, in_head, in_token, eps, clamp, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
@@ -410,7 +413,7 @@ def grad_source_kernel(
     store_vector(g_weighted, sequences_before, blocks - block, blocks, weighted_sum(g_source, k + eps), WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_flows_kernel(
     queries, keys, g_weighted, g_sums, flows, grads, heads, sequences, length, blocks,
     in_batch, in_head, in_token, eps, TOKENS: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr,
@@ -444,7 +447,7 @@ def grad_flows_kernel(
     store_vector(g_sums, sequences + sequence, slot, blocks, weighted_sum(g_outgoing, k + eps), WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_inputs_kernel(
     queries, keys, values, g_outputs, g_queries, g_keys, sums, weighted, memory, g_sums, g_weighted, g_memory,
     flows, grads, heads, sequences, length, blocks, in_batch, in_head, in_token,
@@ -493,7 +496,7 @@ def grad_inputs_kernel(
     store_tile(g_keys + offset, rows, out_token, valid, g_k * k * (1 - k), WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grad_window_kernel(
     queries, keys, values, g_outputs, g_queries, g_keys, g_values, heads, length,
     in_batch, in_head, in_token, out_batch, out_head, out_token, eps, clamp,
