@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,10 +36,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what :func:`atomic_path` of a killed process left; no other process may write there."""
-    for temporary in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        temporary.unlink()
+def remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Delete what :func:`atomic_path` of a killed process left of these files, which no other one writes."""
+    for name in names:
+        for temporary in folder.glob(f".{name}.*{TEMPORARY_SUFFIX}"):
+            temporary.unlink()
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -15,6 +15,7 @@ from flowrl.errors import UserError
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run, options_of
 from flowrl.model.checkpoint import BEST, load_checkpoint
 from flowrl.report.runs import load_runs
+from flowrl.training import trainer
 from flowrl.training.trainer import Trainer
 
 TINY = OPTIONS | {"targets": (30.0, 5.0)}
@@ -143,6 +144,28 @@ def test_scores_of_another_metric_are_not_compared_with_the_best(tiny_dataset, t
     train_here(tiny_dataset, tmp_path / "run", keep_best="return_mean", steps=3)
     resume_here(tmp_path / "run", keep_best="normalized_score_mean", steps=5)
     assert flowrl.load_agent(tmp_path / "run", checkpoint="best").checkpoint_step == 5
+    scores = load_checkpoint(tmp_path / "run", for_training=True).training["best_scores"]
+    assert list(scores) == [
+        f"{metric} at target 30, 2 episodes" for metric in ("return_mean", "normalized_score_mean")
+    ]
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_is_saved_after_a_resume(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    real = trainer.save_checkpoint
+
+    def save_checkpoint(folder, checkpoint, keep):
+        if folder.name == BEST:
+            raise KeyboardInterrupt
+        return real(folder, checkpoint, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", save_checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(tiny_dataset, tmp_path / "run", keep_best="return_mean", steps=3)
+    resume_here(tmp_path / "run")
+    assert flowrl.load_agent(tmp_path / "run", checkpoint="best").checkpoint_step == 3
 
 
 def test_held_out_episodes_are_never_trained_on_and_their_loss_is_logged(tiny_dataset, tmp_path):

@@ -236,3 +236,5 @@ def test_columns_of_choices_and_observations_become_one_hot_where_an_environment
     dataset = load_episodes(str(tmp_path / "lake.hdf5"), "FrozenLake-v1")
     np.testing.assert_array_equal(dataset.observations, np.eye(16)[[0, 4, 15]])
     np.testing.assert_array_equal(dataset.actions, np.eye(4)[[1, 2, 3]])
+    larger = EvaluationOptions(env_kwargs='{"map_name": "8x8"}')
+    assert load_episodes(str(tmp_path / "lake.hdf5"), "FrozenLake-v1", larger).observation_dim == 64

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from flowrl.data import embedded, load_episodes
+from flowrl.data import embedded, load_episodes, writers
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
 from flowrl.data.embedded import EMBEDDED, load_embedded
 from flowrl.data.writers import collect_minari
@@ -63,7 +63,7 @@ def test_d4rls_file_comes_first_and_flowrls_data_can_be_forced(folders):
         load_episodes("hopper-medium")
 
 
-def test_stored_data_that_changed_or_is_of_another_recipe_is_refused(folders):
+def test_stored_data_that_changed_or_is_of_another_recipe_is_refused(folders, monkeypatch):
     load_embedded("hopper-medium")
     folder = folders / "minari" / ID / "data"
     with h5py.File(folder / "main_data.hdf5", "a") as file:
@@ -85,4 +85,6 @@ def test_stored_data_that_changed_or_is_of_another_recipe_is_refused(folders):
     with pytest.raises(UserError, match=r"not collected by this version's recipe and policies.*--overwrite"):
         load_embedded("hopper-medium")
     collect_minari(SMALL, ID, overwrite=True)
-    load_embedded("hopper-medium")
+    with monkeypatch.context() as patch:  # as on a read-only disk
+        patch.setattr(writers, "staging", lambda *_: pytest.fail("wrote"))
+        load_embedded("hopper-medium")

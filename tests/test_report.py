@@ -283,6 +283,23 @@ def test_a_run_resumed_with_other_targets_or_with_its_data_elsewhere_is_reported
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_other_time_limits_and_reference_scores_do_not_share_a_row(tmp_path):
+    run = write_run(tmp_path / "run", 10)
+    limited = {"env_id": "Hopper-v5", "max_episode_steps": 50}
+    other = write_evaluation(tmp_path / "a.json", figures(None, 22), method="IQL", environment=limited)
+    with pytest.raises(UserError, match=r"dataset .* in Hopper-v5 against .*max_episode_steps=50"):
+        write_report(ReportConfig((run, other), tmp_path / "out"))
+    write_evaluation(run / "evaluation.json", figures(100.0, 40), environment=limited, config={"steps": 100})
+    with pytest.raises(UserError, match="not an evaluation of this run"):
+        load_runs([run])
+    scored = replace(BASE, attention="softmax", reference_scores=(0.0, 20.0))
+    scored_run = write_run(tmp_path / "scored", 30, config=scored)
+    (run / "evaluation.json").unlink()
+    with pytest.raises(UserError, match="reference_scores"):
+        write_report(ReportConfig((run, scored_run), tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_evaluations_stand_beside_runs(tmp_path):
     """Those of other runs, and of methods from outside, which have no target and no curve."""
     run = write_run(tmp_path / "run", 10)

@@ -11,6 +11,7 @@ from failing_server import Server, sends, status
 from test_minari import create
 
 from flowrl.data import EpisodeDataset, d4rl, load_episodes, sources
+from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.spaces import check_environment
 from flowrl.envs.specs import EnvironmentSpec
@@ -23,7 +24,7 @@ FILE = "hopper_medium-v2.hdf5"
 def folders(own_folders, monkeypatch):
     # flowrl's own data would stand in for a file that was not found, after minutes of collecting it.
     monkeypatch.setattr(
-        sources, "load_embedded", lambda name, why="": pytest.fail(f"{name} not found: {why}")
+        sources, "load_embedded", lambda name, *_, why="": pytest.fail(f"{name} not found: {why}")
     )
     return own_folders
 
@@ -79,6 +80,11 @@ def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_fol
     assert dataset.environment == EnvironmentSpec("Walker2d-v4")
     assert dataset.reference == REFERENCE_SCORES["walker2d"]
     assert "no published hash is known" in dataset.notes[0]
+    with h5py.File(in_folder, "a") as file:
+        del file["timeouts"]
+    options = EvaluationOptions(max_episode_steps=2)
+    dataset = load_episodes("walker2d-medium-replay", options=options)
+    assert dataset.episode_lengths.tolist() == [2, 2, 1, 2, 2]
     monkeypatch.delenv("D4RL_DATASET_DIR")
     assert first_reward(load_episodes("walker2d-medium-replay")) == home_reward
 
@@ -168,6 +174,8 @@ def test_minari_datasets_bring_their_environment_which_env_replaces():
     assert "evaluated in Hopper-v4, not in the data's own Hopper-v5(max_episode_steps=1000)" in replaced.notes
     assert replaced.sha256 == dataset.sha256
     create(dataset_id="test/nameless-v0")
+    with_module = load_episodes("minari:test/hopper-v0", "gymnasium.envs.mujoco:Hopper-v5")
+    assert with_module.environment == EnvironmentSpec("Hopper-v5", {}, 1000, ("gymnasium.envs.mujoco",))
     named = load_episodes("minari:test/nameless-v0", "Hopper-v5")
     assert named.environment == EnvironmentSpec("Hopper-v5")
     assert named.reference == REFERENCE_SCORES["hopper"]
@@ -190,6 +198,8 @@ def test_several_sources_are_taken_together(tmp_path):
     assert "minari:test/hopper-v0: evaluated in Hopper-v4" in together.notes[-1]
     with pytest.raises(UserError, match=r"0\.hdf5 and minari:.* differ in environment: .* with --env"):
         load_episodes([files[0], "minari:test/hopper-v0"])
+    recorded = load_episodes([files[0], "minari:test/hopper-v0"], "Hopper-v5")  # by its id alone
+    assert recorded.environment == EnvironmentSpec("Hopper-v5", {}, 1000)
     narrow = write(tmp_path / "narrow.hdf5")
     with h5py.File(narrow, "a") as file:
         del file["actions"]

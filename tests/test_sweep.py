@@ -78,6 +78,9 @@ def test_timesteps_per_update_win_over_a_presets_batch_size(tmp_path, capsys):
     common = {"config": "paper", "timesteps_per_update": 1280}
     [run] = plan_runs(Sweep(("hopper-medium",), {"windows": {}}, (0,), common), tmp_path)
     assert (run.config.batch_size, run.config.timesteps_per_update) == (None, 1280)
+    sweep = Sweep(("hopper-medium",), {"windows": {}}, (0,), {"batch_size": 64})
+    [run] = plan_runs(sweep, tmp_path, ["--timesteps-per-update", "5000"])
+    assert (run.config.batch_size, run.config.timesteps_per_update) == (None, 5000)
     words = ["--datasets", "hopper-medium", "--dry-run", "--runs-dir", str(tmp_path)]
     for more, size in (([], "about 1280 timesteps"), (["--batch-size", "8"], "batch size 8")):
         assert run_sweep([*words, *more]) == 0

@@ -297,7 +297,10 @@ def test_a_run_folder_is_never_overwritten(tiny_dataset, tmp_path):
     with pytest.raises(UserError, match="already there and not empty"):
         train_here(tiny_dataset, tmp_path / "run" / "precious")
     (tmp_path / "run" / "precious").rename(tmp_path / "run" / ".lock")  # left by a start that was killed
+    (tmp_path / "run" / ".config.yaml.1.tmp").touch()
+    (tmp_path / "run" / ".film.mp4.2.tmp").touch()  # of another command
     train_here(tiny_dataset, tmp_path / "run", steps=1, eval_episodes=0)
+    assert [path.name for path in (tmp_path / "run").glob(".*.tmp")] == [".film.mp4.2.tmp"]
     with pytest.raises(UserError, match="cannot be written"):
         train_here(tiny_dataset, "/proc/absent/run")
 
@@ -306,6 +309,13 @@ def test_a_run_is_never_set_back_to_fewer_updates(finished):
     with pytest.raises(UserError, match=r"--steps 10: .*run has 60 updates already"):
         resume_here(finished, steps=10)
     assert "steps: 60\n" in (finished / "config.yaml").read_text()
+
+
+def test_the_best_normalised_score_needs_reference_scores():
+    data = dataset_of(np.zeros((5, 3)), np.zeros((5, 1)), np.ones(5), (5,))
+    config = TrainConfig(env="Pendulum-v1", keep_best="normalized_score_mean")
+    with pytest.raises(UserError, match="normalized_score_mean: there is none without --reference-scores"):
+        load_dataset(config, data)
 
 
 def test_training_works_outside_the_main_thread(tiny_dataset, tmp_path):

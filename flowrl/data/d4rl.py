@@ -62,12 +62,18 @@ _CHUNK_CACHE = 1 << 26  # bytes; a compressed chunk is read in several pieces, b
 _ANT_WITH_CONTACT_FORCES, _ANT_BODY = 111, 27
 
 
-def read_d4rl(name: str, memory_map: Path | None = None) -> EpisodeDataset:
+def read_d4rl(
+    name: str,
+    max_episode_steps: int | None = None,
+    split_at_timeouts: bool = False,
+    memory_map: Path | None = None,
+) -> EpisodeDataset:
     """Read D4RL's v2 dataset ``name`` (a key of ``D4RL_ENVIRONMENTS``), downloading it when it is not here.
 
     The file, ``hopper_medium-v2.hdf5`` for ``hopper-medium``, is looked for in ``$D4RL_DATASET_DIR`` and
     ``~/.d4rl/datasets``. A local file is used whatever it holds, but its data is named D4RL's only when its
-    SHA-256 does not contradict that. With ``memory_map`` its arrays are kept in that folder.
+    SHA-256 does not contradict that. With ``memory_map`` its arrays are kept in that folder; the other
+    arguments are those of :func:`read_d4rl_file`.
 
     Raises:
         UserError: neither found nor downloaded, or not a valid file (see :func:`read_d4rl_file`).
@@ -81,11 +87,19 @@ def read_d4rl(name: str, memory_map: Path | None = None) -> EpisodeDataset:
     elif file_sha256(path) != published:
         dataset_id = f"file:{path.name}"
         notes = (f"{path} is not D4RL's published {name}-v2: its scores are not D4RL scores",)
-    about: dict[str, Any] = {"environment": D4RL_ENVIRONMENTS[name], "notes": notes}
-    read = partial(read_d4rl_file, path, dataset_id=dataset_id, **about)
+    read = partial(
+        read_d4rl_file,
+        path,
+        dataset_id=dataset_id,
+        environment=D4RL_ENVIRONMENTS[name],
+        notes=notes,
+        max_episode_steps=max_episode_steps,
+        split_at_timeouts=split_at_timeouts,
+    )
     if memory_map is None:
         return read()
-    return mapped_dataset(memory_map, files_key([path], dataset_id), lambda storage: read(storage=storage))
+    key = files_key([path], dataset_id, max_episode_steps, split_at_timeouts)
+    return mapped_dataset(memory_map, key, lambda storage: read(storage=storage))
 
 
 def find_d4rl_file(name: str) -> Path:

@@ -1,5 +1,7 @@
 """Data for flowrl's memory tasks: made or derived on first use from the name that ``--env`` gives."""
 
+from pathlib import Path
+
 import numpy as np
 
 from flowrl.data.dataset import EpisodeDataset, build_episodes
@@ -27,7 +29,7 @@ def memory_environment(name: str) -> EnvironmentSpec | None:
     return tmaze_environment(name)
 
 
-def memory_dataset(name: str) -> EpisodeDataset:
+def memory_dataset(name: str, memory_map: Path | None = None) -> EpisodeDataset:
     """Return the data of the memory task ``name``; the same for the same name, everywhere.
 
     Raises:
@@ -37,7 +39,7 @@ def memory_dataset(name: str) -> EpisodeDataset:
     if environment is None:
         raise UserError(f"no memory task '{name}'")
     if name in ROBOT_TASKS:
-        return load_embedded(name)
+        return load_embedded(name, memory_map)
     length = environment.kwargs["length"]
     if length > LONGEST_DATA:
         raise UserError(

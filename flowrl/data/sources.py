@@ -64,6 +64,8 @@ def load_episodes(
         if isinstance(each, str):
             each = _load(each, env, named, options, split_at_timeouts, memory_map)
         datasets.append(_evaluated_in(each, named, options))
+    if len(datasets) > 1 and env is not None:
+        datasets = _in_one_environment(datasets, named)
     dataset = datasets[0] if len(datasets) == 1 else _joined(datasets, memory_map)
     return dataset if reference is None else replace(dataset, reference=reference)
 
@@ -92,24 +94,25 @@ def _load(
     suffix = path.suffix.lower()
     if source == SOURCE:
         own = env or ""
-        return memory_dataset(own) if memory_environment(own) else load_embedded(own, memory_map)
+        return memory_dataset(own, memory_map) if memory_environment(own) else load_embedded(own, memory_map)
     if source.startswith(MINARI_PREFIX):
         return load_minari(source.removeprefix(MINARI_PREFIX), memory_map)
     if memory_environment(source) is not None:
-        return memory_dataset(source)
+        return memory_dataset(source, memory_map)
     if source in D4RL_ENVIRONMENTS:
-        return _d4rl_or_embedded(source, memory_map)
+        return _d4rl_or_embedded(source, options.max_episode_steps, split_at_timeouts, memory_map)
     if suffix in FILE_SUFFIXES:
+        read_as = named and options.apply(named)
         read = partial(
             read_d4rl_file,
             path,
-            environment=named,
+            environment=read_as,
             max_episode_steps=options.max_episode_steps,
             split_at_timeouts=split_at_timeouts,
         )
         if memory_map is None or not path.is_file():
             return read()
-        key = files_key([path], named, options.max_episode_steps, split_at_timeouts)
+        key = files_key([path], read_as, options.max_episode_steps, split_at_timeouts)
         return mapped_dataset(memory_map, key, lambda storage: read(storage=storage))
     if path.is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
         raise UserError(
@@ -126,6 +129,18 @@ def unknown_dataset(source: str) -> UserError:
     return UserError(f"unknown dataset '{source}'{known} (or give {forms})")
 
 
+def _in_one_environment(
+    datasets: list[EpisodeDataset], named: EnvironmentSpec | None
+) -> list[EpisodeDataset]:
+    """What one source records of an environment holds for those that name its id alone, or none."""
+    known = [dataset for dataset in datasets if dataset.environment is not None]
+    if len({dataset.environment.env_id for dataset in known if dataset.environment}) != 1:
+        return datasets
+    common = next((dataset for dataset in known if dataset.environment != named), known[0])
+    environment, reference = common.environment, common.reference
+    return [replace(dataset, environment=environment, reference=reference) for dataset in datasets]
+
+
 def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:
     if memory_map is None:
         return concatenate(datasets)
@@ -134,7 +149,9 @@ def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> Epis
     return replace(joined, environment=datasets[0].environment, reference=datasets[0].reference)
 
 
-def _d4rl_or_embedded(name: str, memory_map: Path | None) -> EpisodeDataset:
+def _d4rl_or_embedded(
+    name: str, max_episode_steps: int | None, split_at_timeouts: bool, memory_map: Path | None
+) -> EpisodeDataset:
     """Read D4RL's dataset; where it is neither here nor to be had, flowrl's own of that name."""
     try:
         find_d4rl_file(name)
@@ -142,7 +159,7 @@ def _d4rl_or_embedded(name: str, memory_map: Path | None) -> EpisodeDataset:
         if name not in EMBEDDED:
             raise
         return load_embedded(name, memory_map, why=str(error).partition("; give a file")[0])
-    return read_d4rl(name, memory_map)
+    return read_d4rl(name, max_episode_steps, split_at_timeouts, memory_map)
 
 
 def _evaluated_in(
@@ -155,7 +172,8 @@ def _evaluated_in(
     own = dataset.environment
     from_data = own != named  # a file is read as of the environment that the user names
     if own is not None and (named is None or (named.env_id == own.env_id and not named.kwargs)):
-        named = own
+        imports = (*own.imports, *(named.imports if named else ()))
+        named = replace(own, imports=tuple(dict.fromkeys(imports)))
     environment = None if named is None else options.apply(named)
     if environment == own or environment is None:
         return dataset

@@ -60,9 +60,10 @@ def ensure_minari(recipe: Recipe, dataset_id: str) -> Path:
     """
     root = datasets_folder()
     folder = root / dataset_id
-    with _disk_errors(folder), staging(root, flat_name(dataset_id)) as aside:
-        if not folder.exists():
-            _collect_into(recipe, dataset_id, folder, aside)
+    if not folder.exists():  # which may be on a read-only disk
+        with _disk_errors(folder), staging(root, flat_name(dataset_id)) as aside:
+            if not folder.exists():
+                _collect_into(recipe, dataset_id, folder, aside)
     provenance = read_provenance(folder)
     if any(provenance.get(key) != value for key, value in recipe.provenance().items()):
         raise UserError(

@@ -132,7 +132,10 @@ def failures_kept(folder: Path) -> Iterator[None]:
         yield
     except EnvironmentFailure as failure:
         path = folder / "environment-error.txt"
-        write_text(path, "".join(traceback.format_exception(failure.__cause__)))
+        try:
+            write_text(path, "".join(traceback.format_exception(failure.__cause__)))
+        except OSError:
+            raise failure from failure.__cause__  # what went wrong first
         raise UserError(f"{failure}; its traceback is in {path}") from failure
 
 

@@ -1,5 +1,6 @@
 """The command line of a fine-tuning: the agent, the replay and the folder, then the loop."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def run_finetune(arguments: Sequence[str] | None = None) -> Run:
 
 
 def _default_folder(run: Path, seed: int) -> Path:
-    run = run.absolute()  # "." has no name
+    run = Path(os.path.abspath(run))  # "." and ".." have no name
     return run.with_name(f"{run.name}-online-seed{seed}")
 
 

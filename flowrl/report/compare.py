@@ -1,6 +1,6 @@
 """Two trained agents on the same starts: paired differences with an interval."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -39,8 +39,9 @@ def compare(config: CompareConfig) -> str:
     """
     agents = [load_agent(run, device="auto") for run in (config.first, config.second)]
     environments = [agent.environment for agent in agents]
-    if environments[0] is None or environments[0] != environments[1]:
-        names = [str(environment and environment.env_id) for environment in environments]
+    alike = [each and replace(each, max_episode_steps=each.time_limit) for each in environments]
+    if environments[0] is None or alike[0] != alike[1]:
+        names = [str(environment) for environment in environments]
         raise UserError(
             f"{config.first} and {config.second} act in different environments, {' and '.join(names)}"
         )

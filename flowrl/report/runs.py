@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.sweeps.plan import PLAN_FILE, read_plan
@@ -26,6 +28,8 @@ _FREE_OPTIONS = frozenset(
 )
 
 CHOSEN = ", best by its own evaluation"  # ends the method's name of a checkpoint that --keep-best kept
+
+_DEFAULTS = json.loads(json.dumps(asdict(TrainConfig())))  # with lists, as in files
 
 Figures = dict[str, Any]  # of one target return, as training and evaluation write them
 
@@ -122,8 +126,8 @@ def check_comparable(runs: list[RunResult], mixed: bool) -> list[RunResult]:
                 row_label = [run.sha256[:8], run.environment]
                 _refuse(mixed, run, other, "dataset", f"sha256 {run.sha256[:12]} in {run.environment}",
                         f"sha256 {other.sha256[:12]} in {other.environment}")  # fmt: skip
-        differing = {"steps": runs, "targets": row}
-        differing |= {name: cell for name in sorted({*run.config} - _FREE_OPTIONS - {"steps", "targets"})}
+        differing = {"steps": runs, "targets": row, "reference_scores": row}
+        differing |= {name: cell for name in sorted({*run.config} - _FREE_OPTIONS - {*differing})}
         for name, others in differing.items():
             for other in others:
                 if {name} <= run.config.keys() & other.config and run.config[name] != other.config[name]:
@@ -164,7 +168,7 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
     if not (path / METRICS_FILE).is_file() or not (path / "config.yaml").is_file():
         return f"{path}: missing"
     # A run from before an option was there has what is its default now.
-    config = asdict(TrainConfig()) | read_yaml_mapping(path / "config.yaml")
+    config = _DEFAULTS | read_yaml_mapping(path / "config.yaml")
     identity = read_metrics(path, "run")
     train, evaluations = read_metrics(path, "train"), read_metrics(path, "evaluation", ("return_mean",))
     try:
@@ -177,7 +181,7 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
             path=path,
             dataset=_dataset_name(identity[0], config),
             sha256=identity[0]["dataset_sha256"],
-            environment=identity[0]["environment"]["env_id"],
+            environment=_environment(identity[0]),
             method=method or method_name(config),
             seed=config["seed"],
             config=config,
@@ -219,12 +223,12 @@ def _read_evaluation(path: Path) -> RunResult:
                     f"{path}: names no options, as the agent was evaluated apart from its run: evaluate the "
                     'run folder, or write "method": NAME and "config": {"seed": 0} into the file'
                 )
-            config = asdict(TrainConfig()) | config
+            config = _DEFAULTS | config
         result = RunResult(
             path=path,
             dataset=_dataset_name(document, config),
             sha256=document["dataset_sha256"],
-            environment=document["environment"]["env_id"],
+            environment=_environment(document),
             method=method or method_name(config),
             seed=config["seed"],
             config=config,
@@ -243,6 +247,11 @@ def _read_evaluation(path: Path) -> RunResult:
 def _dataset_name(identity: dict[str, Any], config: dict[str, Any]) -> str:
     """The dataset's id; its best episodes are a method's choice, not another dataset."""
     return identity["dataset_id"].removesuffix(f" top {config.get('top_fraction', 1):g}")
+
+
+def _environment(identity: dict[str, Any]) -> str:
+    """The environment with what differs from it as registered."""
+    return str(TypeAdapter(EnvironmentSpec).validate_json(json.dumps(identity["environment"])))
 
 
 def _score(figures: Figures, unit: Unit) -> float:

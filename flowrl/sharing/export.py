@@ -161,6 +161,10 @@ def run_export(config: ExportConfig) -> None:
     if config.out.is_dir():
         raise UserError(f"--out {config.out}: this is a folder")
     agent = load_agent(config.run, checkpoint=config.checkpoint, acting="recurrent")
+    if Agent(agent.model, agent.config).acting == "window":
+        print(
+            "note: this agent acts by windows; the file carries the whole episode, as --acting recurrent does"
+        )
     difference = export_agent(agent, config.out, format)
     size = config.out.stat().st_size / 2**20
     print(

@@ -41,7 +41,10 @@ class TrackerCallback(Callback):
         self.run = run
 
     def on_start(self, folder: Path, options: dict[str, Any]) -> None:
-        self.run.config.update({name: str(v) if isinstance(v, Path) else v for name, v in options.items()})
+        shown = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        config = self.run.config
+        # Options may change at resume, which wandb has to be told.
+        config.update(shown) if isinstance(config, dict) else config.update(shown, allow_val_change=True)
 
     def on_log(self, step: int, figures: dict[str, float]) -> None:
         self.run.log(tags("train", figures), step=step)

@@ -51,8 +51,8 @@ class TrainConfig(EvaluationOptions):
     """Train a sequence agent on an offline dataset and evaluate it in its environment."""
 
     env: str | None = None
-    """Name of a D4RL dataset or memory task, such as hopper-medium or tmaze-500, which also picks its preset;
-    or, beside --dataset PATH, the Gymnasium environment to evaluate in, such as Hopper-v4."""
+    """Name of a D4RL dataset, such as hopper-medium, which also picks the preset of that name, or of a memory
+    task, such as tmaze-500; or, beside --dataset PATH, the Gymnasium environment to evaluate in."""
     dataset: Annotated[tuple[str, ...], BeforeValidator(several)] = ()
     """Where the data is, if not D4RL's file for --env: flowrl for its own data of that name,
     minari:mujoco/hopper/medium-v0, or PATH.hdf5 in D4RL's layout; several are trained on together."""
@@ -209,6 +209,8 @@ def parse_train_config(
         below = _preset(flags)
         if flags.timesteps_per_update is not None:
             below["batch_size"] = None  # the preset's gives way
+        if flags.timesteps_per_update != options.get("timesteps_per_update"):  # of the command line
+            options = {**options, "batch_size": None}
     else:
         saved = flags.resume / "config.yaml"
         if not saved.is_file():

@@ -21,9 +21,11 @@ from flowrl.process import prepare_process
 from flowrl.ranks import Ranks, joined_ranks
 from flowrl.signals import StopSignals
 from flowrl.training.callbacks import Callback
-from flowrl.training.config import TrainConfig, dataset_folder, method_name, parse_train_config
+from flowrl.training.config import FINETUNE_FILE, TrainConfig, dataset_folder, method_name, parse_train_config
 from flowrl.training.setup import batch_size, load_dataset
 from flowrl.training.trainer import Trainer
+
+_OWN_FILES = ("config.yaml", FINETUNE_FILE, "metrics.jsonl", "nonfinite.json", "environment-error.txt")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def run_folder(config: TrainConfig, run_dir: Path, ranks: Ranks) -> Iterator[Non
         with sole_user(run_dir, in_use) if ranks.is_first else nullcontext():
             if ranks.is_first:
                 _check_run_dir(config, run_dir)  # again: loading took a while
-                remove_temporaries(run_dir)
+                remove_temporaries(run_dir, _OWN_FILES)
             yield
     except BrokenPipeError:  # of the output, not of a file
         raise

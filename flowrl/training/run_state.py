@@ -54,8 +54,7 @@ class RunState:
         )
         self.step = 0  # updates so far
         self.evaluated_step = -1
-        self.best_score: float | None = None  # of --keep-best, whose metric and target are in best_of
-        self.best_of = f"{config.keep_best} at {agent.config.targets[0]}"
+        self.best_scores: dict[str, float] = {}  # of --keep-best, by metric, target and episodes
         self.pending: list[Tensor] = []  # (loss, gradient norm) of each update since the last line of metrics
         self.timed_updates = self.timed_tokens = 0  # since that line, or since this process started
         self._unchecked: list[Tensor] = []  # spans of the batches whose loss is not known to be finite yet
@@ -97,11 +96,7 @@ class RunState:
             tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
         if self.critics is not None:
             tensors |= {f"{_CRITICS}{name}": value for name, value in self.critics.state_dict().items()}
-        training = {
-            "evaluated_step": self.evaluated_step,
-            "best_score": self.best_score,
-            "best_of": self.best_of,
-        }
+        training = {"evaluated_step": self.evaluated_step, "best_scores": self.best_scores}
         model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
         return Checkpoint(self.step, self.agent.config.to_dict(), model, training, tensors)
 
@@ -149,8 +144,7 @@ class RunState:
         self.evaluated_step = saved.training["evaluated_step"]
         if type(self.evaluated_step) is not int or not -1 <= self.evaluated_step <= self.step:
             raise ValueError(f"'evaluated_step' cannot be {short_repr(self.evaluated_step)}")
-        if saved.training.get("best_of", self.best_of) == self.best_of:  # which older checkpoints lack
-            self.best_score = _score(saved.training.get("best_score"))
+        self.best_scores = _scores(saved.training.get("best_scores", {}))  # which older checkpoints lack
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]
@@ -168,10 +162,10 @@ def _load(agent: Agent, model: nn.Module, tensors: dict[str, Tensor], where: str
     model.load_state_dict(build_model(agent.config.model, tensors, where).state_dict())
 
 
-def _score(value: object) -> float | None:
-    if value is None or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    raise ValueError(f"'best_score' cannot be {short_repr(value)}")
+def _scores(values: object) -> dict[str, float]:
+    if isinstance(values, dict) and all(isinstance(x, float) and math.isfinite(x) for x in values.values()):
+        return values
+    raise ValueError(f"'best_scores' cannot be {short_repr(values)}")
 
 
 def _optimizer_state(

@@ -83,7 +83,7 @@ def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) ->
     """Load what ``--dataset`` or ``--env`` names, or take ``episodes``; check it against its environment."""
     if episodes is None and not config.dataset:
         assert config.env is not None  # checked by check_values
-        dataset = load_episodes(config.env, options=config, memory_map=config.memory_map)
+        dataset = load_episodes(config.env, None, config, config.split_at_timeouts, config.memory_map)
     else:
         source = config.dataset if episodes is None else episodes
         dataset = load_episodes(source, config.env, config, config.split_at_timeouts, config.memory_map)
@@ -99,6 +99,8 @@ def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) ->
             f"{'; '.join((dataset.dataset_id, *dataset.notes))}: no environment to evaluate in; give --env, "
             "such as Hopper-v4, or --eval-episodes 0"
         )
+    if config.keep_best == "normalized_score_mean" and dataset.reference is None:
+        raise UserError(f"--keep-best {config.keep_best}: there is none without --reference-scores LOW HIGH")
     if config.mask_velocities:
         velocities(dataset.environment)  # refused before a run folder is made
     dataset = top_episodes(dataset, config.top_fraction)

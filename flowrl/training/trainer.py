@@ -286,12 +286,12 @@ class Trainer:
         metric = self.config.keep_best
         if metric is None:
             return
-        score, best = result.to_dict().get(metric), self.state.best_score
+        kind = f"{metric} at target {result.target_return:g}, {len(result.returns)} episodes"
+        score, best = result.to_dict().get(metric), self.state.best_scores.get(kind)
         if score is None:
             raise UserError(f"--keep-best {metric}: evaluations of this environment have none")
         if best is not None and score <= best:
             return
-        self.state.best_score = score
         checkpoint = self.checkpoint()
         chosen_by = (
             f"{metric} {score:.4g} of {len(result.returns)} episodes in training's own evaluations, "
@@ -301,6 +301,7 @@ class Trainer:
         if self.ranks.is_first:  # an agent to act with; training continues from the last checkpoint
             alone = replace(checkpoint, agent=agent, training={}, training_tensors={})
             save_checkpoint(self.run_dir / BEST, alone, keep=1)
+        self.state.best_scores[kind] = score  # once it is saved
 
     def _save_if_due(self) -> bool:
         """Save where a checkpoint is due, or before stopping; return whether a callback stops training."""

@@ -41,7 +41,11 @@ def act(path: str, seed: int = 0) -> float:
         }
         actions, *after = session.run(about["outputs"], inputs)
         state = dict(zip(about["inputs"][2:], after, strict=True))
-        observation, reward, terminated, truncated, _ = env.step(actions[0])
+        action = actions[0]
+        if about["action_choices"]:  # one-hot vectors side by side
+            parts = np.split(action, np.cumsum(about["action_choices"])[:-1])
+            action = np.squeeze([part.argmax() for part in parts])
+        observation, reward, terminated, truncated, _ = env.step(action)
         earned += float(reward)
         over = terminated or truncated
     env.close()

@@ -167,7 +167,9 @@ def train_and_evaluate(config: PeersConfig, name: str, method: Method, seed: int
     figures = result.to_dict() | {"target_return": target if method == "dt" else None}
     return {
         "method": f"{NAMES[method]}, {config.budget}",
-        "config": {"seed": seed, "gradient_steps": steps, "processor_seconds": seconds},
+        "config": {"seed": seed},
+        "gradient_steps": steps,
+        "processor_seconds": seconds,
         "environment": asdict(environment),
         "dataset_id": dataset.dataset_id,
         "dataset_sha256": dataset.sha256,
