@@ -176,6 +176,8 @@ def test_other_commands_take_the_result(reference, tmp_path, capsys):
             resume(tmp_path / "again", flag, value)
     with pytest.raises(UserError, match=r"--run-dir elsewhere: --resume continues in .*again"):
         resume(tmp_path / "again", "--run-dir", "elsewhere")
+    with pytest.raises(UserError, match=r"--steps 2: .*again has 3 updates already"):
+        resume(tmp_path / "again", "--steps", "2")
     resumed = resume(tmp_path / "again", "--steps", "4", "--targets", "70")
     assert [result.target_return for result in resumed.results] == [70.0]
     assert flowrl.load_agent(tmp_path / "again").config.targets == (70.0,)
@@ -184,6 +186,7 @@ def test_other_commands_take_the_result(reference, tmp_path, capsys):
 def test_evaluation_seed_and_best_checkpoint_are_not_inherited(trained, tmp_path, monkeypatch):
     run = shutil.copytree(trained, tmp_path / "run")
     text = (run / "config.yaml").read_text().replace("eval_seed: null", "eval_seed: 7")
+    text = text.replace("keep_best: null", "keep_best: return_mean")
     (run / "config.yaml").write_text(text.replace("eval_episodes: 0", "eval_episodes: 2"))
     training = training_of(FinetuneConfig(run=run, seed=3), run)
     assert (training.eval_seed, training.keep_best) == (None, None)

@@ -285,6 +285,9 @@ def test_a_run_resumed_with_other_targets_or_with_its_data_elsewhere_is_reported
 @pytest.mark.usefixtures("no_pictures")
 def test_other_time_limits_and_reference_scores_do_not_share_a_row(tmp_path):
     run = write_run(tmp_path / "run", 10)
+    registered = {"env_id": "Hopper-v5", "max_episode_steps": 1000}
+    write_evaluation(tmp_path / "a.json", figures(None, 22), method="IQL", environment=registered)
+    assert load_runs([tmp_path / "a.json"])[0][0].environment == "Hopper-v5"
     limited = {"env_id": "Hopper-v5", "max_episode_steps": 50}
     other = write_evaluation(tmp_path / "a.json", figures(None, 22), method="IQL", environment=limited)
     with pytest.raises(UserError, match=r"dataset .* in Hopper-v5 against .*max_episode_steps=50"):

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -198,8 +199,12 @@ def test_several_sources_are_taken_together(tmp_path):
     assert "minari:test/hopper-v0: evaluated in Hopper-v4" in together.notes[-1]
     with pytest.raises(UserError, match=r"0\.hdf5 and minari:.* differ in environment: .* with --env"):
         load_episodes([files[0], "minari:test/hopper-v0"])
-    recorded = load_episodes([files[0], "minari:test/hopper-v0"], "Hopper-v5")  # by its id alone
-    assert recorded.environment == EnvironmentSpec("Hopper-v5", {}, 1000)
+    options = EvaluationOptions(env_kwargs='{"frame_skip": 5}')
+    recorded = load_episodes([files[0], "minari:test/hopper-v0"], "Hopper-v5", options)  # by its id alone
+    assert recorded.environment == EnvironmentSpec("Hopper-v5", {"frame_skip": 5}, 1000)
+    create(dataset_id="test/short-v0", env=gymnasium.make("Hopper-v5", max_episode_steps=300).spec)
+    with pytest.raises(UserError, match="differ in environment"):
+        load_episodes(["minari:test/short-v0", "minari:test/hopper-v0"], "Hopper-v5")
     narrow = write(tmp_path / "narrow.hdf5")
     with h5py.File(narrow, "a") as file:
         del file["actions"]

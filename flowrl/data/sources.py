@@ -65,7 +65,7 @@ def load_episodes(
             each = _load(each, env, named, options, split_at_timeouts, memory_map)
         datasets.append(_evaluated_in(each, named, options))
     if len(datasets) > 1 and env is not None:
-        datasets = _in_one_environment(datasets, named)
+        datasets = _in_one_environment(datasets, named and options.apply(named))
     dataset = datasets[0] if len(datasets) == 1 else _joined(datasets, memory_map)
     return dataset if reference is None else replace(dataset, reference=reference)
 
@@ -132,13 +132,13 @@ def unknown_dataset(source: str) -> UserError:
 def _in_one_environment(
     datasets: list[EpisodeDataset], named: EnvironmentSpec | None
 ) -> list[EpisodeDataset]:
-    """What one source records of an environment holds for those that name its id alone, or none."""
+    """What one source records of an environment holds for those that name none, or ``--env`` alone."""
     known = [dataset for dataset in datasets if dataset.environment is not None]
     if len({dataset.environment.env_id for dataset in known if dataset.environment}) != 1:
         return datasets
     common = next((dataset for dataset in known if dataset.environment != named), known[0])
-    environment, reference = common.environment, common.reference
-    return [replace(dataset, environment=environment, reference=reference) for dataset in datasets]
+    shared = partial(replace, environment=common.environment, reference=common.reference)
+    return [shared(dataset) if dataset.environment in (None, named) else dataset for dataset in datasets]
 
 
 def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:

@@ -41,6 +41,8 @@ def run_finetune(arguments: Sequence[str] | None = None) -> Run:
             run_dir = options.resume
             training = training_of(options, run_dir)
             saved = load_checkpoint(run_dir, for_training=True)
+            if saved.step > options.steps:
+                raise UserError(f"--steps {options.steps}: {run_dir} has {saved.step} updates already")
             agent = load_agent(run_dir, checkpoint=saved.step)
             agent.config = replace(agent.config, targets=options.targets or agent.config.targets)
             replay, timesteps = saved_replay(saved, agent, where=f"--resume {run_dir}")
@@ -70,7 +72,7 @@ def _start(options: FinetuneConfig, training: TrainConfig, run: Path) -> tuple[A
     """The run's agent, to act in its environment, and the best episodes of the run's data."""
     agent = load_agent(run, checkpoint=options.checkpoint)
     environment = acting_environment(agent, run, options.env, options)
-    dataset = load_dataset(replace(training, eval_episodes=0))
+    dataset = load_dataset(replace(training, eval_episodes=0, keep_best=None))
     if dataset.sha256 != agent.config.dataset_sha256:
         raise UserError(
             f"{run}: trained on {agent.config.dataset_id} (sha256 {agent.config.dataset_sha256[:12]}), but "

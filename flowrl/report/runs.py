@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.errors import UserError
+from flowrl.errors import UserError, one_line
 from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.sweeps.plan import PLAN_FILE, read_plan
 from flowrl.training.config import TrainConfig, method_name
@@ -192,7 +192,7 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
         _ = result.last_score(RETURN), result.curve(RETURN)[config["steps"]], result.achieved
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
-            f"{path}: its config.yaml and {METRICS_FILE} are not those of a run: {error}"
+            f"{path}: its config.yaml and {METRICS_FILE} are not those of a run: {one_line(error)}"
         ) from error
     if not (path / EVALUATION_FILE).is_file():
         return result
@@ -240,7 +240,7 @@ def _read_evaluation(path: Path) -> RunResult:
             raise ValueError(f"of checkpoint {document['checkpoint_step']}, not of the last one")
         _ = result.last_score(RETURN) + sum(result.achieved.values())
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise UserError(f"{path}: not the results of an evaluation: {error!r}") from error
+        raise UserError(f"{path}: not the results of an evaluation: {one_line(error)}") from error
     return result
 
 
@@ -251,7 +251,9 @@ def _dataset_name(identity: dict[str, Any], config: dict[str, Any]) -> str:
 
 def _environment(identity: dict[str, Any]) -> str:
     """The environment with what differs from it as registered."""
-    return str(TypeAdapter(EnvironmentSpec).validate_json(json.dumps(identity["environment"])))
+    environment = TypeAdapter(EnvironmentSpec).validate_json(json.dumps(identity["environment"]))
+    registered = replace(environment, max_episode_steps=None)
+    return str(registered if registered.time_limit == environment.time_limit else environment)
 
 
 def _score(figures: Figures, unit: Unit) -> float:

@@ -153,6 +153,8 @@ def _evaluations(run: Path, step: int | None) -> list[dict[str, Any]]:
 def _draw_curve(evaluations: list[dict[str, Any]], path: Path) -> bool:
     """Draw the score at the first target over updates, if matplotlib is there and there is a curve."""
     quantity = "normalized_score" if all("normalized_score_mean" in x for x in evaluations) else "return"
+    if not evaluations:
+        return False
     last = next(line for line in evaluations if line["step"] == evaluations[-1]["step"])
     first = [line for line in evaluations if line["target_return"] == last["target_return"]]
     if len(first) < 2:

@@ -59,6 +59,10 @@ class RunState:
         self.timed_updates = self.timed_tokens = 0  # since that line, or since this process started
         self._unchecked: list[Tensor] = []  # spans of the batches whose loss is not known to be finite yet
 
+    def best_score(self, kind: str) -> float | None:
+        """The highest score of this kind so far, if any."""
+        return self.best_scores.get(kind, self.best_scores.get(""))
+
     def record(self, figures: Tensor, batch: Batch) -> None:
         """Count an update with its (loss, gradient norm), (2,), which stays on its device."""
         self.pending.append(figures)
@@ -144,7 +148,8 @@ class RunState:
         self.evaluated_step = saved.training["evaluated_step"]
         if type(self.evaluated_step) is not int or not -1 <= self.evaluated_step <= self.step:
             raise ValueError(f"'evaluated_step' cannot be {short_repr(self.evaluated_step)}")
-        self.best_scores = _scores(saved.training.get("best_scores", {}))  # which older checkpoints lack
+        before = saved.training.get("best_score")  # of whatever kind, in older checkpoints
+        self.best_scores = _scores(saved.training.get("best_scores", {} if before is None else {"": before}))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]

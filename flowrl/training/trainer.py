@@ -287,7 +287,7 @@ class Trainer:
         if metric is None:
             return
         kind = f"{metric} at target {result.target_return:g}, {len(result.returns)} episodes"
-        score, best = result.to_dict().get(metric), self.state.best_scores.get(kind)
+        score, best = result.to_dict().get(metric), self.state.best_score(kind)
         if score is None:
             raise UserError(f"--keep-best {metric}: evaluations of this environment have none")
         if best is not None and score <= best:
