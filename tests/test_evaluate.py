@@ -157,7 +157,7 @@ def test_two_agents_are_compared_episode_by_episode(monkeypatch):
     same = compare.compare(compare.CompareConfig(Path("first"), Path("first"), episodes=6))
     assert "First - second: 0.0, 95% interval 0.0 to 0.0: within the noise" in same
     shifted.environment = EnvironmentSpec("Walker2d-v5")
-    with pytest.raises(UserError, match="different environments, Hopper-v5 and Walker2d-v5"):
+    with pytest.raises(UserError, match=r"environments, Hopper-v5\(max_episode_steps=13\) and Walker2d-v5"):
         compare.compare(compare.CompareConfig(Path("first"), Path("second")))
 
 
