@@ -76,6 +76,11 @@ class EnvironmentSpec:
         registered = gymnasium.registry.get(self.env_id)
         return self.max_episode_steps or (registered.max_episode_steps if registered else None)
 
+    def without_registered_limit(self) -> "EnvironmentSpec":
+        """Return the same environment, without a time limit that it is registered with anyway."""
+        registered = replace(self, max_episode_steps=None)
+        return registered if registered.time_limit == self.time_limit else self
+
     @classmethod
     def from_gymnasium_json(cls, json_string: str) -> "EnvironmentSpec":
         """Build from the JSON of a Gymnasium ``EnvSpec``, the form in which Minari stores one.

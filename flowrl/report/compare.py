@@ -1,6 +1,6 @@
 """Two trained agents on the same starts: paired differences with an interval."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -39,7 +39,7 @@ def compare(config: CompareConfig) -> str:
     """
     agents = [load_agent(run, device="auto") for run in (config.first, config.second)]
     environments = [agent.environment for agent in agents]
-    alike = [each and replace(each, max_episode_steps=each.time_limit) for each in environments]
+    alike = [each and each.without_registered_limit() for each in environments]
     if environments[0] is None or alike[0] != alike[1]:
         names = [str(environment) for environment in environments]
         raise UserError(

@@ -252,8 +252,7 @@ def _dataset_name(identity: dict[str, Any], config: dict[str, Any]) -> str:
 def _environment(identity: dict[str, Any]) -> str:
     """The environment with what differs from it as registered."""
     environment = TypeAdapter(EnvironmentSpec).validate_json(json.dumps(identity["environment"]))
-    registered = replace(environment, max_episode_steps=None)
-    return str(registered if registered.time_limit == environment.time_limit else environment)
+    return str(environment.without_registered_limit())
 
 
 def _score(figures: Figures, unit: Unit) -> float:

@@ -43,7 +43,7 @@ class TrackerCallback(Callback):
     def on_start(self, folder: Path, options: dict[str, Any]) -> None:
         shown = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
         config = self.run.config
-        # Options may change at resume, which wandb has to be told.
+        # wandb refuses options that changed at resume without the argument, which a dict does not take.
         config.update(shown) if isinstance(config, dict) else config.update(shown, allow_val_change=True)
 
     def on_log(self, step: int, figures: dict[str, float]) -> None:

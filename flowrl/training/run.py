@@ -22,10 +22,11 @@ from flowrl.ranks import Ranks, joined_ranks
 from flowrl.signals import StopSignals
 from flowrl.training.callbacks import Callback
 from flowrl.training.config import FINETUNE_FILE, TrainConfig, dataset_folder, method_name, parse_train_config
+from flowrl.training.metrics import METRICS_FILE
 from flowrl.training.setup import batch_size, load_dataset
 from flowrl.training.trainer import Trainer
 
-_OWN_FILES = ("config.yaml", FINETUNE_FILE, "metrics.jsonl", "nonfinite.json", "environment-error.txt")
+_OWN_FILES = ("config.yaml", FINETUNE_FILE, METRICS_FILE, "nonfinite.json", "environment-error.txt")
 
 
 @dataclass(frozen=True)
