@@ -23,9 +23,8 @@ from flowrl.attention import (
     linear,
     naive_flow_attention,
 )
-from flowrl.attention.flow import blocks, flow_attention_decode
+from flowrl.attention.flow import blocks
 
-CHUNKS = (2, 3, 3, 1, 7, 3, 1, 20, 160)  # tokens at a time
 LENGTHS = (1, 2, 127, 128, 129, 3000)
 NAIVE = {
     "flow": naive_flow_attention,
@@ -120,13 +119,6 @@ def test_parallel_recurrent_and_naive_forms_agree(name, length, options):
         actual = with_gradients(kind.parallel, *cast, **options)
         assert actual[0].dtype == dtype
         assert_all_close(actual, expected, tolerance)
-        if length < 1000:
-            chunks = CHUNKS if length == 200 else 50
-            outputs, _ = in_chunks(partial(kind.decode, **options), cast[:3], chunks)
-            assert outputs.dtype == dtype
-            assert (outputs.double() - expected[0]).abs().max() <= tolerance * max(
-                1.0, expected[0].abs().max()
-            )
         if length < 1000 or dtype == torch.float32:  # as agents act
             outputs = stepped(*cast[:3], step=partial(kind.step, **options)).double()
             assert (outputs - expected[0]).abs().max() <= tolerance * max(1.0, expected[0].abs().max())
@@ -269,39 +261,13 @@ def test_shapes_that_do_not_fit_are_refused(attention, queries, keys, values):
         attention(torch.zeros(queries), torch.zeros(keys), torch.zeros(values))
 
 
-def in_chunks(decode, inputs, chunks, state=None):
-    """The outputs of all tokens, fed a chunk at a time, and the last state."""
-    outputs = []
-    for part in zip(*(tensor.split(chunks, dim=2) for tensor in inputs), strict=True):
-        output, state = decode(*part, state)
-        outputs.append(output)
-    return torch.cat(outputs, dim=2), state
-
-
-def test_state_is_that_of_single_steps_and_either_form_continues_from_it():
-    inputs = tokens(24, seed=1)[:3]
-    single, states = None, []
-    for token in range(24):
-        _, single = flow_attention_step(*(tensor[:, :, token] for tensor in inputs), single)
-        states.append(single)
-    _, state = in_chunks(flow_attention_decode, [tensor[:, :, :12] for tensor in inputs], (5, 7))
-    for name, actual, expected in zip(state._fields, state, states[11], strict=True):
-        assert actual.shape == expected.shape, name
-        assert (actual - expected).abs().max() < 1e-10, name
-    untouched = [tensor.clone() for tensor in states[11]]
-    _, one_further = flow_attention_step(*(tensor[:, :, 12] for tensor in inputs), states[11])
-    assert all(map(torch.equal, states[11], untouched))  # a single step leaves its state alone
-    outputs, last = flow_attention_decode(*(tensor[:, :, 13:] for tensor in inputs), one_further)
-    assert (outputs - naive_flow_attention(*inputs)[:, :, 13:]).abs().max() < 1e-10
-    assert last.memory is one_further.memory
-    assert all((a - b).abs().max() < 1e-10 for a, b in zip(last, states[-1], strict=True))
-
-
-def test_rows_do_not_mix_whatever_the_layout_in_memory():
+def test_a_step_leaves_its_state_alone_and_rows_do_not_mix_whatever_the_layout_in_memory():
     inputs = tokens(9, batch=4, heads=3, value_dim=8)[:3]
     packed = torch.stack(inputs, dim=3).permute(2, 0, 3, 1, 4).contiguous()  # (tokens, batch, 3, ...)
     expected = naive_flow_attention(*inputs)
-    actual, _ = in_chunks(flow_attention_decode, packed.permute(2, 1, 3, 0, 4), 3)
-    assert (actual - expected).abs().max() < 1e-10
-    alone, _ = in_chunks(flow_attention_decode, [tensor[2:3] for tensor in inputs], 3)
-    assert (alone - expected[2:3]).abs().max() < 1e-10
+    assert (stepped(*packed.permute(2, 1, 3, 0, 4)) - expected).abs().max() < 1e-10
+    assert (stepped(*(tensor[2:3] for tensor in inputs)) - expected[2:3]).abs().max() < 1e-10
+    _, state = flow_attention(*inputs, return_state=True)
+    untouched = [tensor.clone() for tensor in state]
+    flow_attention_step(*(tensor[:, :, 0] for tensor in inputs), state)
+    assert all(map(torch.equal, state, untouched))

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from flowrl.attention.flow import flow_attention, flow_attention_decode, flow_attention_step
+from flowrl.attention.flow import flow_attention, flow_attention_step
 from flowrl.attention.linear import (
     MAX_TOKENS,
     FeatureMap,
@@ -27,7 +26,6 @@ from flowrl.attention.softmax import softmax_attention, softmax_attention_step
 AttentionName = Literal["flow", "softmax", "linear", "performer", "cosformer"]
 SOURCE_CLAMP = 10.0  # of the paper's code
 State = Any  # a NamedTuple of tensors, each with the batch as its first dimension
-Step = Callable[[Tensor, Tensor, Tensor, State | None], tuple[Tensor, State]]
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,10 @@ class AttentionKind:
 
     ``parallel`` maps (batch, heads, length, head_dim) queries, keys and values to outputs of that shape.
     ``step`` maps one token's (batch, heads, head_dim) and the state (None at the start) to (output, state).
-    ``decode`` does the same for a few tokens at once, (batch, heads, tokens, head_dim), without a gradient;
-    the state handed in must not be used again.
     """
 
     parallel: Callable[[Tensor, Tensor, Tensor], Tensor]
-    step: Step
-    decode: Step
+    step: Callable[[Tensor, Tensor, Tensor, State | None], tuple[Tensor, State]]
 
 
 def attention_kind(
@@ -56,37 +51,18 @@ def attention_kind(
         return AttentionKind(
             partial(flow_attention, clamp=source_clamp),
             partial(flow_attention_step, clamp=source_clamp),
-            partial(flow_attention_decode, clamp=source_clamp),
         )
     if name == "softmax":
-        return _with_decode(softmax_attention, softmax_attention_step)
+        return AttentionKind(softmax_attention, softmax_attention_step)
     features: dict[AttentionName, FeatureMap] = {
         "linear": elu_features,
         "performer": performer_features,
         "cosformer": partial(cosine_features, max_tokens=max_tokens),
     }
-    return _with_decode(
+    return AttentionKind(
         partial(linear_attention, features=features[name]),
         partial(linear_attention_step, features=features[name]),
     )
-
-
-def _with_decode(parallel: Callable[[Tensor, Tensor, Tensor], Tensor], step: Step) -> AttentionKind:
-    """The kind that decodes by its step, one token after another."""
-
-    def decode(queries: Tensor, keys: Tensor, values: Tensor, state: State | None) -> tuple[Tensor, State]:
-        outputs = []
-        for query, key, value in zip(queries.unbind(2), keys.unbind(2), values.unbind(2), strict=True):
-            output, state = step(query, key, value, state)
-            outputs.append(output)
-        return torch.stack(outputs, dim=2), state
-
-    return AttentionKind(parallel, step, decode)
-
-
-def stepwise(kind: AttentionKind) -> AttentionKind:
-    """The same kind, decoding by its step: no tensor of a state is overwritten, so that it can be traced."""
-    return _with_decode(kind.parallel, kind.step)
 
 
 def select_rows(state: State, rows: Tensor) -> State:

@@ -78,8 +78,11 @@ class SelfAttention(nn.Module):
 
     def step(self, x: Tensor, state: State | None, read: slice) -> tuple[Tensor, State]:
         """The same from the state after earlier tokens, and the state after all of these."""
-        outputs, state = self.kind.decode(*self._heads(x), state)
-        return self.project(outputs[:, :, read].transpose(1, 2).flatten(2)), state
+        outputs = []
+        for query, key, value in zip(*(part.unbind(2) for part in self._heads(x)), strict=True):
+            output, state = self.kind.step(query, key, value, state)
+            outputs.append(output.flatten(1))
+        return self.project(torch.stack(outputs[read], dim=1)), state
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (batch, heads, length, head_dim)."""

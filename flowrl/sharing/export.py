@@ -24,13 +24,12 @@ import tyro
 from torch import Tensor, nn
 
 from flowrl.atomic import atomic_path
-from flowrl.attention.kinds import stepwise
 from flowrl.errors import UserError
 from flowrl.model.action_model import ActingState
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.loading import load_agent
-from flowrl.model.transformer import SelfAttention, SequenceModel
+from flowrl.model.transformer import SequenceModel
 
 ExportFormat = Literal["torch", "onnx"]
 SUFFIXES: dict[ExportFormat, str] = {"torch": ".pt2", "onnx": ".onnx"}
@@ -62,12 +61,8 @@ class ExportedStep(nn.Module):
         model = copy.deepcopy(agent.model).cpu().eval().requires_grad_(False)
         self.layer_types: list[Any] = []
         self.state_shapes: dict[str, tuple[int, ...]] = {}
-        if isinstance(model, SequenceModel):
-            if model.config.attention == "softmax":
-                raise UserError("softmax attention cannot be exported: its state grows with the episode")
-            for attention in model.modules():
-                if isinstance(attention, SelfAttention):
-                    attention.kind = stepwise(attention.kind)  # no tensor is overwritten
+        if isinstance(model, SequenceModel) and model.config.attention == "softmax":
+            raise UserError("softmax attention cannot be exported: its state grows with the episode")
         self.model = model
         self.pending = isinstance(model, SequenceModel) and model.config.token_layout == "interleaved"
         with torch.inference_mode():

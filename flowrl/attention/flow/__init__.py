@@ -15,19 +15,13 @@ from flowrl.attention.flow import cpu, triton
 from flowrl.attention.flow.blocks import bidirectional_flow, causal_flow_blocks
 from flowrl.attention.flow.naive import naive_flow_attention
 from flowrl.attention.flow.operators import flow_operator
-from flowrl.attention.flow.recurrent import (
-    FlowState,
-    empty_flow_state,
-    flow_attention_decode,
-    flow_attention_step,
-)
+from flowrl.attention.flow.recurrent import FlowState, empty_flow_state, flow_attention_step
 from flowrl.attention.precision import accumulation_dtype, without_autocast
 
 __all__ = [
     "FlowState",
     "empty_flow_state",
     "flow_attention",
-    "flow_attention_decode",
     "flow_attention_step",
     "naive_flow_attention",
 ]

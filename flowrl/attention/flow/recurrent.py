@@ -67,73 +67,8 @@ def flow_attention_step(
         exponential = conserved_source.clamp(-clamp, clamp).exp()
         sum_exponentials = state.sum_exponentials + exponential
         competition = n * exponential / sum_exponentials
-        memory = state.memory + k[..., :, None] * (competition[..., None] * v)[..., None, :]
+        memory = torch.addcmul(state.memory, k[..., :, None], (competition[..., None] * v)[..., None, :])
         scale = conserved_sink.sigmoid() / incoming
         output = ((scale[..., None] * q)[..., None, :] @ memory)[..., 0, :]
     new_state = FlowState(n, sum_keys, sum_queries, weighted_keys, weighted_queries, sum_exponentials, memory)
     return output.to(value.dtype), new_state
-
-
-def flow_attention_decode(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    state: FlowState | None = None,
-    *,
-    clamp: float = 10.0,
-    eps: float = 1e-6,
-) -> tuple[Tensor, FlowState]:
-    """A few tokens at once, for acting: outputs (batch, heads, tokens, value_dim), and the state after them.
-
-    ``queries`` and ``keys`` are (batch, heads, tokens, head_dim), before the sigmoid, ``values`` are (batch,
-    heads, tokens, value_dim). The numbers are those of :func:`flow_attention_step`, token after token, but
-    the tensors of ``state`` are overwritten and returned; None stands for the state before the first token.
-    There is no gradient. The memory matrix, by far the largest part of the state, is read once and written
-    once for all tokens.
-    """
-    with without_autocast(queries), torch.no_grad():
-        if state is None:
-            state = empty_flow_state(queries, values)
-        dtype = state.memory.dtype
-        # All (tokens, batch, heads, width) from here on: sums over the past are contiguous additions.
-        q, k, v = (x.to(dtype).permute(2, 0, 1, 3) for x in (queries, keys, values))
-        q, k = q.sigmoid(), k.sigmoid()
-        qe, ke = q + eps, k + eps
-        query_mass, key_mass = eps * qe.sum(-1), eps * ke.sum(-1)
-        n = state.num_tokens + torch.arange(1, len(q) + 1, dtype=dtype, device=q.device)[:, None, None]
-        incoming = (qe * _running_sums(state.sum_keys, k)).sum(-1) + query_mass  # (tokens, batch, heads)
-        outgoing = (ke * _running_sums(state.sum_queries, q)).sum(-1) + key_mass
-        weighted_keys = _running_sums(state.weighted_keys, k, n / outgoing)
-        weighted_queries = _running_sums(state.weighted_queries, q, n / incoming)
-        conserved_sink = ((qe * weighted_keys).sum(-1) + query_mass) / n
-        conserved_source = ((ke * weighted_queries).sum(-1) + key_mass) / n
-        exponential = conserved_source.clamp(-clamp, clamp).exp()
-        normaliser = exponential.cumsum(0) + state.sum_exponentials
-        competed = (n * exponential / normaliser)[..., None] * v
-        aggregated = _aggregate(q, k, competed, state.memory)
-        scale = (conserved_sink.sigmoid() / incoming).permute(1, 2, 0)[..., None]
-        state.num_tokens.copy_(n[-1])
-        state.sum_exponentials.copy_(normaliser[-1])
-    return (scale * aggregated).to(values.dtype), state
-
-
-def _running_sums(total: Tensor, increments: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Add (tokens, ...) increments to ``total`` (...) in place; return what it was after each token.
-
-    ``weights``, (tokens, ...) without the last dimension, multiply the increments.
-    """
-    if weights is not None:
-        increments = weights[..., None] * increments
-    sums = torch.cat((total[None], increments)).cumsum(0)[1:]
-    total.copy_(sums[-1])
-    return sums
-
-
-def _aggregate(q: Tensor, k: Tensor, competed: Tensor, memory: Tensor) -> Tensor:
-    """Add the tokens to the memory; return (batch, heads, tokens, value_dim), each query against its past."""
-    batch, heads = memory.shape[:2]
-    q, k, competed = (x.flatten(1, 2).transpose(0, 1) for x in (q, k, competed))  # (N, tokens, width)
-    flat = memory.flatten(0, 1)
-    result = torch.bmm(q, flat).baddbmm_(torch.bmm(q, k.mT).tril_(), competed)
-    flat.baddbmm_(k.mT, competed)
-    return result.unflatten(0, (batch, heads))
