@@ -15,7 +15,7 @@ from flowrl.atomic import file_sha256
 from flowrl.data.arrays import IN_MEMORY, Storage, chunks, release
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.download import DownloadError, download
-from flowrl.data.mapped import files_key, mapped_dataset
+from flowrl.data.mapped import read_or_map
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.spaces import EnvironmentFacts, choices_of, environment_facts, flat_rows
 from flowrl.envs.specs import EnvironmentSpec
@@ -96,10 +96,7 @@ def read_d4rl(
         max_episode_steps=max_episode_steps,
         split_at_timeouts=split_at_timeouts,
     )
-    if memory_map is None:
-        return read()
-    key = files_key([path], dataset_id, max_episode_steps, split_at_timeouts)
-    return mapped_dataset(memory_map, key, lambda storage: read(storage=storage))
+    return read_or_map(read, memory_map, [path], dataset_id, max_episode_steps, split_at_timeouts)
 
 
 def find_d4rl_file(name: str) -> Path:
@@ -135,13 +132,13 @@ def _check_readable(path: Path) -> None:
 
 def read_d4rl_file(
     path: Path,
+    storage: Storage = IN_MEMORY,
     *,
     dataset_id: str | None = None,
     environment: EnvironmentSpec | None = None,
     notes: tuple[str, ...] = (),
     max_episode_steps: int | None = None,
     split_at_timeouts: bool = False,
-    storage: Storage = IN_MEMORY,
 ) -> EpisodeDataset:
     """Read an HDF5 file in D4RL's layout; other keys (next_observations, infos, metadata) are ignored.
 
@@ -152,13 +149,13 @@ def read_d4rl_file(
 
     Args:
         path: the file; numbers of any type and byte order, compressed or not.
+        storage: where the arrays go.
         dataset_id: name of the data; ``file:NAME`` by default.
         environment: where agents trained on this data are evaluated.
         notes: sentences to show to the user, kept before this function's own.
         max_episode_steps: where the file has no timeouts, an episode ends after so many steps at the latest.
         split_at_timeouts: let episodes end at timeouts alone, for files such as AntMaze's, whose terminal
             flag stays set while the robot is at its goal.
-        storage: where the arrays go.
 
     Raises:
         UserError: the file is missing, not HDF5, truncated, damaged or larger than memory; a key is missing

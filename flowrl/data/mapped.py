@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from flowrl.atomic import publish
-from flowrl.data.arrays import Storage
+from flowrl.data.arrays import IN_MEMORY, Storage
 from flowrl.data.dataset import EpisodeDataset, Statistics
 from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import ReferenceScores
@@ -24,19 +24,27 @@ _OF_EPISODES = ("episode_starts", "episode_lengths", "episode_returns", "termina
 _DETAILS = "dataset.json"
 
 
-def mapped_dataset(folder: Path, key: str, read: Callable[[Storage], EpisodeDataset]) -> EpisodeDataset:
-    """Return a dataset whose large arrays are files in ``folder/key``, which are written on first use.
+def read_or_map(
+    read: Callable[[Storage], EpisodeDataset], folder: Path | None, files: Iterable[Path], *options: object
+) -> EpisodeDataset:
+    """Read data into memory, or return it mapped from arrays in ``folder``, which are written on first use.
 
-    They appear whole or not at all. Of two processes that need the same ones, the second waits.
+    The arrays appear whole or not at all. Of two processes that need the same ones, the second waits.
 
     Args:
-        folder: of all data that is kept like this.
-        key: of this data, see :func:`files_key`.
-        read: reads it into the storage that it is given.
+        read: reads the data into the storage that it is given.
+        folder: of all data that is mapped; None reads into memory.
+        files: what is read. They are recognised by name, size and time of change, wherever they are.
+        options: everything else that the data depends on.
 
     Raises:
-        UserError: what ``read`` raises, files that are damaged, or a disk that cannot be written.
+        UserError: what ``read`` raises, arrays that are damaged, or a disk that cannot be written.
     """
+    files = sorted(files)
+    if folder is None or not all(file.is_file() for file in files):  # reading reports what is missing
+        return read(IN_MEMORY)
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((_FORMAT, facts, options)).encode()).hexdigest()[:32]
     final = folder / key
     try:
         if not final.exists():
@@ -47,15 +55,6 @@ def mapped_dataset(folder: Path, key: str, read: Callable[[Storage], EpisodeData
     except OSError as error:
         raise UserError(f"--memory-map {folder}: cannot be written: {one_line(error)}") from error
     return _open(final)
-
-
-def files_key(paths: Sequence[Path], *options: object) -> str:
-    """Return a name for what is read from these files with these options.
-
-    It changes with a file's name, size and time of change, not with the folder that it is in.
-    """
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
-    return hashlib.sha256(repr((_FORMAT, files, options)).encode()).hexdigest()[:32]
 
 
 def _write(dataset: EpisodeDataset, folder: Path) -> None:

@@ -17,7 +17,7 @@ from flowrl.atomic import publish
 from flowrl.data.arrays import IN_MEMORY, Storage, release
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.data.download import require_answer
-from flowrl.data.mapped import files_key, mapped_dataset
+from flowrl.data.mapped import read_or_map
 from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.spaces import as_choices, check_spaces, choices_of, flat_rows
@@ -106,10 +106,8 @@ def read_minari(dataset_id: str, storage: Storage = IN_MEMORY) -> EpisodeDataset
 
 def load_minari(dataset_id: str, memory_map: Path | None) -> EpisodeDataset:
     """The same as :func:`read_minari`, or, with a folder for it, read from disk as needed."""
-    if memory_map is None:
-        return read_minari(dataset_id)
-    files = [each for each in local_folder(dataset_id).rglob("*") if each.is_file()]
-    return mapped_dataset(memory_map, files_key(files, dataset_id), partial(read_minari, dataset_id))
+    files = (each for each in local_folder(dataset_id).rglob("*") if each.is_file())
+    return read_or_map(partial(read_minari, dataset_id), memory_map, files, dataset_id)
 
 
 def datasets_folder() -> Path:

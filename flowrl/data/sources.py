@@ -9,7 +9,7 @@ from pathlib import Path
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, find_d4rl_file, read_d4rl, read_d4rl_file
 from flowrl.data.dataset import EpisodeDataset, concatenate
 from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
-from flowrl.data.mapped import files_key, mapped_dataset
+from flowrl.data.mapped import read_or_map
 from flowrl.data.memory import memory_dataset, memory_environment
 from flowrl.data.minari import load_minari
 from flowrl.envs.options import EvaluationOptions
@@ -103,17 +103,15 @@ def _load(
         return _d4rl_or_embedded(source, options.max_episode_steps, split_at_timeouts, memory_map)
     if suffix in FILE_SUFFIXES:
         read_as = named and options.apply(named)
+        limit = options.max_episode_steps
         read = partial(
             read_d4rl_file,
             path,
             environment=read_as,
-            max_episode_steps=options.max_episode_steps,
+            max_episode_steps=limit,
             split_at_timeouts=split_at_timeouts,
         )
-        if memory_map is None or not path.is_file():
-            return read()
-        key = files_key([path], read_as, options.max_episode_steps, split_at_timeouts)
-        return mapped_dataset(memory_map, key, lambda storage: read(storage=storage))
+        return read_or_map(read, memory_map, [path], read_as, limit, split_at_timeouts)
     if path.is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
         raise UserError(
             f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
@@ -142,10 +140,8 @@ def _in_one_environment(
 
 
 def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:
-    if memory_map is None:
-        return concatenate(datasets)
-    key = files_key([], *(dataset.sha256 for dataset in datasets))
-    joined = mapped_dataset(memory_map, key, lambda storage: concatenate(datasets, storage))
+    hashes = (dataset.sha256 for dataset in datasets)
+    joined = read_or_map(partial(concatenate, datasets), memory_map, (), *hashes)
     return replace(joined, environment=datasets[0].environment, reference=datasets[0].reference)
 
 
