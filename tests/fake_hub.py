@@ -63,11 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(content, {"ETag": f'"{abs(hash(content)):x}"', "X-Repo-Commit": COMMIT})
 
     def do_POST(self) -> None:
-        body = (
-            self.rfile.read(int(self.headers["Content-Length"]))
-            if "Content-Length" in self.headers
-            else self._chunks()
-        )
+        length = self.headers["Content-Length"]
+        body = self._chunks() if length is None else self.rfile.read(int(length))
         parts = self._parts()
         repo = "/".join(parts[2:4])
         if "paths-info" in parts:
@@ -78,11 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(b'{"error": "Invalid username or password."}', status=401)
         elif parts[-1] == "create":
             request = json.loads(body)
-            repo = (
-                f"{request['organization']}/{request['name']}"
-                if request.get("organization")
-                else request["name"]
-            )
+            repo = "/".join(filter(None, (request.get("organization"), request["name"])))
             self.server.files.setdefault(repo, {})
             self._answer(json.dumps({"url": f"{self.server.url}/{repo}"}).encode())
         elif parts[-1] == "validate-yaml":

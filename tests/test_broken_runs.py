@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken_inputs import MARKER, PICKLES, ending, refusal, reseal, with_value
+from broken_inputs import ending, refusal, reseal, with_value
 from safetensors.torch import load_file, save_file
 from tiny_training import train_here
 
@@ -117,12 +117,11 @@ HEADERS = {
     "a tensor of exabytes": safetensors(entry(shape=(1 << 61,), offsets=(0, 1 << 63))),
     "an 8-bit type": safetensors(entry("F8_E8M0", (64,))),
     "a whole file of something else": safetensors(entry()),
-    "a pickle": PICKLES[0],
 }
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_broken_safetensors_header_is_refused(run, config, tmp_path, case):
+def test_a_broken_safetensors_header_is_refused(run, config, case):
     for name, use in (
         ("model", lambda: flowrl.load_agent(run)),
         ("training", lambda: run_training(replace(config, resume=run), StopSignals())),
@@ -132,7 +131,6 @@ def test_a_broken_safetensors_header_is_refused(run, config, tmp_path, case):
         reseal(run / STEP)
         assert f"{name}.safetensors" in refusal(use)
         (run / STEP / f"{name}.safetensors").write_bytes(before)
-    assert not (tmp_path / MARKER).exists()
 
 
 STATE = {

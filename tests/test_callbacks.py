@@ -54,13 +54,13 @@ def reference(tiny_dataset, tmp_path_factory):
     return run
 
 
-def test_training_from_python_is_that_of_the_command_without_its_output(
+def test_training_from_python_on_data_in_memory_is_that_of_the_command_without_its_output(
     reference, tiny_dataset, tmp_path, capfd
 ):
     recorder, handlers = Recorder(), []
     before = signal.getsignal(signal.SIGINT)
     recorder.stop = lambda event, step: handlers.append(signal.getsignal(signal.SIGINT))
-    run = train(tiny_dataset, tmp_path / "run", recorder)
+    run = train(load_episodes(str(tiny_dataset)), tmp_path / "run", recorder)
     assert capfd.readouterr() == ("", "")
     assert set(handlers) == {before}
     assert figures(run.folder) == figures(reference)
@@ -88,12 +88,6 @@ def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
     assert flowrl.train(resume=run.folder, progress_bar=False).step == 60
     assert_same_end(run.folder, reference)
     assert_same_end(run.folder, reference, BEST)
-
-
-def test_data_in_memory_is_trained_on_as_from_its_file(reference, tiny_dataset, tmp_path):
-    episodes = load_episodes(str(tiny_dataset))
-    run = train(episodes, tmp_path / "run")
-    assert figures(run.folder, "train") == figures(reference, "train")
 
 
 def test_an_unknown_option_is_named():

@@ -1,6 +1,5 @@
 """Collection against a plain loop over one environment, and what it leaves on disk, whole or interrupted."""
 
-import re
 import signal
 import time
 from dataclasses import replace
@@ -10,7 +9,7 @@ import gymnasium
 import minari
 import numpy as np
 import pytest
-from broken_inputs import files_of_at_most
+from broken_inputs import files_of_at_most, refusal
 from tiny_training import Command, finish, wait_for
 
 from flowrl.__main__ import COMMANDS
@@ -173,9 +172,7 @@ def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path, storage):
     ],
 )
 def test_options_that_make_no_sense_are_refused(storage, command, message):
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        COMMANDS["collect"].call(command)
-    assert "\n" not in str(error.value)
+    assert message in refusal(lambda: COMMANDS["collect"].call(command))
     assert not storage.exists() or visible(storage) == []
 
 

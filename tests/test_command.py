@@ -82,16 +82,12 @@ def test_a_closed_pipe_loses_no_update(tiny_dataset, tmp_path):
     assert steps_on_disk(tmp_path / "run")[-1] == "step-00000025"
 
 
-def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
-    assert main(["info", *words]) == 0
-    output = capsys.readouterr().out
-    assert output.isascii()
-    return dict(line.split(maxsplit=1) for line in output.splitlines())
-
-
 def test_a_dataset_is_described(tiny_dataset, capsys):
     returns = read_d4rl_file(tiny_dataset).episode_returns
-    lines = lines_of(capsys, str(tiny_dataset), "--env", "Hopper-v4")
+    assert main(["info", str(tiny_dataset), "--env", "Hopper-v4"]) == 0
+    output = capsys.readouterr().out
+    assert output.isascii()
+    lines = dict(line.split(maxsplit=1) for line in output.splitlines())
     assert (lines["dataset"], lines["transitions"]) == ("file:tiny.hdf5", "60")
     assert lines["episodes"] == "5, 3 of them terminated"
     assert lines["lengths"] == f"from 1 to 30, median 9, mean {np.mean(EPISODE_LENGTHS):g}"

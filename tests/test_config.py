@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from broken_inputs import refusal
 from tiny_training import train_here
 
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS
@@ -235,9 +236,8 @@ def test_resume_cannot_change_what_was_computed(name):
 @pytest.mark.parametrize("options", [{"embed_dim": 1 << 20}, {"embed_dim": 1 << 16, "num_layers": 20}])
 @pytest.mark.parametrize("agent", ["transformer", "bc"])
 def test_a_model_beyond_this_machine_is_refused_before_it_is_made(tiny_dataset, tmp_path, options, agent):
-    with pytest.raises(UserError, match=r"--embed-dim \d+, --num-layers \d+: .* GiB of memory") as raised:
-        train_here(tiny_dataset, tmp_path / "run", agent=agent, **options)
-    assert "\n" not in str(raised.value)
+    line = refusal(lambda: train_here(tiny_dataset, tmp_path / "run", agent=agent, **options))
+    assert re.search(r"--embed-dim \d+, --num-layers \d+: .* GiB of memory", line)
 
 
 def test_a_model_for_a_gpu_must_fit_the_gpu(tiny_dataset, monkeypatch):

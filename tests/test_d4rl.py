@@ -1,4 +1,4 @@
-"""Files in D4RL's layout, written by hand with h5py, against plain loops."""
+"""Files in D4RL's layout, written by hand with h5py: where episodes end, and the memory it takes."""
 
 import tracemalloc
 from pathlib import Path
@@ -33,16 +33,6 @@ def write(path: Path, data: dict[str, Any], **options: Any) -> Path:
         for key, values in data.items():
             file.create_dataset(key, data=values, **options)
     return path
-
-
-def test_episodes_end_at_terminals_and_timeouts_and_the_unfinished_tail_is_kept(tmp_path):
-    dataset = read_d4rl_file(write(tmp_path / "a.hdf5", columns()))
-    assert dataset.episode_lengths.tolist() == [3, 1, 4, 2, 2]
-    assert dataset.terminated.tolist() == [True, False, True, False, False]
-    assert dataset.notes == ("the last 2 steps end without terminal or timeout: kept as truncated",)
-    assert dataset.dataset_id == "file:a.hdf5"
-    assert dataset.environment is None
-    assert dataset.reference is None
 
 
 def test_peak_memory_stays_under_three_times_the_raw_arrays(tmp_path):

@@ -86,8 +86,8 @@ def stacked(values: list[Any]) -> Any:
     return values if isinstance(values[0], str) else np.array(values)
 
 
-def episodes_of(env_id: str, count: int) -> list[EpisodeBuffer]:
-    """Random episodes."""
+def store(env_id: str, count: int) -> list[EpisodeBuffer]:
+    """Random episodes in Minari's storage."""
     env = gym.make(env_id, disable_env_checker=True)
     env.action_space.seed(0)
     buffers = []
@@ -101,11 +101,6 @@ def episodes_of(env_id: str, count: int) -> list[EpisodeBuffer]:
         last = np.arange(STEPS) == STEPS - 1
         taken, seen = np.array(actions), stacked(observations)
         buffers.append(EpisodeBuffer(number, None, None, seen, taken, rewards, last & False, last, {}))
-    return buffers
-
-
-def store(env_id: str, count: int) -> list[EpisodeBuffer]:
-    buffers, env = episodes_of(env_id, count), gym.make(env_id, disable_env_checker=True)
     minari.create_dataset_from_buffers("test/toy-v0", buffers, env=env)
     return buffers
 

@@ -84,10 +84,6 @@ def test_what_a_killed_process_left_is_removed(server, tmp_path):
     assert left_in(tmp_path) == {"data.bin"}
 
 
-def _download_in_process(url: str, path: str) -> None:
-    download([url], Path(path), SHA256, accept)
-
-
 def test_several_processes_download_once(server, tmp_path):
     def slow(handler):
         time.sleep(0.5)
@@ -95,7 +91,7 @@ def test_several_processes_download_once(server, tmp_path):
 
     url, path = server.url("/data", slow), tmp_path / "data.bin"
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_download_in_process, args=(url, str(path))) for _ in range(3)]
+    processes = [context.Process(target=download, args=([url], path, SHA256, accept)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import h5py
 import numpy as np
 import pytest
+from conftest import write_tiny_dataset
 
 from flowrl.data import embedded, load_episodes, writers
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
@@ -49,15 +50,13 @@ def test_without_file_and_network_the_embedded_data_stands_in(folders, capsys):
 
 def test_d4rls_file_comes_first_and_flowrls_data_can_be_forced(folders):
     (folders / "d4rl").mkdir()
-    with h5py.File(folders / "d4rl" / "hopper_medium-v2.hdf5", "w") as file:
-        file.update({"observations": np.zeros((9, 11)), "actions": np.zeros((9, 3)), "rewards": np.ones(9)})
-        file.update({"terminals": np.arange(9) == 8, "timeouts": np.zeros(9, bool)})
-    assert load_episodes("hopper-medium").num_transitions == 9
+    write_tiny_dataset(folders / "d4rl" / "hopper_medium-v2.hdf5")
+    assert load_episodes("hopper-medium").num_transitions == 60
     assert not (folders / "minari").exists()
     forced = load_episodes("flowrl", "hopper-medium")
     assert forced.dataset_id == ID
     assert forced.environment == EnvironmentSpec("Hopper-v5", max_episode_steps=1000)
-    assert load_episodes("hopper-medium").num_transitions == 9
+    assert load_episodes("hopper-medium").num_transitions == 60
     (folders / "d4rl" / "hopper_medium-v2.hdf5").write_bytes(b"broken")
     with pytest.raises(UserError, match="not a readable HDF5 file"):  # not replaced behind the user's back
         load_episodes("hopper-medium")

@@ -7,7 +7,6 @@ import sys
 import minari
 import numpy as np
 import pytest
-import torch
 from tiny_training import REPOSITORY, train_here
 
 from flowrl import load_agent
@@ -19,10 +18,10 @@ from flowrl.evaluation.rollout import rollout
 EXAMPLES = REPOSITORY / "scripts" / "examples"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, name: str, *words: object) -> dict:
-    """Run an example with these arguments; what it defines."""
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *words: object) -> None:
+    """Run an example with these arguments."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 @pytest.mark.filterwarnings("ignore")  # minari asks for authors and permalinks
@@ -48,14 +47,5 @@ def test_act_in_a_vector_environment(tiny_dataset, tmp_path, monkeypatch, capsys
 
 
 def test_attention_in_a_module_of_ones_own(monkeypatch, capsys):
-    defined = run(monkeypatch, "attention_in_a_module.py", 50)
-    difference = float(capsys.readouterr().out.split()[-1])
-    assert difference < 1e-5
-    torch.manual_seed(0)
-    module = defined["FlowAttention"](width=8, heads=2)
-    tokens = torch.randn(2, 20, 8)
-    before = module(tokens)
-    tokens[:, 12] += 1
-    after = module(tokens)
-    assert torch.equal(after[:, :12], before[:, :12])  # causal
-    assert not torch.allclose(after[:, 12:], before[:, 12:])
+    run(monkeypatch, "attention_in_a_module.py", 50)
+    assert float(capsys.readouterr().out.split()[-1]) < 1e-5  # between the parallel form and its steps

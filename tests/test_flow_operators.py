@@ -16,7 +16,6 @@ from flowrl.native import kernels
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
 )
-WIDTHS = (16, 12)  # C++ does the first, torch the second
 LENGTHS = (40, 200)  # one block, several
 
 
@@ -110,14 +109,14 @@ def test_compiled_whole_with_dynamic_length(width, causal):
         assert largest_error(with_input_gradient(compiled, x), with_input_gradient(layer, x)) < 1e-5
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_exported_with_dynamic_length_into_torchs_own_operations(width):
-    layer = Layer(width)
+def test_exported_with_dynamic_length_into_torchs_own_operations():
+    """Of a width that C++ does otherwise."""
+    layer = Layer(16)
     shapes = ({1: torch.export.Dim("length", min=2, max=4096)},)
-    exported = torch.export.export(layer, (torch.randn(2, 40, 2 * width),), dynamic_shapes=shapes)
+    exported = torch.export.export(layer, (torch.randn(2, 40, 32),), dynamic_shapes=shapes)
     assert "flowrl" not in str(exported.graph)
     for length in (7, 200):
-        x = torch.randn(2, length, 2 * width)
+        x = torch.randn(2, length, 32)
         assert largest_error([exported.module()(x)], [layer(x)]) < 1e-5
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from flowrl import check, machine
-from flowrl.check import describe_device
 from flowrl.native import kernels
 
 
@@ -40,21 +39,10 @@ def test_memory_may_be_unknown_on_other_operating_systems(monkeypatch):
     assert machine.available_memory() is None
 
 
-@pytest.fixture
-def quick(monkeypatch):
+def test_everything_is_used_here(monkeypatch):
     monkeypatch.setattr(check, "SHAPES", ((1, 2, 5, 64), (1, 2, 70, 64)))
     monkeypatch.setattr(kernels, "_trusted", {})
-
-
-def shown():
-    """What is said of each thing."""
-    lines = describe_device().splitlines()
-    return {line[:20].strip(): line[20:] for line in lines}
-
-
-@pytest.mark.usefixtures("quick")
-def test_everything_is_used_here():
-    found = shown()
+    found = {line[:20].strip(): line[20:] for line in check.describe_device().splitlines()}
     assert f"torch {torch.__version__}" in found["software"]
     assert re.search("bfloat16: (native|emulated)", found["processor"])
     assert found["FLOWRL_KERNELS"] == "not set: kernels are on"

@@ -16,22 +16,13 @@ EVERY_ID = [
 ]
 
 
-@pytest.mark.parametrize("env_id", EVERY_ID)
-@pytest.mark.parametrize(("action_scale", "limit"), [(1.0, None), (0.1, 90)], ids=["wild", "gentle"])
-def test_every_step_equals_gymnasiums(env_id, action_scale, limit):
-    """1,000 random steps; finished slots are reset without a seed, so that generators are compared too."""
-    seeds = [17, 2**31]
-    singles = [gym.make(env_id, max_episode_steps=limit, disable_env_checker=True) for _ in seeds]
-    envs = make_vector_env(EnvironmentSpec(env_id, max_episode_steps=limit), len(seeds))
-    assert isinstance(envs, MujocoVectorEnv)
-    assert envs.single_observation_space == singles[0].observation_space
-    assert envs.single_action_space == singles[0].action_space
+def assert_slots_are_single_environments(envs, singles, seeds, steps, action_scale=1.0):
+    """Over random steps; finished slots are reset without a seed, so that generators are compared too."""
     observations, _ = envs.reset(seed=seeds)
     for single, seed, observation in zip(singles, seeds, observations, strict=True):
         np.testing.assert_array_equal(observation, single.reset(seed=seed)[0])
-    rng = np.random.default_rng(3)
-    episodes = 0
-    for _ in range(1000 if limit is None else 200):
+    rng, episodes = np.random.default_rng(3), 0
+    for _ in range(steps):
         actions = rng.uniform(-action_scale, action_scale, envs.action_space.shape).astype(np.float32)
         outcome = envs.step(actions)
         expected = [single.step(action) for single, action in zip(singles, actions, strict=True)]
@@ -44,6 +35,19 @@ def test_every_step_equals_gymnasiums(env_id, action_scale, limit):
             for slot in np.flatnonzero(finished):
                 np.testing.assert_array_equal(observations[slot], singles[slot].reset()[0])
     assert episodes >= len(seeds)
+
+
+@pytest.mark.parametrize("env_id", EVERY_ID)
+@pytest.mark.parametrize(("action_scale", "limit"), [(1.0, None), (0.1, 90)], ids=["wild", "gentle"])
+def test_every_step_equals_gymnasiums(env_id, action_scale, limit):
+    """Over 1,000 steps, or 200 of several episodes."""
+    seeds = [17, 2**31]
+    singles = [gym.make(env_id, max_episode_steps=limit, disable_env_checker=True) for _ in seeds]
+    envs = make_vector_env(EnvironmentSpec(env_id, max_episode_steps=limit), len(seeds))
+    assert isinstance(envs, MujocoVectorEnv)
+    assert envs.single_observation_space == singles[0].observation_space
+    assert envs.single_action_space == singles[0].action_space
+    assert_slots_are_single_environments(envs, singles, seeds, 1000 if limit is None else 200, action_scale)
     envs.close()
 
 

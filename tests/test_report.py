@@ -200,20 +200,14 @@ def test_runs_that_differ_share_a_table_only_when_asked_and_labelled(
     assert "20.0" not in table.replace("average of 2 |  | 20.0", "")  # not the mean of a cell
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that would be saved, by the names of their files."""
-    figures = {}
+def test_scores_of_different_units_are_never_averaged(tmp_path, monkeypatch):
+    drawn = {}
 
     def savefig(figure, path, **options):
-        figures[path.name.strip(".").split(".")[0]] = figure
+        drawn[path.name.strip(".").split(".")[0]] = figure
         path.touch()
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    return figures
-
-
-def test_scores_of_different_units_are_never_averaged(tmp_path, drawn):
     for method, seed, add in (("flow", 0, 0), ("flow", 1, 4), ("softmax", 0, 2), ("softmax", 1, 2)):
         folder, config = tmp_path / "runs" / f"{method}{seed}", seeded(seed, attention=method)
         write_run(folder / "a", 10 + add, config=config)
@@ -253,18 +247,15 @@ def test_an_evaluation_in_the_run_folder_gives_its_score(tmp_path):
     text = write_report(ReportConfig((run,), tmp_path / "out"))
     assert row_of(text, "`flowrl/hopper")[2] == "**40.0** (1)"
     assert row_of(text.split("## Last against best")[1], "`flowrl/hopper")[1] == "10.0 → 15.0"
-    write_evaluation(run / "evaluation.json", *targets, sha256="cd" * 32)
-    with pytest.raises(UserError, match="not an evaluation of this run"):
-        load_runs([run])
-    write_evaluation(run / "evaluation.json", *targets, checkpoint_step=50, config={"seed": 0, "steps": 100})
-    with pytest.raises(UserError, match="of checkpoint 50, not of the last one"):
-        load_runs([run])
-    write_evaluation(run / "evaluation.json", *targets, checkpoint_step=50, config={"seed": 0, "steps": 50})
-    with pytest.raises(UserError, match="of another number of updates than the run's: evaluate it again"):
-        load_runs([run])
-    write_evaluation(run / "evaluation.json", targets[0], config={"seed": 0, "steps": 100})
-    with pytest.raises(UserError, match="not at the run's first target return 100: evaluate it again"):
-        load_runs([run])
+    for given, steps, changes, message in (
+        (targets, 100, {"sha256": "cd" * 32}, "not an evaluation of this run"),
+        (targets, 100, {"checkpoint_step": 50}, "of checkpoint 50, not of the last one"),
+        (targets, 50, {"checkpoint_step": 50}, "of another number of updates than the run's: evaluate it"),
+        (targets[:1], 100, {}, "not at the run's first target return 100: evaluate it again"),
+    ):
+        write_evaluation(run / "evaluation.json", *given, config={"seed": 0, "steps": steps}, **changes)
+        with pytest.raises(UserError, match=message):
+            load_runs([run])
 
 
 @pytest.mark.usefixtures("no_pictures")

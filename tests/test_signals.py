@@ -8,32 +8,23 @@ from tiny_training import Command, finish, wait_for
 
 from flowrl.signals import Stopped, StopSignals
 
-CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
-
-@pytest.mark.parametrize(("number", "code"), CODES)
-def test_a_signal_is_only_noted_outside_interruptible(number, code):
-    before = signal.getsignal(number)
-    with StopSignals() as signals:
-        assert signals.received is None
-        signal.raise_signal(number)
-        assert signals.received == number
-        with pytest.raises(Stopped) as caught:
-            signals.stop()
-    assert caught.value.code == code
-    assert signal.getsignal(number) == before
-
-
-@pytest.mark.parametrize(("number", "code"), CODES)
-def test_a_signal_interrupts_inside_or_on_entering_interruptible(number, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_noted_outside_interruptible_and_raised_inside_or_on_entering(number, code):
+    handler = signal.getsignal(number)
     for before in (True, False):
         with StopSignals() as signals:
+            assert signals.received is None
             if before:
                 signal.raise_signal(number)
+                assert signals.received == number
             with pytest.raises(Stopped) as caught, signals.interruptible():
                 signal.raise_signal(pytest.fail("went in") if before else number)
-            assert caught.value.code == code
             assert signals.received == number
+            with pytest.raises(Stopped) as again:
+                signals.stop()
+        assert caught.value.code == again.value.code == code
+        assert signal.getsignal(number) == handler
 
 
 def test_no_signal_is_lost_while_entering_interruptible(monkeypatch):

@@ -1,19 +1,36 @@
-"""Sweeps: their plans, and real processes that are stopped, killed, broken and resumed."""
+"""Sweeps: their plans, and real processes that are stopped, killed, broken and resumed, here and on Ray."""
 
 import json
+import os
+import re
 import signal
-import time
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from filelock import FileLock, Timeout
-from tiny_training import Command, assert_same_end, figures, flags, steps_on_disk, wait_for
+from broken_inputs import refusal
+from filelock import FileLock
+from tiny_training import (
+    REPOSITORY,
+    Command,
+    assert_same_end,
+    figures,
+    finish,
+    flags,
+    steps_on_disk,
+    wait_for,
+)
 
 from flowrl.errors import UserError
+from flowrl.sweeps import ray_cluster
 from flowrl.sweeps.command import run_sweep
 from flowrl.sweeps.local import Slots
-from flowrl.sweeps.plan import PlannedRun, Sweep, plan_runs, read_plan, read_sweep
+from flowrl.sweeps.plan import Sweep, plan_runs, read_plan, read_sweep
+from flowrl.sweeps.process import is_finished, log_path, train_arguments
+from flowrl.sweeps.ray_cluster import train_on_node
 from flowrl.training.run import run_train
 
 TINY = {
@@ -108,9 +125,8 @@ def test_timesteps_per_update_win_over_a_presets_batch_size(tmp_path, capsys):
 def test_bad_input_is_one_line(text, words, message, tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(text)
-    with pytest.raises(UserError, match=message) as raised:
-        run_sweep(["--sweep", str(file), "--runs-dir", str(tmp_path / "runs"), *words])
-    assert "\n" not in str(raised.value)
+    words = ["--sweep", str(file), "--runs-dir", str(tmp_path / "runs"), *words]
+    assert message in refusal(lambda: run_sweep(words))
     assert not (tmp_path / "runs").exists()
 
 
@@ -166,24 +182,13 @@ def test_a_stopped_sweep_continues_exactly(number, whole_runs, tiny_dataset, hel
     process.communicate(timeout=60)
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     for run in plan:  # every training has received SIGTERM and ended too; with SIGKILL, soon
-        wait_until_free(run)
-        assert steps_on_disk(run.run_dir)[-1] == "step-00000020"
+        with FileLock(run.run_dir / ".lock", timeout=30):
+            assert steps_on_disk(run.run_dir)[-1] == "step-00000020"
     held_at_20.unlink()
     assert run_sweep(["--sweep", str(file), "--runs-dir", str(runs)]) == 0
     for run in plan:
         assert_same_end(run.run_dir, whole_runs / run.method)
     assert [entry["step"] for entry in figures(run.run_dir, "train")] == list(range(5, STEPS + 1, 5))
-
-
-def wait_until_free(run: PlannedRun) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            with FileLock(run.run_dir / ".lock", timeout=0):
-                return
-        except Timeout:
-            assert time.monotonic() < deadline, "a training outlived its sweep"
-            time.sleep(0.1)
 
 
 def test_slots_share_out_gpus(monkeypatch):
@@ -194,3 +199,84 @@ def test_slots_share_out_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert slots.environment(1) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "5"}
     assert Slots(jobs=2, threads=1, gpus=0).environment(1) == {"OMP_NUM_THREADS": "1"}
+
+
+# Starts a head node and another with one core each, prints the address, and removes the other on a line.
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+other = cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+print("address", cluster.address, flush=True)
+for line in sys.stdin:
+    cluster.remove_node(other, allow_graceful=False)
+    print("lost", flush=True)
+cluster.shutdown()
+"""
+
+
+def test_the_run_of_a_lost_node_resumes_elsewhere(whole_runs, tiny_dataset, held_at_20, tmp_path):
+    """It is lost while both runs are in their checkpoint of update 20, and saves that one before it ends."""
+    pytest.importorskip("ray")
+    file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
+    plan = plan_runs(read_sweep(str(file)), runs)
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"},
+    )  # fmt: skip
+    assert cluster.stdin is not None
+    assert cluster.stdout is not None
+    try:
+        lines = iter(cluster.stdout.readline, "")
+        address = next(line.split()[1] for line in lines if line.startswith("address"))
+        sweep = start_sweep(file, runs, "--on", "ray", "--address", address)
+        wait_for(lambda: all(last_step(run.run_dir) == 20 for run in plan), sweep)
+        print("lose it", file=cluster.stdin, flush=True)
+        assert next(line for line in lines if line.startswith("lost"))
+        wait_for(lambda: any("stopped at step 20" in log_path(run).read_text() for run in plan), sweep)
+        held_at_20.unlink()
+        code, output, errors = finish(sweep)
+    finally:
+        cluster.communicate(timeout=60)
+    assert (code, "2 of 2 runs finished" in output) == (0, True), (output, errors)
+    starts = {run.name: log_path(run).read_text().count("\nrun folder ") for run in plan}
+    assert sorted(starts.values()) == [1, 2]  # the lost one started twice, the other was left alone
+    lost = next(run for run in plan if starts[run.name] == 2)
+    resumed_at = re.search(r"resuming .* at step (\d+)", log_path(lost).read_text())
+    assert resumed_at is not None
+    assert resumed_at[1] == "20"
+    for run in plan:
+        assert_same_end(run.run_dir, whole_runs / run.method)
+
+
+@pytest.mark.parametrize(
+    ("listening", "message"),
+    [(False, "no Ray cluster can be reached there"), (True, "does not answer as a Ray cluster")],
+)
+def test_an_unreachable_address_is_an_error(listening, message, tiny_dataset, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(ray_cluster, "_HEALTH_SECONDS", 1.0)
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if listening:
+            other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--address {address}: .*{message}"):
+            run_sweep([
+                *("--sweep", str(file), "--runs-dir", str(tmp_path / "runs")),
+                *("--on", "ray", "--address", address),
+            ])  # fmt: skip
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_is_not_trained_again(tiny_dataset, tmp_path):
+    """Ray repeats the task of a lost node, even one that had just ended."""
+    file = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, 10)
+    run = plan_runs(read_sweep(str(file)), tmp_path / "runs")[0]
+    run_train(train_arguments(run))
+    assert is_finished(run)
+    assert train_on_node(run, threads=1) is None
+    assert not log_path(run).exists()

@@ -1,4 +1,4 @@
-"""The training loop in one process: what an update is, what is written, and what stops it."""
+"""Training in one process: what an update is, what is written, what stops it, and how much it learns."""
 
 import json
 import math
@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import dataset_of
-from safetensors.torch import load_file
+from conftest import dataset_of, write_tiny_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_training import figures, resume_here, steps_on_disk, train_here
 
 import flowrl
+from flowrl.data import load_episodes
+from flowrl.data.command import CollectCommand, run_collect
 from flowrl.data.sampler import WindowSampler
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
@@ -79,10 +80,9 @@ def test_the_run_folder_names_the_warm_up_and_precision_of_its_first_start(tiny_
 
 def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
     """Weights after 12 updates, with dropout, against AdamW, clipping and schedule written out here."""
-    run = tmp_path / "run"
-    train_here(
-        tiny_dataset, run, steps=12, eval_episodes=0, seed=5, learning_rate=0.01, warmup_steps=3, ema_decay=0
-    )
+    options = {"steps": 12, "eval_episodes": 0, "seed": 5, "learning_rate": 0.01, "warmup_steps": 3}
+    train_here(tiny_dataset, tmp_path / "run", **options, ema_decay=0)
+    train_here(tiny_dataset, tmp_path / "averaged", **options)
     config = TrainConfig(
         dataset=str(tiny_dataset), env="Hopper-v4", max_episode_steps=15,
         embed_dim=8, num_heads=2, num_layers=2, context_length=6,
@@ -109,10 +109,12 @@ def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
                 v.mul_(0.999).add_(0.001 * g * g)
                 p.mul_(1 - rate * 1e-4)
                 p.sub_(rate * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
-    trained = flowrl.load_agent(run).model
+    trained = flowrl.load_agent(tmp_path / "run").model
+    beside_average = load_checkpoint(tmp_path / "averaged", for_training=True).training_tensors
     assert norm > 0.25  # the clip was at work
     for (name, parameter), expected in zip(trained.named_parameters(), parameters, strict=True):
         assert (parameter - expected).abs().max() < 2e-5, name
+        assert torch.equal(beside_average[f"model.{name}"], parameter)  # the average changes no update
 
 
 def test_metrics_hold_every_figure(finished):
@@ -175,13 +177,6 @@ def test_the_logged_loss_is_the_mean_over_its_updates(tiny_dataset, tmp_path, mo
     train_here(tiny_dataset, tmp_path / "run", steps=9, eval_episodes=0, log_every=4)
     expected = [float(torch.stack(part).mean()) for part in (seen[:4], seen[4:8], seen[8:])]
     assert [line["loss"] for line in figures(tmp_path / "run", "train")] == pytest.approx(expected, rel=1e-6)
-
-
-def test_another_seed_is_another_training(finished, tiny_dataset, tmp_path):
-    train_here(tiny_dataset, tmp_path / "other", seed=1)
-    other = figures(tmp_path / "other")
-    assert other[1:] != figures(finished)[1:]
-    assert [line["step"] for line in other] == [line["step"] for line in figures(finished)]
 
 
 def test_the_last_evaluation_is_that_of_the_saved_agent(finished):
@@ -305,12 +300,6 @@ def test_a_run_folder_is_never_overwritten(tiny_dataset, tmp_path):
         train_here(tiny_dataset, "/proc/absent/run")
 
 
-def test_a_run_is_never_set_back_to_fewer_updates(finished):
-    with pytest.raises(UserError, match=r"--steps 10: .*run has 60 updates already"):
-        resume_here(finished, steps=10)
-    assert "steps: 60\n" in (finished / "config.yaml").read_text()
-
-
 def test_the_best_normalised_score_needs_reference_scores():
     data = dataset_of(np.zeros((5, 3)), np.zeros((5, 1)), np.ones(5), (5,))
     config = TrainConfig(env="Pendulum-v1", keep_best="normalized_score_mean")
@@ -347,10 +336,54 @@ def test_the_average_is_the_recursion_over_all_updates(tiny_dataset, tmp_path, m
         assert not torch.equal(loaded.double(), last)
 
 
-def test_the_average_never_changes_what_updates_compute(tiny_dataset, tmp_path):
-    for decay in (0, 0.999):
-        train_here(tiny_dataset, tmp_path / str(decay), steps=20, ema_decay=decay)
-    with_average = load_file(tmp_path / "0.999/checkpoints/step-00000020/training.safetensors")
-    without = load_file(tmp_path / "0/checkpoints/step-00000020/model.safetensors")
-    for name in (name for name in with_average if name.startswith("model.")):
-        assert torch.equal(with_average[name], without[name.removeprefix("model.")])
+@pytest.fixture(scope="module")
+def extreme(tmp_path_factory):
+    path = tmp_path_factory.mktemp("extreme") / "extreme.hdf5"
+    write_tiny_dataset(path, reward_scale=3000.0)
+    dataset = load_episodes(str(path), "Hopper-v4")
+    assert dataset.returns_to_go.max() > 1e5
+    assert np.ptp(dataset.observations[:, 4]) == 0
+    assert (np.abs(dataset.actions).max(axis=1) == 1).any()
+    return path
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("interleaved", "bfloat16"), ("fused", "float32")])
+def test_300_updates_and_acting_stay_finite(extreme, tmp_path, layout, precision):
+    """Whole episodes; unscaled returns of 1e5 enter the network as they are, so do targets beyond them."""
+    train_here(
+        extreme, tmp_path / "run", token_layout=layout, precision=precision,
+        context_length="episode", return_scale=1, steps=300, log_every=50, checkpoint_every=300,
+        eval_episodes=0,
+    )  # fmt: skip
+    lines = figures(tmp_path / "run", "train")
+    assert np.isfinite([line["gradient_norm"] for line in lines]).all()
+    assert lines[-1]["loss"] < lines[0]["loss"]  # it fell
+    for acting in ("recurrent", "window"):
+        agent, random = flowrl.load_agent(tmp_path / "run", acting=acting), np.random.default_rng(0)
+        agent.reset(4, np.array([1e5, -1e5, 1e15, 0.0]))
+        for step in range(60):
+            observations = random.normal(size=(4, 11)) * np.array([[1.0], [1e6], [1e15], [0.0]])
+            rewards = None if step == 0 else random.normal(size=4) * np.array([1e5, 1e15, 1.0, 0.0])
+            actions = agent.act(observations, rewards)
+            assert np.isfinite(actions).all()
+            assert (np.abs(actions) <= 1).all()
+
+
+# Seeds 0, 1 and 2 scored 62, 77 and 78 when this was written; a thirtieth of the learning rate 44, actions of
+# other transitions 8, no learning 4. The behaviour policies score 67 on average.
+FLOOR = 50.0
+
+
+def test_a_small_training_reaches_a_normalized_score_of_50(tmp_path):
+    """Half medium, half expert episodes of Hopper; 800 updates of a small model; the expert's return."""
+    data = tmp_path / "hopper.hdf5"
+    run_collect(
+        CollectCommand("hopper", policies=("medium", "expert"), steps=20_000, format="d4rl", out=data)
+    )
+    (result,) = train_here(
+        data, tmp_path / "run", env="Hopper-v5", max_episode_steps=None, token_layout="fused",
+        context_length=20, batch_size=64, embed_dim=64, steps=800, learning_rate=3e-3, checkpoint_every=800,
+        log_every=100, eval_every=0, eval_episodes=10, targets=3500, return_scale=1000,
+    )  # fmt: skip
+    assert result.normalized_scores is not None
+    assert result.normalized_scores.mean() > FLOOR

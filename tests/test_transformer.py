@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from naive_linear import naive_cosformer_attention
+from attention_forms import naive_cosformer_attention
 from test_attention import NAIVE
 
 from flowrl.attention import naive_flow_attention
@@ -186,17 +186,12 @@ def test_padding_changes_no_valid_output_no_loss_and_no_gradient(layout, attenti
 def test_loss_is_the_mean_square_over_valid_actions():
     model, window = make_model(), make_window()
     valid = torch.arange(7) < torch.tensor([2, 7, 4])[:, None]
-    predicted, total, count = model(window).detach(), 0.0, 0
-    for row in range(3):
-        for t in range(7):
-            if valid[row, t]:
-                for component, (low, high) in enumerate(((-2.0, 1.0), (0.0, 0.5))):
-                    action = (float(window.actions[row, t, component]) - low) / (high - low) * 2 - 1
-                    total += (float(predicted[row, t, component]) - action) ** 2
-                    count += 1
-    assert count == 13 * 2
+    low, high = torch.tensor([[-2.0, 0.0], [1.0, 0.5]])
+    actions = (window.actions - low) / (high - low) * 2 - 1
+    errors = (model(window).detach() - actions).square()[valid]
+    assert errors.shape == (13, 2)
     loss = model.loss(window._replace(valid=valid)).item()
-    assert loss == pytest.approx(total / count, rel=1e-6)  # computed in float32
+    assert loss == pytest.approx(errors.mean().item(), rel=1e-6)  # computed in float32
 
 
 def test_sinusoidal_time_continues_past_the_longest_episode_and_none_ignores_it():
@@ -220,10 +215,8 @@ def test_initial_weights(layout):
     torch.manual_seed(0)
     model = SequenceModel(ModelConfig(17, 6, 1000, token_layout=layout, embed_dim=128))
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
-        elif name.endswith("bias"):
-            assert not parameter.any(), name
+        if "norm" in name or name.endswith("bias"):
+            assert (parameter == float(name.endswith("weight"))).all(), name
         else:
             tolerance = 5 / math.sqrt(2 * parameter.numel())  # five standard errors of a standard deviation
             assert parameter.std().item() == pytest.approx(INIT_STD, rel=tolerance), name

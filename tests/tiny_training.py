@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import Popen
 from threading import Thread
 from typing import Any
 
@@ -114,9 +113,6 @@ class Command:
     def returncode(self) -> int | None:
         return self.process.exitcode
 
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
@@ -145,18 +141,18 @@ def _run(
     sys.exit(main(words))
 
 
-def finish(process: Command | Popen[str], timeout: float = 200) -> tuple[int | None, str, str]:
+def finish(process: Command, timeout: float = 200) -> tuple[int | None, str, str]:
     """Wait for the end of a process; its exit code, output and errors. Never a traceback."""
     output, errors = process.communicate(timeout=timeout)
     assert "Traceback" not in errors, errors
     return process.returncode, output, errors
 
 
-def wait_for(condition: Callable[[], bool], process: Command | Popen[str], timeout: float = 200) -> None:
+def wait_for(condition: Callable[[], bool], process: Command, timeout: float = 200) -> None:
     """Wait until the condition holds while the process runs."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.communicate()
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.01)
 
