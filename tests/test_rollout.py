@@ -174,6 +174,10 @@ def test_an_environment_that_raises_is_named_and_its_traceback_kept(tmp_path, fa
     line = f"^environment {faulty} failed at {when}: RuntimeError: the simulator is unstable; its traceback "
     with pytest.raises(UserError, match=line), failures_kept(tmp_path):
         rollout(LinearAgent(2, 1), EnvironmentSpec(faulty), np.zeros(2), np.array([7, 8]))
-    kept = (tmp_path / "environment-error.txt").read_text()
+    path = tmp_path / "environment-error.txt"
+    kept = path.read_text()
     assert kept.startswith("Traceback")
     assert "in fail" in kept
+    with pytest.raises(UserError, match=line[:-20]) as caught, failures_kept(path):
+        rollout(LinearAgent(2, 1), EnvironmentSpec(faulty), np.zeros(2), np.array([7, 8]))
+    assert "its traceback" not in str(caught.value)  # no folder to write it to
