@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-
-from flowrl.errors import UserError
+from safetensors import safe_open
 
 # The range in which a soft actor-critic actor clips its log standard deviation (Haarnoja et al., 2018).
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0
@@ -69,28 +67,14 @@ def load_policy(path: Path) -> BehaviorPolicy:
 
     Its tensors are ``hidden.0.weight`` (inputs, outputs), ``hidden.0.bias``, ..., ``mean.weight``,
     ``mean.bias``, ``log_std.weight`` and ``log_std.bias``; its metadata give ``env_id`` and ``steps``.
-
-    Raises:
-        UserError: unreadable, or not the metadata and tensors of a behaviour policy.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            names = file.keys()
-            tensors = {name: file.get_tensor(name).astype(np.float64) for name in names}
-        depth = sum(name.startswith("hidden.") for name in tensors) // 2
-        layers = [
-            (tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-            for name in (*(f"hidden.{index}" for index in range(depth)), "mean", "log_std")
-        ]
-        policy = BehaviorPolicy(
-            metadata["env_id"],
-            int(metadata["steps"]),
-            tuple(layers[:-2]),
-            mean=layers[-2],
-            log_std=layers[-1],
-        )
-        policy.distribution(np.zeros((1, policy.observation_dim)))
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: not a readable behaviour policy: {error!r}") from error
-    return policy
+    with safe_open(path, framework="numpy") as file:
+        metadata, names = file.metadata(), file.keys()
+        tensors = {name: file.get_tensor(name).astype(np.float64) for name in names}
+    depth = sum(name.startswith("hidden.") for name in tensors) // 2
+    layers = [
+        (tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+        for name in (*(f"hidden.{index}" for index in range(depth)), "mean", "log_std")
+    ]
+    *hidden, mean, log_std = layers
+    return BehaviorPolicy(metadata["env_id"], int(metadata["steps"]), tuple(hidden), mean, log_std)
