@@ -95,7 +95,6 @@ def test_minari_d4rl_and_memory_hold_the_same_data(mixed, tmp_path, storage):
     file = read_d4rl_file(tmp_path / "mixed.hdf5")
     assert dataset.sha256 == file.sha256 == expected.sha256
     assert dataset.notes == file.notes == ()
-    assert dataset.environment is not None
     assert (dataset.environment.env_id, dataset.environment.max_episode_steps) == ("Hopper-v5", 1000)
     assert dataset.reference == expected.reference
 

@@ -42,14 +42,12 @@ from flowrl.training.run import run_train
 )
 def test_normalized_scores(env_id, episode_return, score):
     reference = reference_scores(env_id)
-    assert reference is not None
     assert reference.normalized_score(episode_return) == pytest.approx(score, abs=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:.*precision lowered")
 def test_recorded_wrappers_are_applied_innermost_first():
     recorded = TimeAwareObservation(RescaleAction(gymnasium.make("Pendulum-v1"), -5.0, 5.0))
-    assert recorded.spec is not None
     env = make_env(EnvironmentSpec.from_gymnasium_json(recorded.spec.to_json()))
     assert (env.action_space.low, env.action_space.high) == (-5.0, 5.0)
     for each in (env, recorded):

@@ -150,7 +150,6 @@ def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp
             file.update({"observations": observations, "actions": np.zeros((9, 8)), "rewards": np.ones(9)})
             file.update({"terminals": np.zeros(9, bool), "timeouts": np.arange(9) == 8})
         dataset = load_episodes("ant-medium")
-        assert dataset.environment is not None
         check_environment(dataset.environment, dataset.observation_dim, dataset.action_dim)
         if forces:
             assert dataset.observation_dim == 111

@@ -234,8 +234,6 @@ def test_the_run_of_a_lost_node_resumes_elsewhere(whole_runs, tiny_dataset, held
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"},
     )  # fmt: skip
-    assert cluster.stdin is not None
-    assert cluster.stdout is not None
     try:
         lines = iter(cluster.stdout.readline, "")
         address = next(line.split()[1] for line in lines if line.startswith("address"))
