@@ -40,9 +40,11 @@ def read_or_map(
     Raises:
         UserError: what ``read`` raises, arrays that are damaged, or a disk that cannot be written.
     """
-    files = sorted(files)
-    if folder is None or not all(file.is_file() for file in files):  # reading reports what is missing
+    if folder is None:
         return read(IN_MEMORY)
+    files = sorted(files)
+    if not all(file.is_file() for file in files):
+        return read(IN_MEMORY)  # which reports what is missing
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((_FORMAT, facts, options)).encode()).hexdigest()[:32]
     final = folder / key
