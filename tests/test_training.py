@@ -347,13 +347,14 @@ def extreme(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("interleaved", "bfloat16"), ("fused", "float32")])
-def test_300_updates_and_acting_stay_finite(extreme, tmp_path, layout, precision):
+@pytest.mark.parametrize(
+    "options", [{"precision": "bfloat16"}, {"token_layout": "fused"}, {"attention": "softmax"}]
+)
+def test_300_updates_and_acting_stay_finite(extreme, tmp_path, options):
     """Whole episodes; unscaled returns of 1e5 enter the network as they are, so do targets beyond them."""
     train_here(
-        extreme, tmp_path / "run", token_layout=layout, precision=precision,
-        context_length="episode", return_scale=1, steps=300, log_every=50, checkpoint_every=300,
-        eval_episodes=0,
+        extreme, tmp_path / "run", context_length="episode", return_scale=1, steps=300, log_every=50,
+        checkpoint_every=300, eval_episodes=0, **options,
     )  # fmt: skip
     lines = figures(tmp_path / "run", "train")
     assert np.isfinite([line["gradient_norm"] for line in lines]).all()
