@@ -22,9 +22,9 @@ from flowrl.model.transformer import ModelConfig, SequenceModel
 from flowrl.native.acting import can_pack
 from flowrl.native.kernels import SWITCH, kernels_enabled
 from flowrl.native.library import installed_compiler
-from flowrl.native.linear import library_is_held_back
+from flowrl.native.linear import FEWEST_ROWS, OneDNNLinear, library_is_held_back
 
-WIDTH = 64  # of the heads of the default model
+WIDTH = 64  # of the heads of the paper's model
 SHAPES = ((16, 4, 60, WIDTH), (1, 4, 3072, WIDTH))  # batch, heads, tokens, width: windows, an episode
 REPETITIONS = 3
 GIB = 1 << 30
@@ -39,10 +39,13 @@ def run_check() -> str:
 
 def describe_device() -> str:
     """Show the machine, which hand-written kernels are used, and the error and speed of attention's."""
-    lines = [*_machine(), *_attention(torch.device("cpu"), cpu, "C++")]
+    device = torch.device("cpu")
+    reason = _why_not(device, cpu)
+    lines = [*_machine(), *_attention(device, cpu, "C++", reason)]
     if torch.cuda.is_available():
-        lines += _attention(torch.device("cuda", torch.cuda.current_device()), triton, "Triton")
-    lines += _others()
+        device = torch.device("cuda", torch.cuda.current_device())
+        lines += _attention(device, triton, "Triton", _why_not(device, triton))
+    lines += _others(reason)
     return "\n".join(f"{name:20}{text}" for name, text in lines)
 
 
@@ -77,10 +80,10 @@ def _triton_version() -> str:
         return "no Triton"
 
 
-def _attention(device: torch.device, form: ModuleType, name: str) -> list[tuple[str, str]]:
-    """Flow-Attention on a device by torch and by the form that is faster there."""
+def _attention(device: torch.device, form: ModuleType, name: str, reason: str) -> list[tuple[str, str]]:
+    """Flow-Attention on a device by torch and by the faster form, unless there is a reason not to."""
     sizes = " and ".join(" x ".join(map(str, shape)) for shape in SHAPES)
-    reason, fast = _why_not(device, form), "not used"
+    fast = "not used"
     if not reason:
         error = check_error(form, device, torch.float32, WIDTH)
         fast = f"{_speed(flow_attention, device)}, largest difference from torch {error:.0e}"
@@ -106,13 +109,16 @@ def _why_not(device: torch.device, form: ModuleType) -> str:
     return _with_warning(lambda: flow_attention(tokens, tokens, tokens))[1]  # of a check that failed
 
 
-def _others() -> list[tuple[str, str]]:
+def _others(reason: str) -> list[tuple[str, str]]:
+    """Acting and linear layers; ``reason`` is why C++ is not used, if it is not."""
     model = SequenceModel(ModelConfig(observation_dim=3, action_dim=1, max_timesteps=9))
-    reason = _why_not(torch.device("cpu"), cpu)
     acts, message = _with_warning(lambda: not reason and can_pack(model))
-    linear = "used" if library_is_held_back() else "not used: MKL uses all of this processor's vectors"
+    linear = "not used: not a processor with AVX-512 of another maker than Intel"
     if not kernels_enabled():
         linear = f"not used: {SWITCH} is off"
+    elif library_is_held_back():
+        _, message = _with_warning(lambda: OneDNNLinear(8, 8)(torch.zeros(FEWEST_ROWS, 8)))
+        linear = f"not used: {message}" if message else "used"
     return [
         ("Acting in C++", "used" if acts else f"not used: {reason or message}"),
         ("Linear by oneDNN", linear),

@@ -29,8 +29,8 @@ def one_line(error: BaseException) -> str:
 def exit_on_user_error() -> Iterator[None]:
     """Turn a :class:`UserError` into one line on stderr and exit code 2; other exceptions pass.
 
-    So does an error of the operating system that names a file: a name too long, a folder without permission,
-    a disk that fails. Its message is complete without a traceback.
+    An error of the operating system that names a file is treated alike: a name too long, a folder without
+    permission, a disk that fails.
     """
     try:
         yield

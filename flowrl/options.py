@@ -24,6 +24,7 @@ ConvolutionWidth = Annotated[int, Field(ge=0, le=64)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Target = Annotated[float, Field(ge=-3e38, le=3e38)]  # a return, in float32 while acting
 Share = Annotated[float, Field(gt=0, le=1)]
 SourceClamp = Annotated[float, Field(gt=0, le=40)]  # the exponential and its sum stay finite in float32
 

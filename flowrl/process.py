@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc's malloc.h
 
 
 def prepare_threads() -> None:
-    """Let torch's threads sleep soon after their work; has an effect before torch is imported alone.
+    """Let torch's threads sleep soon after their work; only has an effect before torch is imported.
 
     By default those of GCC's OpenMP look for more work for so long that they take the cores from the physics,
     and evaluation lasts a quarter longer.

@@ -250,6 +250,8 @@ def test_a_single_environment_needs_no_batch_axis():
         np.testing.assert_allclose(action, expected[t], atol=1e-6)
     with pytest.raises(ValueError, match=r"observations has shape \(1, 3\), this agent was reset for \(3,\)"):
         agent.act(np.zeros((1, 3)))
+    with pytest.raises(ValueError, match="rewards of the last actions are needed"):
+        agent.act(np.zeros(3))
 
 
 def test_a_target_may_change_in_mid_episode():

@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from tiny_training import OPTIONS, assert_same_end, figures, resume_here, steps_on_disk, train_here
+from tiny_training import OPTIONS, assert_same_end, figures, resume_here, train_here
 
 import flowrl
 from flowrl.data import EpisodeDataset, load_episodes
@@ -95,18 +95,25 @@ def test_an_unknown_option_is_named():
         flowrl.train(env="hopper-medium", setps=3)
 
 
-def test_the_best_evaluated_checkpoint_is_kept_and_labelled(tiny_dataset, tmp_path, monkeypatch, capsys):
-    """Scores are made up: the second of three evaluations is the best."""
-    run, scores, real = tmp_path / "run", iter((3.0, 7.0, 5.0)), Trainer._keep_if_best
+@pytest.fixture
+def made_up(monkeypatch):
+    """Call with the scores of the evaluations to come."""
+    real, scores = Trainer._keep_if_best, []
 
     def keep_if_best(self, result):
-        score = next(scores)
+        score = scores.pop(0)
         return real(self, type(result)(30.0, np.full(2, score), result.lengths, np.full(2, score)))
 
     monkeypatch.setattr(Trainer, "_keep_if_best", keep_if_best)
+    return scores.extend
+
+
+def test_the_best_evaluated_checkpoint_is_kept_and_labelled(tiny_dataset, tmp_path, made_up, capsys):
+    run = tmp_path / "run"
+    made_up((3.0, 7.0, 5.0))
     train_here(tiny_dataset, run, keep_best="normalized_score_mean")
     agent = flowrl.load_agent(run, checkpoint="best")
-    assert steps_on_disk(run / BEST) == ["step-00000050"]
+    assert agent.checkpoint_step == 50
     chosen_by = "normalized_score_mean 7 of 2 episodes in training's own evaluations"
     assert chosen_by in agent.config.chosen_by
     kept = load_checkpoint(run, 50).model
@@ -123,6 +130,19 @@ def test_the_best_evaluated_checkpoint_is_kept_and_labelled(tiny_dataset, tmp_pa
     (tmp_path / "best.json").rename(run / "evaluation.json")
     with pytest.raises(UserError, match="of the checkpoint that --keep-best chose"):
         load_runs([run])
+
+
+def test_a_best_checkpoint_whose_evaluation_was_lost_in_a_kill_is_dropped(tiny_dataset, tmp_path, made_up):
+    def killed(event, step):
+        if (event, step) == ("evaluation", 50):
+            raise KeyboardInterrupt
+
+    made_up((3.0, 7.0, 2.0, 2.0))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_dataset, tmp_path / "run", Recorder(killed), keep_best="return_mean")
+    resume_here(tmp_path / "run")
+    agent = flowrl.load_agent(tmp_path / "run", checkpoint="best")
+    assert (agent.checkpoint_step, agent.config.chosen_by.split()[1]) == (25, "3")
 
 
 def test_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_path):

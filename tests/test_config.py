@@ -150,6 +150,7 @@ FROM_1 += ("timesteps_per_update", "log_every", "checkpoint_every", "keep_checkp
         ({"embed_dim": 65}, "--embed-dim 65: must be a multiple of --num-heads 4"),
         ({"embed_dim": 10**30}, "--embed-dim 10+.*: should be less than"),
         ({"seed": 1 << 64}, "--seed 18446744073709551616: should be less than"),
+        ({"targets": (1e39,)}, r"--targets \(1e\+39,\): should be less than or equal to 30+"),
         ({"targets": (1.0, float("nan"))}, r"--targets \(1.0, nan\): should be a finite number"),
         ({"eval_episodes": 60_000}, "--eval-episodes 60000: must be at most 50000 at each of 2 --targets"),
         ({"env": None}, "give --env .* or --dataset"),
@@ -244,7 +245,7 @@ def test_a_model_for_a_gpu_must_fit_the_gpu(tiny_dataset, monkeypatch):
     """Whatever memory the machine around it has."""
     config = TrainConfig(dataset=str(tiny_dataset), env="Hopper-v4", embed_dim=64, num_layers=5)
     dataset = load_dataset(config)
-    size = 4 * 4 * sum(p.numel() for p in build_agent(config, dataset).model.parameters())
+    size = 5 * 4 * sum(p.numel() for p in build_agent(config, dataset).model.parameters())
     gpu = torch.device("cuda", 0)
     for free, fits in ((size, True), (size - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 50))

@@ -67,9 +67,12 @@ def test_without_timeouts_episodes_end_after_the_given_steps(tmp_path):
 def test_dones_alone_mark_every_end(tmp_path):
     data = columns()
     data["dones"] = data.pop("terminals") | data.pop("timeouts")
-    dataset = read_d4rl_file(write(tmp_path / "a.hdf5", data))
+    path = write(tmp_path / "a.hdf5", data)
+    dataset = read_d4rl_file(path)
     assert dataset.episode_lengths.tolist() == [3, 1, 4, 2, 2]
     assert dataset.terminated.tolist() == [True, True, True, True, False]
+    with pytest.raises(UserError, match="'timeouts' is missing: give --max-episode-steps"):
+        read_d4rl_file(path, split_at_timeouts=True)
 
 
 def test_terminal_flags_that_stay_set_are_reported_or_ignored(tmp_path):

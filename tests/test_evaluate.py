@@ -140,21 +140,24 @@ def test_a_sweep_of_targets_names_the_best_one_as_hindsight(tmp_path, monkeypatc
     assert f"highest mean return at target {best:g}: chosen with hindsight" in capsys.readouterr().out
 
 
-def test_two_agents_are_compared_episode_by_episode(monkeypatch):
+def test_two_agents_are_compared_episode_by_episode(monkeypatch, capsys):
     shifted = ConstantAgent()
     shifted.config = SimpleNamespace(**{**vars(ConstantAgent.config), "targets": (0.0,)})
     agents = {"first": ConstantAgent(), "second": shifted}
     monkeypatch.setattr(compare, "load_agent", lambda run, **_: agents[str(run)])
-    text = compare.compare(compare.CompareConfig(Path("first"), Path("second"), episodes=6, seed=3))
+    text = compare.compare(compare.CompareConfig(Path("first"), Path("second"), episodes=10, seed=3))
     loops = (
-        loop_over_single_environments(ConstantAgent(), HOPPER, [target] * 6, episode_seeds(3, 6))
+        loop_over_single_environments(ConstantAgent(), HOPPER, [target] * 10, episode_seeds(3, 10))
         for target in (600.0, 0.0)
     )
     scores = [REFERENCE_SCORES["hopper"].normalized_score(returns) for returns, *_ in loops]
     assert f"First - second: {(scores[0] - scores[1]).mean():.1f}, 95% interval" in text
     for values in scores:
-        assert f"{values.mean():.1f} ± {values.std(ddof=1) / 6**0.5:.1f}" in text
-    same = compare.compare(compare.CompareConfig(Path("first"), Path("first"), episodes=6))
+        assert f"{values.mean():.1f} ± {values.std(ddof=1) / 10**0.5:.1f}" in text
+    capsys.readouterr()
+    options = {"episodes": 10, "env_import": ("json",)}
+    same = compare.compare(compare.CompareConfig(Path("first"), Path("first"), **options))
+    assert capsys.readouterr().out == "importing json for Hopper-v5\n"
     assert "First - second: 0.0, 95% interval 0.0 to 0.0: within the noise" in same
     shifted.environment = EnvironmentSpec("Walker2d-v5")
     with pytest.raises(UserError, match=r"environments, Hopper-v5\(max_episode_steps=13\) and Walker2d-v5"):

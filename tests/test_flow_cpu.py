@@ -30,7 +30,7 @@ pytestmark = [
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 cpp_flow_attention = computed_by(cpu)
-SIZES = [*((length, 16) for length in (1, 2, 63, 64, 65, 129, 300)), *((140, width) for width in WIDTHS[1:])]
+SIZES = [*((length, 16) for length in (1, 2, 63, 64, 65, 129, 3000)), *((140, width) for width in WIDTHS[1:])]
 
 
 def inputs_of(length, width, *, dtype=torch.float64, batch=2, heads=2, seed=0):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from flowrl import check, machine
+from flowrl.attention.flow import cpu
 from flowrl.native import kernels
+from flowrl.native.library import native_library
 
 
 @pytest.mark.parametrize(
@@ -39,10 +41,15 @@ def test_memory_may_be_unknown_on_other_operating_systems(monkeypatch):
     assert machine.available_memory() is None
 
 
-def test_everything_is_used_here(monkeypatch):
+def described(monkeypatch):
+    """What ``flowrl check`` prints, by the first words of its lines."""
     monkeypatch.setattr(check, "SHAPES", ((1, 2, 5, 64), (1, 2, 70, 64)))
     monkeypatch.setattr(kernels, "_trusted", {})
-    found = {line[:20].strip(): line[20:] for line in check.describe_device().splitlines()}
+    return {line[:20].strip(): line[20:] for line in check.describe_device().splitlines()}
+
+
+def test_everything_is_used_here(monkeypatch):
+    found = described(monkeypatch)
     assert f"torch {torch.__version__}" in found["software"]
     assert re.search("bfloat16: (native|emulated)", found["processor"])
     assert found["FLOWRL_KERNELS"] == "not set: kernels are on"
@@ -50,3 +57,23 @@ def test_everything_is_used_here(monkeypatch):
     error = re.search("ms, largest difference from torch (.*)", found["C++"])
     assert 0 < float(error[1]) < 1e-4
     assert found["Acting in C++"] == "used"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("FLOWRL_KERNELS", "off", "FLOWRL_KERNELS is off"),
+        ("CXX", "false", "could not be built"),
+        ("CXX", 'g++ "', "there is no compiler"),
+    ],
+)
+def test_what_is_not_used_has_its_reason(monkeypatch, variable, value, reason):
+    monkeypatch.setenv(variable, value)
+    libraries = (native_library, cpu.flow_library)
+    for library in libraries:
+        library.cache_clear()
+    found = described(monkeypatch)
+    for library in libraries:
+        library.cache_clear()
+    assert all(found[name].startswith("not used: ") for name in ("C++", "Acting in C++"))
+    assert all(reason in found[name] for name in ("C++", "Acting in C++"))

@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiny_training import figures, train_here
 
 from flowrl.data import EpisodeDataset, load_episodes, mapped
 from flowrl.data.arrays import Storage, release, row_chunks
+from flowrl.data.dataset import concatenate
 from flowrl.errors import UserError
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import load_dataset
@@ -56,8 +58,10 @@ def test_files_minari_and_several_are_the_same_as_in_memory(tiny_dataset, own_fo
     named = load_dataset(TrainConfig(env="hopper-medium", memory_map=folder, eval_episodes=0))
     assert isinstance(named.observations, np.memmap)
     assert loaded(folder, tiny_dataset, other, minari_id, env="Hopper-v4").num_episodes == 14
+    for version in (4, 5):  # with other notes of the same data
+        loaded(folder, tiny_dataset, minari_id, env=f"Hopper-v{version}")
     kept = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    assert len(kept) == 5
+    assert len(kept) == 7
     monkeypatch.setattr(mapped, "_write", lambda *_: pytest.fail("it is there already"))
     load_episodes((str(tiny_dataset), str(other), minari_id), "Hopper-v4", memory_map=folder)
     monkeypatch.undo()
@@ -71,7 +75,7 @@ def test_a_training_is_the_same_as_in_memory(unevaluated, tiny_dataset, tmp_path
     assert figures(tmp_path / "disk") == figures(unevaluated)
 
 
-def test_what_is_damaged_is_refused_and_what_fails_leaves_nothing(tiny_dataset, tmp_path):
+def test_what_is_damaged_is_refused_and_what_fails_leaves_nothing(tiny_dataset, tmp_path, monkeypatch):
     folder = tmp_path / "map"
     with pytest.raises(UserError, match="no such file"):
         load_episodes(str(tmp_path / "none.hdf5"), memory_map=folder)
@@ -89,6 +93,9 @@ def test_what_is_damaged_is_refused_and_what_fails_leaves_nothing(tiny_dataset, 
         load_episodes(str(tiny_dataset), memory_map=file)
     with pytest.raises(UserError, match=r"x: 5 steps take 931,322,574\.6 GiB on disk, .* free"):
         Storage(kept).require("x", "5 steps", 10**18)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match=r"tiny\.hdf5 \+ file:tiny\.hdf5: 120 steps take .* on disk"):
+        concatenate([dataset] * 2, Storage(kept))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -207,6 +207,8 @@ def test_cued_data_has_one_run_up_and_right_and_wrong_policies_after_it():
     cues = {(episode.policy, episode.observations[0, -3]) for episode in episodes}
     assert cues == {("350k", -1), ("350k", 1), ("expert", -1), ("expert", 1)}
     assert environment_named("hopper-cued") == EnvironmentSpec("flowrl/HopperCued-v0")
+    with pytest.raises(UserError, match="did you mean 'hopper-cued'"):
+        environment_named("hopper-cue")
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")

@@ -153,6 +153,9 @@ def test_training_gets_a_fast_dropout_with_the_same_weights():
 
 def test_onednn_gives_the_outputs_and_gradients_of_torch(monkeypatch):
     monkeypatch.setattr("flowrl.native.accelerate.library_is_held_back", lambda: True)
+    model = make_model()
+    accelerate_training(model)
+    assert type(model.blocks[0].mlp[0]) is OneDNNLinear
     torch.manual_seed(0)
     plain = nn.Linear(96, 64)
     layer = copy.deepcopy(plain)
@@ -167,6 +170,16 @@ def test_onednn_gives_the_outputs_and_gradients_of_torch(monkeypatch):
     assert type(results[0][0].grad_fn).__name__ == "_LinearBackward"
     for actual, expected in zip(*results, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("maker", "vectors"), [("GenuineIntel", "AVX512"), ("AMD", "AVX2"), ("AMD", "AVX512")]
+)
+def test_onednn_multiplies_where_mkl_keeps_to_half_the_vectors(maker, vectors, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(linear, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    assert linear.library_is_held_back.__wrapped__() == ((maker, vectors) == ("AMD", "AVX512"))
 
 
 def test_a_wrong_product_is_noticed_and_torch_is_used(monkeypatch):

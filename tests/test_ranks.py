@@ -93,7 +93,7 @@ def test_a_killed_pair_resumes_exactly(tiny_dataset, tmp_path):
     assert "step-00000120" not in steps_on_disk(run)
     run_two(["--resume", str(run)])
     assert_same_end(run, tmp_path / "reference")
-    with pytest.raises(UserError, match="2 processes trained it"):
+    with pytest.raises(UserError, match="trained by 2 processes and has to be resumed by as many, not by 1"):
         resume_here(run, steps=130)
 
 

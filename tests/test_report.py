@@ -302,6 +302,7 @@ def test_evaluations_stand_beside_runs(tmp_path):
     elsewhere = write_evaluation(tmp_path / "b.json", figures(3600.0, 23), config=config)
     text = write_report(ReportConfig((run, other, elsewhere), tmp_path / "out"))
     assert row_of(text, "dataset")[2:] == ["flow-interleaved-20", "TD3+BC, 20 minutes", "flow-fused-20"]
+    assert "; all with steps 100" in text
     assert row_of(text, "`flowrl/hopper")[2:] == ["10.0 (1)", "22.0 (1)", "**23.0** (1)"]
     assert row_of(text.split("## Last against best")[1], "`flowrl")[1:] == ["10.0 → 15.0", "—", "—"]
     assert row_of(text.split("## Achieved")[1], "`flowrl")[1:] == ["0.45 (1)", "—", "—"]

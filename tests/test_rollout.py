@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box
 
+from flowrl.data.collect import Part, Recipe
+from flowrl.data.writers import collect_d4rl
+from flowrl.envs.failures import failures_kept
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
-from flowrl.evaluation.rollout import failures_kept, rollout
+from flowrl.evaluation.rollout import rollout
 
 
 class LinearAgent:
@@ -178,6 +181,10 @@ def test_an_environment_that_raises_is_named_and_its_traceback_kept(tmp_path, fa
     kept = path.read_text()
     assert kept.startswith("Traceback")
     assert "in fail" in kept
+    recipe = Recipe(faulty, (Part("uniform"),), steps=10, spec=EnvironmentSpec(faulty))
+    with pytest.raises(UserError, match="failed at (reset|a step): RuntimeError: the simulator is unstable"):
+        collect_d4rl(recipe, tmp_path / "x.hdf5")
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(UserError, match=line[:-20]) as caught, failures_kept(path):
         rollout(LinearAgent(2, 1), EnvironmentSpec(faulty), np.zeros(2), np.array([7, 8]))
     assert "its traceback" not in str(caught.value)  # no folder to write it to

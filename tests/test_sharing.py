@@ -25,7 +25,7 @@ from flowrl.evaluation.evaluate import episode_seeds, evaluate
 from flowrl.model import Agent, AgentConfig, BehaviorCloningConfig, BehaviorCloningModel
 from flowrl.model.checkpoint import load_checkpoint
 from flowrl.sharing.export import ExportConfig, export_agent, run_export
-from flowrl.sharing.push import PushConfig, push
+from flowrl.sharing.push import PushConfig, push, refuse_paths
 
 
 def test_a_saved_agent_acts_as_before_and_nothing_is_overwritten(tmp_path):
@@ -104,7 +104,7 @@ def test_an_exported_torch_archive_takes_any_batch(tmp_path, capsys):
 def test_a_step_that_differs_from_the_agent_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr("flowrl.sharing.export.TOLERANCE", -1.0)
     with pytest.raises(UserError, match="differ from the agent's"):
-        export_agent(small_perceptron(), tmp_path / "step.pt2", "torch")
+        export_agent(small_perceptron(), tmp_path / "step.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,7 +140,7 @@ def run(tiny_dataset, tmp_path_factory):
 def exported(run):
     """The step of the run's agent, which takes most of a minute to export."""
     path = run.with_name("step.onnx")
-    export_agent(load_agent(run, acting="recurrent"), path, "onnx")
+    export_agent(load_agent(run, acting="recurrent"), path)
     return path
 
 
@@ -221,7 +221,7 @@ def test_what_the_hub_lacks_or_refuses_is_one_line(run, hub, tmp_path):
         "hf:me/empty: not an agent of flowrl, it has no agent.json": ["evaluate", "hf:me/empty"],
         f"hf:me/huge: model.safetensors has {1 << 40} bytes": ["evaluate", "hf:me/huge"],
         "hf:a b: expected hf:OWNER/NAME": ["evaluate", "hf:a b"],
-        "walker: expected OWNER/NAME": ["push", str(run), "walker"],
+        "me/: expected OWNER/NAME": ["push", str(run), "me/"],
         "me/walker: the Hub refused: ": ["push", str(run), "me/walker"],
     }
     results = commands(hub.url, tmp_path, list(lines.values()), HF_TOKEN="wrong")
@@ -230,6 +230,23 @@ def test_what_the_hub_lacks_or_refuses_is_one_line(run, hub, tmp_path):
         assert output.startswith(f"error: {message}"), (message, output)
         assert output.count("\n") == 1
     assert hub.downloaded == []
+
+
+def test_a_download_that_breaks_off_is_one_line(monkeypatch):
+    def broken(*_, **options):
+        raise RuntimeError("peer closed connection")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.get_paths_info", broken)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    with pytest.raises(UserError, match=r"^hf:me/x: could not be downloaded: peer closed connection$"):
+        load_agent("hf:me/x")
+
+
+@pytest.mark.parametrize("path", ["/home/me/a.xml", "~/a.xml", {"xml": "/home/me/a.xml"}, ["b", "../a.xml"]])
+def test_a_path_of_this_machine_is_refused(path):
+    with pytest.raises(UserError, match=r"option 'model' has a path of this machine, .*a\.xml"):
+        refuse_paths(EnvironmentSpec("Hopper-v5", {"model": path}))
+    refuse_paths(EnvironmentSpec("Hopper-v5", {"model": "a/b.xml", "other": 3}))
 
 
 def test_a_dataset_is_pushed_and_minari_downloads_the_same(hub, tmp_path):

@@ -51,11 +51,16 @@ def on_device(*tensors):
 def test_outputs_and_gradients_are_the_naive_ones(batch, heads, length, head_dim):
     shape = {"batch": batch, "heads": heads, "head_dim": head_dim, "value_dim": head_dim}
     inputs = on_device(*tokens(length, **shape, dtype=torch.float32))
-    for options in ({}, {"clamp": 0.3, "eps": 0.05}) if length < 64 else ({"clamp": 0.9},):
+    for options in ({}, {"clamp": 0.3, "eps": 0.05}, {"eps": 0.0}) if length < 64 else ({"clamp": 0.9},):
         exact = with_gradients(naive_flow_attention, *(x.double() for x in inputs), **options)
         actual = with_gradients(triton_flow_attention, *inputs, **options)
         assert all(x.dtype == torch.float32 for x in actual)
         assert_all_close(actual, exact, 3e-6)
+
+
+def test_an_empty_batch_has_empty_outputs_and_gradients():
+    inputs = on_device(*tokens(65, batch=0, head_dim=16, value_dim=16, dtype=torch.float32))
+    assert [x.shape for x in with_gradients(triton_flow_attention, *inputs)] == [inputs[0].shape] * 4
 
 
 @pytest.mark.parametrize(("length", "dtype"), [(40, torch.float16), (70, torch.bfloat16)])

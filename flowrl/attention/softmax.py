@@ -31,7 +31,7 @@ def softmax_attention_step(
         num_tokens = torch.zeros(len(key), dtype=torch.int64, device=key.device)
     else:
         keys, values, num_tokens = state
-    longest = int(num_tokens.max()) + 1
+    longest = 1 + max(num_tokens.tolist(), default=0)
     if longest > keys.shape[2]:  # double the length
         keys, values = (F.pad(x, (0, 0, 0, x.shape[2])) for x in (keys, values))
     row = torch.arange(len(key), device=key.device)

@@ -14,6 +14,7 @@ from flowrl.behavior.policy import BehaviorPolicy
 from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, load_behavior
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.envs.cued_speed import CUED_IDS
+from flowrl.envs.failures import named_failure
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.spaces import EnvironmentFacts, environment_facts
 from flowrl.envs.specs import EnvironmentSpec
@@ -167,7 +168,7 @@ def collect(recipe: Recipe) -> Collection:
             for index, (part, target) in enumerate(zip(recipe.parts, targets, strict=True)):
                 policy = policies[part.policy]
                 start = partial(_Running, recipe.seed, index, facts.max_episode_steps, facts.action_dim)
-                episodes += _collect_part(start, part, policy, opening, target, envs, bar)
+                episodes += _collect_part(start, part, policy, opening, target, envs, environment, bar)
     finally:
         envs.close()
     return Collection(recipe, environment, tuple(episodes))
@@ -214,6 +215,7 @@ def _collect_part(
     opening: Policy | None,
     target: int,
     envs: Any,
+    environment: EnvironmentSpec,
     progress: tqdm,
 ) -> list[Episode]:
     """Return the first episodes of a part that together hold ``target`` steps.
@@ -231,7 +233,8 @@ def _collect_part(
         return start(len(finished) - 1)
 
     slots = [begin() for _ in range(SLOTS)]
-    observations, _ = envs.reset(seed=[slot.seed for slot in slots])  # (SLOTS, observation_dim)
+    with named_failure(environment, "reset"):
+        observations, _ = envs.reset(seed=[slot.seed for slot in slots])  # (SLOTS, observation_dim)
     for slot, observation in zip(slots, observations, strict=True):
         slot.observations.append(observation)
     active = np.ones(SLOTS, dtype=bool)
@@ -243,7 +246,8 @@ def _collect_part(
         actions = policy.act(seen, normals, part.noise * noise)
         if opening is not None:
             actions = envs.behavior_actions(opening.act(seen, normals, part.noise * noise), actions)
-        observations, rewards, terminations, truncations, _ = envs.step(actions)
+        with named_failure(environment, "a step"):
+            observations, rewards, terminations, truncations, _ = envs.step(actions)
         for i in np.flatnonzero(active).tolist():
             slots[i].observations.append(observations[i])
             slots[i].actions.append(actions[i])
@@ -266,7 +270,8 @@ def _collect_part(
             continue
         for i in np.flatnonzero(ended).tolist():
             slots[i] = begin()
-        observations, _ = envs.reset(seed=[slot.seed for slot in slots], options={"reset_mask": ended})
+        with named_failure(environment, "reset"):
+            observations, _ = envs.reset(seed=[slot.seed for slot in slots], options={"reset_mask": ended})
         for i in np.flatnonzero(ended).tolist():
             slots[i].observations.append(observations[i])
     return [episode for episode in finished[:whole] if episode is not None]

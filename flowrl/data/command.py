@@ -1,4 +1,4 @@
-"""The command ``scripts/collect.py``: its options, and the recipe that they describe."""
+"""The command ``flowrl collect``: its options, and the recipe that they describe."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from flowrl.behavior.shipped import behavior_assets, behavior_names
 from flowrl.data.collect import UNIFORM, Part, Recipe
 from flowrl.data.embedded import EMBEDDED, embedded_id
 from flowrl.data.writers import collect_d4rl, collect_minari, ensure_minari, read_provenance
+from flowrl.envs.failures import failures_kept
 from flowrl.envs.options import EnvironmentOptions
 from flowrl.envs.specs import EnvironmentSpec, named_environment
 from flowrl.errors import UserError
@@ -44,6 +45,7 @@ class CollectCommand(EnvironmentOptions):
     """With --push: write what would be sent to this new folder, and send nothing."""
 
 
+@failures_kept(Path())
 def run_collect(command: CollectCommand) -> None:
     """Collect and print where the data is and its content hash; a signal leaves nothing behind.
 
@@ -108,5 +110,5 @@ def _dataset_id(command: CollectCommand, recipe: Recipe) -> str:
     if own is not None and recipe == EMBEDDED[command.name]:
         return command.id or own
     if command.id is None or command.id.startswith("flowrl/"):
-        raise UserError("data of one's own needs a name of its own: --id such as mine/hopper/mixed-v0")
+        raise UserError("give this dataset its own id, such as --id mine/hopper/mixed-v0")
     return command.id

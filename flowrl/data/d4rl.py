@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,11 @@ def read_d4rl(
         path,
         dataset_id=dataset_id,
         environment=D4RL_ENVIRONMENTS[name],
-        notes=notes,
         max_episode_steps=max_episode_steps,
         split_at_timeouts=split_at_timeouts,
     )
-    return read_or_map(read, memory_map, [path], dataset_id, max_episode_steps, split_at_timeouts)
+    dataset = read_or_map(read, memory_map, [path], dataset_id, max_episode_steps, split_at_timeouts)
+    return replace(dataset, notes=(*notes, *dataset.notes))
 
 
 def find_d4rl_file(name: str) -> Path:
@@ -136,7 +137,6 @@ def read_d4rl_file(
     *,
     dataset_id: str | None = None,
     environment: EnvironmentSpec | None = None,
-    notes: tuple[str, ...] = (),
     max_episode_steps: int | None = None,
     split_at_timeouts: bool = False,
 ) -> EpisodeDataset:
@@ -152,7 +152,6 @@ def read_d4rl_file(
         storage: where the arrays go.
         dataset_id: name of the data; ``file:NAME`` by default.
         environment: where agents trained on this data are evaluated.
-        notes: sentences to show to the user, kept before this function's own.
         max_episode_steps: where the file has no timeouts, an episode ends after so many steps at the latest.
         split_at_timeouts: let episodes end at timeouts alone, for files such as AntMaze's, whose terminal
             flag stays set while the robot is at its goal.
@@ -164,7 +163,7 @@ def read_d4rl_file(
     with open_d4rl_file(path) as columns:
         steps = len(columns["rewards"])
         environment, dropped, ant_notes = _match_ant(columns["observations"], environment)
-        facts = _facts(environment)
+        facts = facts_of(environment)
         choices = {
             "observations": _choices(facts.observation_space if facts else None, columns["observations"]),
             "actions": _choices(facts.action_space if facts else None, columns["actions"]),
@@ -183,7 +182,7 @@ def read_d4rl_file(
         elif max_episode_steps is not None:
             ends = np.zeros_like(terminals) if split_at_timeouts else terminals
             timeouts = _timeouts(ends, max_episode_steps)
-        elif _name(columns["terminals"]) == "dones":  # which mark every end
+        elif _name(columns["terminals"]) == "dones" and not split_at_timeouts:  # which mark every end
             timeouts = np.zeros_like(terminals)
         else:
             raise UserError(
@@ -200,7 +199,7 @@ def read_d4rl_file(
         action_choices=choices_of(choices["actions"]),
         environment=environment,
         reference=reference_scores(environment.env_id) if environment else None,
-        notes=(*notes, *ant_notes, *more_notes),
+        notes=(*ant_notes, *more_notes),
         storage=storage,
     )
 
@@ -227,7 +226,7 @@ def open_d4rl_file(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
         ) from error
 
 
-def _facts(environment: EnvironmentSpec | None) -> EnvironmentFacts | None:
+def facts_of(environment: EnvironmentSpec | None) -> EnvironmentFacts | None:
     if environment is not None:
         with suppress(EnvironmentUnavailable):
             return environment_facts(environment)

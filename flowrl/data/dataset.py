@@ -174,6 +174,7 @@ def concatenate(datasets: Sequence[EpisodeDataset], storage: Storage = IN_MEMORY
                 )
     dataset_id = " + ".join(dataset.dataset_id for dataset in datasets)
     steps = sum(dataset.num_transitions for dataset in datasets)
+    storage.require(dataset_id, f"{steps} steps", 4 * steps * (first.observation_dim + first.action_dim + 2))
     arrays = {}
     for name in ("observations", "actions", "rewards"):
         parts = [getattr(dataset, name) for dataset in datasets]
@@ -206,7 +207,12 @@ def delayed_rewards(dataset: EpisodeDataset) -> EpisodeDataset:
     returns = dataset.episode_returns.astype(np.float32)
     rewards = np.zeros_like(dataset.rewards)
     rewards[dataset.episode_starts + dataset.episode_lengths - 1] = returns
-    return replace(dataset, rewards=rewards, returns_to_go=np.repeat(returns, dataset.episode_lengths))
+    return replace(
+        dataset,
+        rewards=rewards,
+        returns_to_go=np.repeat(returns, dataset.episode_lengths),
+        episode_returns=returns.astype(np.float64),
+    )
 
 
 def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:

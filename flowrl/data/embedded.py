@@ -104,7 +104,7 @@ def load_embedded(name: str, memory_map: Path | None = None, why: str = "") -> E
     if dataset.sha256 != read_provenance(folder).get("sha256"):
         raise UserError(
             f"{folder}: its content is not what was collected (SHA-256 {dataset.sha256}): collect it again, "
-            f"python scripts/collect.py {name} --overwrite"
+            f"flowrl collect {name} --overwrite"
         )
     notes = [
         f"THIS IS flowrl's OWN DATA {dataset_id}{not_d4rls}: "

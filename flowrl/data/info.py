@@ -93,7 +93,8 @@ def _choices(dataset: EpisodeDataset) -> str:
     """Describe discrete actions: the numbers of choices and how often each is taken; empty for others."""
     if not dataset.action_choices:
         return ""
-    shares = np.split(dataset.actions.mean(axis=0), np.cumsum(dataset.action_choices)[:-1])
+    totals = sum(rows.sum(axis=0, dtype=np.float64) for rows in row_chunks(dataset.actions))
+    shares = np.split(totals / dataset.num_transitions, np.cumsum(dataset.action_choices)[:-1])
     return "choices of " + ", ".join(
         f"{len(each)}, taken {' '.join(f'{share:.3g}' for share in each)} of the time" for each in shares
     )

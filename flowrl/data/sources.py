@@ -6,9 +6,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flowrl.data.d4rl import D4RL_ENVIRONMENTS, find_d4rl_file, read_d4rl, read_d4rl_file
+from flowrl.data.d4rl import D4RL_ENVIRONMENTS, facts_of, find_d4rl_file, read_d4rl, read_d4rl_file
 from flowrl.data.dataset import EpisodeDataset, concatenate
-from flowrl.data.embedded import EMBEDDED, SOURCE, load_embedded
+from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, SOURCE, load_embedded
 from flowrl.data.mapped import read_or_map
 from flowrl.data.memory import memory_dataset, memory_environment
 from flowrl.data.minari import load_minari
@@ -79,7 +79,8 @@ def environment_named(env: str, imports: Sequence[str] = ()) -> EnvironmentSpec:
     memory_task = memory_environment(env)
     if memory_task is not None:
         return memory_task
-    return named_environment(env, imports, D4RL_ENVIRONMENTS)
+    tasks = {name: EMBEDDED[name].acts_in for name in ROBOT_TASKS}
+    return named_environment(env, imports, {**D4RL_ENVIRONMENTS, **tasks})
 
 
 def _load(
@@ -111,7 +112,7 @@ def _load(
             max_episode_steps=limit,
             split_at_timeouts=split_at_timeouts,
         )
-        return read_or_map(read, memory_map, [path], read_as, limit, split_at_timeouts)
+        return read_or_map(read, memory_map, [path], read_as, limit, split_at_timeouts, facts_of(read_as))
     if path.is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
         raise UserError(
             f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
@@ -140,9 +141,15 @@ def _in_one_environment(
 
 
 def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:
-    hashes = (dataset.sha256 for dataset in datasets)
-    joined = read_or_map(partial(concatenate, datasets), memory_map, (), *hashes)
-    return replace(joined, environment=datasets[0].environment, reference=datasets[0].reference)
+    facts = ((dataset.sha256, dataset.action_choices) for dataset in datasets)
+    joined = read_or_map(partial(concatenate, datasets), memory_map, (), *facts)
+    return replace(
+        joined,
+        environment=datasets[0].environment,
+        reference=datasets[0].reference,
+        dataset_id=" + ".join(dataset.dataset_id for dataset in datasets),
+        notes=tuple(f"{dataset.dataset_id}: {note}" for dataset in datasets for note in dataset.notes),
+    )
 
 
 def _d4rl_or_embedded(

@@ -68,7 +68,7 @@ def ensure_minari(recipe: Recipe, dataset_id: str) -> Path:
     if any(provenance.get(key) != value for key, value in recipe.provenance().items()):
         raise UserError(
             f"{folder} was not collected by this version's recipe and policies: collect it again with "
-            "scripts/collect.py and --overwrite, or move it away"
+            "flowrl collect and --overwrite, or move it away"
         )
     return folder
 
@@ -100,9 +100,10 @@ def collect_d4rl(recipe: Recipe, path: Path, overwrite: bool = False) -> str:
         raise UserError(f"--out {path}: the name of a file in D4RL's layout ends in .hdf5 or .h5")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; replace it with --overwrite")
-    collection = collect(recipe)
-    dataset = to_dataset(collection, str(path))
     with _disk_errors(path), atomic_path(path) as temporary:
+        temporary.touch()  # a folder that cannot be written is refused before the data is collected
+        collection = collect(recipe)
+        dataset = to_dataset(collection, str(path))
         _check_space(temporary, collection)
         _write_d4rl(dataset, _provenance(collection, dataset.sha256), temporary)
     return dataset.sha256
@@ -155,7 +156,7 @@ def _write_minari(collection: Collection, dataset_id: str) -> None:
             dataset_id,
             [_to_buffer(index, episode) for index, episode in enumerate(collection.episodes)],
             env=environment,
-            algorithm_name="SAC",
+            algorithm_name="SAC" if collection.recipe.policies else "uniform random",
             author="flowrl",
             ref_min_score=None if reference is None else reference.minimum,
             ref_max_score=None if reference is None else reference.maximum,

@@ -164,8 +164,8 @@ def check_registered(env_id: str, also_known: tuple[str, ...] = ()) -> None:
     if "did you mean" not in hint:  # the whole registry is too long to list
         hint = f"; known: {', '.join(also_known)}, and Gymnasium's ids" if also_known else ""
     raise UserError(
-        f"environment '{env_id}' is not registered with Gymnasium{hint}; one of another package needs "
-        "--env-import MODULE"
+        f"environment '{env_id}' is not registered with Gymnasium{hint} (one of another package needs "
+        "--env-import MODULE)"
     )
 
 

@@ -13,18 +13,18 @@ import tyro
 
 from flowrl.atomic import write_text
 from flowrl.data.sources import environment_named
+from flowrl.envs.failures import failures_kept
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.spaces import check_environment
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate, format_table
-from flowrl.evaluation.rollout import failures_kept
 from flowrl.evaluation.video import check_video, write_video
 from flowrl.model.agent import Acting, Agent, Conditioning
 from flowrl.model.checkpoint import BEST, CHECKPOINTS, CheckpointName
 from flowrl.model.loading import load_agent
-from flowrl.options import Episodes, NotNegative, Seed, SourceClamp
+from flowrl.options import Episodes, NotNegative, Seed, SourceClamp, Target
 from flowrl.plain_yaml import read_yaml_mapping
 
 
@@ -39,7 +39,7 @@ class EvaluateConfig(EvaluationOptions):
     env: str | None = None
     """Environment to evaluate in, by default the run's own: such as tmaze-20000, forty times as long as the
     tmaze-500 that a run was trained on."""
-    targets: tuple[float, ...] | Literal["sweep"] = ()
+    targets: tuple[Target, ...] | Literal["sweep"] = ()
     """Target returns; by default those of the run's configuration. sweep: a curve of achieved over target
     returns, from the reference score 0 (or the smallest of the run's targets) to a quarter above its
     largest target."""

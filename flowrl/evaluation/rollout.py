@@ -1,21 +1,18 @@
 """One episode per slot, all slots in one batch: the loop behind every reported return."""
 
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from flowrl.atomic import write_text
+from flowrl.envs.failures import named_failure
 from flowrl.envs.spaces import environment_actions
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_vector_env
-from flowrl.errors import UserError, one_line
+from flowrl.errors import UserError
 
 
 class BatchedAgent(Protocol):
@@ -46,10 +43,6 @@ class Rollouts:
     terminated: np.ndarray
     successes: np.ndarray | None
     worlds: np.ndarray | None = None
-
-
-class EnvironmentFailure(UserError):
-    """An environment raised an exception, which is the cause of this one."""
 
 
 def rollout(
@@ -86,7 +79,7 @@ def rollout(
     envs = make_vector_env(environment, slots)
     try:
         # Gymnasium's vector classes take a list; the base class' annotation says int.
-        with _named_failure(environment, "reset"):
+        with named_failure(environment, "reset"):
             observations, _ = envs.reset(seed=[int(seed) for seed in seeds])  # type: ignore[arg-type]
         agent.reset(slots, np.asarray(target_returns))
         running = np.arange(slots)  # (running,) slots still in their episode, in the agent's order
@@ -100,7 +93,7 @@ def rollout(
                 acted = agent.act(observed, rewards)
                 _check_finite("action", acted, running, step)
                 actions[running] = environment_actions(space, acted)
-                with _named_failure(environment, f"step {step}"):
+                with named_failure(environment, f"step {step}"):
                     observations, step_rewards, terminations, truncations, infos = envs.step(actions)
                 rewards = step_rewards[running]
                 _check_finite("reward", rewards, running, step)
@@ -123,31 +116,6 @@ def rollout(
     # For all slots, including finished ones.
     successes, worlds = infos.get("success"), infos.get("world")
     return Rollouts(returns, lengths, terminated, successes, worlds)
-
-
-@contextmanager
-def failures_kept(folder: Path) -> Iterator[None]:
-    """Write the traceback of an :class:`EnvironmentFailure` to ``environment-error.txt`` in ``folder``."""
-    try:
-        yield
-    except EnvironmentFailure as failure:
-        path = folder / "environment-error.txt"
-        try:
-            write_text(path, "".join(traceback.format_exception(failure.__cause__)))
-        except OSError:
-            raise failure from failure.__cause__  # what went wrong first
-        raise UserError(f"{failure}; its traceback is in {path}") from failure
-
-
-@contextmanager
-def _named_failure(environment: EnvironmentSpec, when: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # an environment may raise anything
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise EnvironmentFailure(f"environment {environment.env_id} failed at {when}: {reason}") from error
 
 
 def _check_finite(what: str, values: np.ndarray, running: np.ndarray, step: int) -> None:

@@ -12,7 +12,18 @@ from flowrl.envs.options import EvaluationOptions
 from flowrl.errors import UserError
 from flowrl.model.agent import Conditioning
 from flowrl.model.checkpoint import CheckpointName
-from flowrl.options import Count, Episodes, NotNegative, Positive, PositiveCount, Seed, Size, checked, flag
+from flowrl.options import (
+    Count,
+    Episodes,
+    NotNegative,
+    Positive,
+    PositiveCount,
+    Seed,
+    Size,
+    Target,
+    checked,
+    flag,
+)
 from flowrl.plain_yaml import read_yaml_mapping
 from flowrl.training.config import (
     FINETUNE_FILE,
@@ -56,7 +67,7 @@ class FinetuneConfig(EvaluationOptions):
     noise: NotNegative = 0.05
     """Standard deviation of the exploration's normal noise on continuous actions, whose bounds count as -1
     and 1. Discrete actions are drawn from their distribution."""
-    target: float | None = None
+    target: Target | None = None
     """Target return while collecting; by default the highest in the replay."""
     conditioning: Conditioning | None = None
     """return-to-go or target, see flowrl train; by default as the run was configured."""
@@ -69,7 +80,7 @@ class FinetuneConfig(EvaluationOptions):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
 
-    targets: tuple[float, ...] = ()
+    targets: tuple[Target, ...] = ()
     """Target returns to evaluate at; by default the run's."""
     eval_every: Count = 500
     """Updates between evaluations, the first of which is before any update; 0 evaluates after the last one

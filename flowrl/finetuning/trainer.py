@@ -15,11 +15,12 @@ import torch
 
 from flowrl.data import EpisodeDataset
 from flowrl.data.dataset import build_episodes, concatenate, top_episodes
+from flowrl.envs.failures import failures_kept
 from flowrl.envs.spaces import one_hot
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import episode_seeds
-from flowrl.evaluation.rollout import failures_kept, rollout
+from flowrl.evaluation.rollout import rollout
 from flowrl.finetuning.config import FinetuneConfig
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import Checkpoint, has_checkpoint

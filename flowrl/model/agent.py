@@ -1,6 +1,6 @@
 """The agent: a trained model, all that it needs to act, and its state in the episodes under way."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -74,10 +74,10 @@ class Agent:
         checkpoint_step: int | None = None,
     ) -> None:
         self.model = model
-        self.config = config
         by_default: Acting = "recurrent" if config.full_episodes or not model.has_memory else "window"
         self.acting: Acting = acting or config.acting or by_default
         self.conditioning = conditioning or config.conditioning
+        self.config = replace(config, acting=acting or config.acting, conditioning=self.conditioning)
         self.temperature = temperature  # of discrete actions, drawn; 0 takes the likeliest
         self.noise = noise  # standard deviation, on continuous actions of bounds -1 and 1
         self.checkpoint_step = checkpoint_step
@@ -99,6 +99,8 @@ class Agent:
 
     def save(self, folder: str | Path) -> None:
         """Write what :func:`flowrl.load_agent` needs to a new folder: safetensors and JSON.
+
+        The loaded agent acts as this one does, but for ``temperature`` and ``noise``.
 
         Raises:
             UserError: the folder is there already, or cannot be written.
@@ -183,15 +185,19 @@ class Agent:
 
         Raises:
             RuntimeError: before :meth:`reset`.
-            ValueError: a shape that does not fit, or a NaN or infinity (the message names the slot).
+            ValueError: a shape that does not fit, a NaN or infinity (the message names the slot), or rewards
+                missing where the return-to-go depends on them.
         """
         if self._state is None:
             raise RuntimeError("call reset(num_envs, target_return) before act")
         observed = self._checked("observations", observations, (self.config.model.observation_dim,))
         self._start_ended_episodes(terminations, truncations)
-        if rewards is not None and self.config.reward_mode == "dense" and self.conditioning == "return-to-go":
-            earned = self._checked("rewards", rewards, ())
-            self._returns_to_go -= torch.where(self._timesteps > 0, earned, 0)
+        if self.config.reward_mode == "dense" and self.conditioning == "return-to-go":
+            if rewards is not None:
+                earned = self._checked("rewards", rewards, ())
+                self._returns_to_go -= torch.where(self._timesteps > 0, earned, 0)
+            elif bool((self._timesteps > 0).any()):
+                raise ValueError("rewards of the last actions are needed after an episode's first timestep")
         if self._history is None:
             arguments = (observed, self._returns_to_go, self._timesteps)
             outputs, self._state = self.model.step(*arguments, self._state)

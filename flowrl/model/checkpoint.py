@@ -105,6 +105,13 @@ def save_agent(folder: Path, step: int, agent: dict[str, Any], model: dict[str, 
         raise UserError(f"{folder}: cannot save the agent: {error}") from error
 
 
+def delete_later_checkpoints(run_dir: Path, step: int) -> None:
+    """Delete the checkpoints of steps after this one."""
+    for folder in _folders(run_dir):
+        if _step_of(folder) > step:
+            shutil.rmtree(folder)
+
+
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether a run folder holds any checkpoint, whole or damaged."""
     return any(_folders(run_dir))

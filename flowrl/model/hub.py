@@ -37,8 +37,12 @@ def agent_folder(run: str | Path) -> Path:
             found = hub.get_paths_info(repo, sorted(AGENT_FILES), revision=revision or None)
             _check_files(str(run), {entry.path: getattr(entry, "size", LARGEST + 1) for entry in found})
             offline = False
-        except (UserError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError, ValueError):
+        except (UserError, ValueError):
             raise
+        except errors.HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code < 500:
+                raise
+            offline = True
         except Exception:  # whatever its HTTP library raises without a network, or offline mode
             offline = True
         folder = huggingface_hub.snapshot_download(
@@ -54,7 +58,9 @@ def agent_folder(run: str | Path) -> Path:
         raise UserError(f"{run}: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION") from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"{run}: the Hub cannot be reached, and it was not downloaded before") from error
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the Hub, of its HTTP library, of the disk
         raise UserError(f"{run}: could not be downloaded: {one_line(error)}") from error
     return Path(folder)
 

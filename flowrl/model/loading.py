@@ -17,6 +17,7 @@ from flowrl.model.checkpoint import AGENT_JSON, MODEL_TENSORS, CheckpointName, l
 from flowrl.model.hub import agent_folder
 from flowrl.model.pretrained import dequantized
 from flowrl.model.transformer import ModelConfig, SequenceModel
+from flowrl.options import checked
 
 T = TypeVar("T")
 MODELS: dict[AgentName, type[ModelConfig] | type[BehaviorCloningConfig]] = {
@@ -49,16 +50,20 @@ def load_agent(
         temperature: of discrete actions, which are drawn above 0; at 0 the likeliest are taken.
 
     Raises:
-        UserError: nothing there, damaged files, or tensors that do not fit the configuration.
+        UserError: an unusable argument, nothing there, damaged files, or tensors that do not fit the
+            configuration.
     """
     run = agent_folder(run)
     for name, value, values in (("acting", acting, Acting), ("conditioning", conditioning, Conditioning)):
         if value not in (None, *get_args(values)):
             raise UserError(f"{name} '{value}': expected one of {', '.join(get_args(values))}")
+    if not temperature >= 0:
+        raise UserError(f"temperature {temperature}: must be at least 0")
     loaded = load_checkpoint(run, checkpoint)
     config = agent_config_from_dict(loaded.agent, where=f"{run}: {AGENT_JSON}")
     if source_clamp is not None and isinstance(config.model, ModelConfig):
-        config = replace(config, model=replace(config.model, source_clamp=source_clamp))
+        given = checked(ModelConfig, {"source_clamp": source_clamp}, str)
+        config = replace(config, model=replace(config.model, **given))
     model = build_model(config.model, dequantized(loaded.model), where=f"{run}: {MODEL_TENSORS}")
     model.to(pick_device(device))
     return Agent(

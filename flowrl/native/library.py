@@ -62,7 +62,10 @@ def native_library(
 
 def installed_compiler() -> list[str] | None:
     """The compiler with its own arguments, such as "ccache g++"; None where it is not installed."""
-    words = shlex.split(os.environ.get("CXX") or COMPILER)
+    try:
+        words = shlex.split(os.environ.get("CXX") or COMPILER)
+    except ValueError:  # a quotation without an end
+        return None
     return words if words and shutil.which(words[0]) else None
 
 

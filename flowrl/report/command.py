@@ -149,13 +149,11 @@ def write_report(config: ReportConfig) -> str:
 
 
 def _settings(runs: tuple[RunResult, ...], mixed: bool) -> str:
-    agreed = [
-        f"{name} {runs[0].config[name]}"
-        for name in _SETTINGS
-        if name in runs[0].config and len({run.config.get(name) for run in runs}) == 1
-    ]
+    given = {name: {run.config[name] for run in runs if name in run.config} for name in _SETTINGS}
+    agreed = [f"{name} {values.pop()}" for name, values in given.items() if len(values) == 1]
     seeds = sorted({run.seed for run in runs})
-    text = f"{len(runs)} finished runs, seeds {', '.join(map(str, seeds))}; all with {', '.join(agreed)}."
+    text = f"{len(runs)} finished runs, seeds {', '.join(map(str, seeds))}"
+    text += f"; all with {', '.join(agreed)}." if agreed else "."
     return f"{text} Runs that differ in data, updates or options are labelled." if mixed else text
 
 

@@ -8,11 +8,14 @@ import tyro
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.errors import UserError
+from flowrl.evaluation.command import acting_environment
 from flowrl.evaluation.evaluate import TargetResult, evaluate, standard_error
 from flowrl.model.loading import load_agent
-from flowrl.options import Episodes, Seed
+from flowrl.options import Episodes, Seed, Target
 from flowrl.report.statistics import CONFIDENCE, difference_interval
 from flowrl.report.table import markdown_table
+
+FEWEST_EPISODES = 10  # the interval of fewer is far too narrow
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class CompareConfig(EvaluationOptions):
     """Another one."""
     episodes: Episodes = 100
     """Episodes of each agent."""
-    target: float | None = None
+    target: Target | None = None
     """Target return of both; by default each one's own first."""
     seed: Seed = 0
     """Seed of the episodes."""
@@ -37,6 +40,8 @@ def compare(config: CompareConfig) -> str:
     Raises:
         UserError: an unusable run or flag, or agents of different environments or numbers of observations.
     """
+    if config.episodes < FEWEST_EPISODES:
+        raise UserError(f"--episodes {config.episodes}: an interval takes at least {FEWEST_EPISODES}")
     agents = [load_agent(run, device="auto") for run in (config.first, config.second)]
     environments = [agent.environment for agent in agents]
     alike = [each and each.without_registered_limit() for each in environments]
@@ -45,7 +50,7 @@ def compare(config: CompareConfig) -> str:
         raise UserError(
             f"{config.first} and {config.second} act in different environments, {' and '.join(names)}"
         )
-    environment = config.apply(environments[0])
+    environment = acting_environment(agents[0], config.first, None, config)
     reference = config.reference() or agents[0].config.reference or reference_scores(environment.env_id)
     results: list[TargetResult] = []
     for agent in agents:

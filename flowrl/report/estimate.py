@@ -15,7 +15,7 @@ from flowrl.evaluation.off_policy import estimate
 from flowrl.model.agent import Conditioning
 from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.loading import load_agent
-from flowrl.options import PositiveCount, Seed
+from flowrl.options import PositiveCount, Seed, Target
 from flowrl.training.config import TrainConfig, checked_options
 
 
@@ -29,7 +29,7 @@ class EstimateConfig:
     """The data, as in flowrl train; by default the run's. How it is read is in the run's options."""
     env: str | None = None
     """Likewise: the name of the data, such as hopper-medium."""
-    target: float | None = None
+    target: Target | None = None
     """Target return; by default the run's first."""
     conditioning: Conditioning | None = None
     """return-to-go or target, as in flowrl evaluate."""

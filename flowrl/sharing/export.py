@@ -16,7 +16,7 @@ import logging
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +31,8 @@ from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.loading import load_agent
 from flowrl.model.transformer import SequenceModel
 
-ExportFormat = Literal["torch", "onnx"]
-SUFFIXES: dict[ExportFormat, str] = {"torch": ".pt2", "onnx": ".onnx"}
-TOLERANCE = 1e-4  # of actions, against the agent
+SUFFIXES = (".pt2", ".onnx")
+TOLERANCE = 1e-4  # of actions, against the agent; of half their range where that is above 1
 FORMAT_VERSION = 1  # of the inputs, outputs and metadata: another one where a reader of this one would fail
 _CHECKED_TIMESTEPS, _CHECKED_EPISODES = 20, 3
 
@@ -45,9 +44,8 @@ class ExportConfig:
     run: tyro.conf.Positional[str]
     """Run folder, pretrained:NAME, or hf:OWNER/NAME."""
     out: Path
-    """The file to write: .pt2 for torch, .onnx for ONNX."""
-    format: Annotated[ExportFormat | None, tyro.conf.arg(help_behavior_hint="by the name of --out")] = None
-    """torch: torch.export's archive; onnx: for onnxruntime, needs the 'export' extra."""
+    """The file to write: .pt2, torch.export's archive, or .onnx for onnxruntime, which needs the 'export'
+    extra."""
     checkpoint: CheckpointName | None = None
     """Step of the checkpoint, or best: the one that --keep-best kept; by default the last one."""
 
@@ -59,6 +57,7 @@ class ExportedStep(nn.Module):
         """Raises UserError where the state grows with the episode (softmax attention)."""
         super().__init__()
         model = copy.deepcopy(agent.model).cpu().eval().requires_grad_(False)
+        model.__dict__.pop("read", None)  # torch's operations, where the agent acted in C++
         self.layer_types: list[Any] = []
         self.state_shapes: dict[str, tuple[int, ...]] = {}
         if isinstance(model, SequenceModel) and model.config.attention == "softmax":
@@ -119,9 +118,10 @@ class ExportedStep(nn.Module):
         return [observations, torch.zeros(batch), timesteps, torch.zeros(batch, len(self.model.action_low))]
 
 
-def export_agent(agent: Agent, path: Path, format: ExportFormat) -> float:
+def export_agent(agent: Agent, path: Path) -> float:
     """Write the recurrent step of ``agent`` to ``path``; return the largest difference of actions found.
 
+    A suffix of .pt2 stands for torch.export's archive, any other for ONNX.
     The written file is run beside the agent over a few timesteps of random observations before it appears
     under its name. Its metadata, JSON under ``flowrl``, holds names and shapes of the state, targets,
     environment and dataset.
@@ -133,10 +133,8 @@ def export_agent(agent: Agent, path: Path, format: ExportFormat) -> float:
     step = ExportedStep(agent)
     metadata = json.dumps(_metadata(agent, step), indent=2)
     with atomic_path(path) as temporary:
-        if format == "torch":
-            run: Any = _write_torch(step, temporary, metadata)
-        else:
-            run = _write_onnx(step, temporary, metadata)
+        write = _write_torch if path.suffix == ".pt2" else _write_onnx
+        run = write(step, temporary, metadata)
         difference = _largest_difference(agent, step, run)
         if not difference <= TOLERANCE:
             raise UserError(f"{path}: its actions differ from the agent's by {difference:.1e}; not written")
@@ -149,10 +147,8 @@ def run_export(config: ExportConfig) -> None:
     Raises:
         UserError: an unusable run or file name, and see :func:`export_agent`.
     """
-    by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
-    format = config.format or by_suffix.get(config.out.suffix)
-    if format is None or config.out.suffix != SUFFIXES[format]:
-        raise UserError(f"--out {config.out}: expected a name that ends in {' or '.join(by_suffix)}")
+    if config.out.suffix not in SUFFIXES:
+        raise UserError(f"--out {config.out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if config.out.is_dir():
         raise UserError(f"--out {config.out}: this is a folder")
     agent = load_agent(config.run, checkpoint=config.checkpoint, acting="recurrent")
@@ -160,7 +156,7 @@ def run_export(config: ExportConfig) -> None:
         print(
             "note: this agent acts by windows; the file carries the whole episode, as --acting recurrent does"
         )
-    difference = export_agent(agent, config.out, format)
+    difference = export_agent(agent, config.out)
     size = config.out.stat().st_size / 2**20
     print(
         f"{config.out}: step {agent.checkpoint_step}, {size:.1f} MiB; actions differ from the agent's by at "
@@ -211,11 +207,17 @@ def _write_onnx(step: ExportedStep, path: Path, metadata: str) -> Any:
 
 
 def _largest_difference(agent: Agent, step: ExportedStep, run: Any) -> float:
-    """Largest difference of actions between a file's step and the agent, on random observations."""
+    """Largest difference of actions between a file's step and the agent, on random observations.
+
+    Continuous actions count in halves of their range where that is above 1.
+    """
     reference = Agent(copy.deepcopy(agent.model).cpu(), agent.config, acting="recurrent")
     random, episodes = np.random.default_rng(0), _CHECKED_EPISODES
     mean, std = step.model.observation_mean.numpy(), step.model.observation_std.numpy()
     state: Any = step.start(episodes)
+    scale: Any = 1.0
+    if not agent.model.action_choices:
+        scale = ((step.model.action_high - step.model.action_low) / 2).clamp(min=1).numpy()
     largest = 0.0
     reference.reset(episodes, 0.0)
     for _ in range(_CHECKED_TIMESTEPS):
@@ -226,7 +228,7 @@ def _largest_difference(agent: Agent, step: ExportedStep, run: Any) -> float:
         actions, *state = run(torch.from_numpy(observations), torch.from_numpy(returns_to_go), *state)
         if agent.model.action_choices:
             actions = agent.model.action_indices(actions).squeeze(-1)
-        largest = max(largest, float(np.abs(actions.numpy() - expected).max()))
+        largest = max(largest, float((np.abs(actions.numpy() - expected) / scale).max()))
     return largest
 
 

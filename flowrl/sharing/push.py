@@ -1,5 +1,6 @@
 """A trained agent on the Hugging Face Hub, with a model card written from its run; and back."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from flowrl.errors import UserError, one_line
 from flowrl.model.agent import Agent, AgentConfig
 from flowrl.model.behavior_cloning import BehaviorCloningConfig
 from flowrl.model.checkpoint import AGENT_FILES, CheckpointName
-from flowrl.model.hub import PREFIX, agent_folder
+from flowrl.model.hub import PREFIX
 from flowrl.model.loading import load_agent
 from flowrl.report.table import markdown_table
 from flowrl.training.metrics import METRICS_FILE, read_metrics
@@ -63,7 +64,7 @@ def push(config: PushConfig) -> None:
         UserError: an unusable run, a folder that is there already, or a Hub that cannot be reached or
             refuses (a missing token, a name that is not one's own).
     """
-    if config.repo.count("/") != 1:
+    if not re.fullmatch("[^/]+/[^/]+", config.repo):
         raise UserError(f"{config.repo}: expected OWNER/NAME")
     agent = load_agent(config.run, checkpoint=config.checkpoint)
     refuse_paths(agent.config.environment)
@@ -92,9 +93,6 @@ def pull(config: PullConfig) -> None:
     """
     name = f"{PREFIX}{config.repo.removeprefix(PREFIX)}"
     load_agent(name).save(config.folder)
-    source = agent_folder(name)
-    if (source / CARD).is_file():
-        shutil.copyfile(source / CARD, config.folder / CARD)
     print(f"{config.folder}: {', '.join(sorted(AGENT_FILES))}; load it with flowrl.load_agent")
 
 
@@ -138,8 +136,18 @@ def hub_errors(repo: str) -> Iterator[None]:
 def refuse_paths(environment: EnvironmentSpec | None) -> None:
     """Raise UserError for a folder of this machine: it is of no use to others, and names its user."""
     for name, value in environment.kwargs.items() if environment else ():
-        if isinstance(value, str) and Path(value).is_absolute():
-            raise UserError(f"the environment's option '{name}' is a path of this machine, {value}")
+        path = next((text for text in _strings(value) if text.startswith(("/", "~", "./", "../"))), None)
+        if path is not None:
+            raise UserError(f"the environment's option '{name}' has a path of this machine, {path}")
+
+
+def _strings(value: object) -> Iterator[str]:
+    """All strings within plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 def _evaluations(run: Path, step: int | None) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from flowrl.training.metrics import tags
 class Callback:
     """Override what is of use. A method that returns True stops the training cleanly, after a checkpoint.
 
-    Under ``torchrun`` the first process alone calls them. A resumed run calls what its first start did not.
+    Under ``torchrun`` the first process alone calls them. A resumed run calls them again for the updates
+    after its last checkpoint.
     """
 
     def on_start(self, folder: Path, options: dict[str, Any]) -> bool | None:

@@ -31,6 +31,7 @@ from flowrl.options import (
     Share,
     Size,
     SourceClamp,
+    Target,
     checked,
     flag,
 )
@@ -43,7 +44,7 @@ FINETUNE_FILE = "finetune.yaml"  # in the folder of a run that was fine-tuned, b
 
 def several(value: object) -> object:
     """A tuple of what may be given as one name, several, or none."""
-    return () if value is None else (value,) if isinstance(value, str) else value
+    return () if value is None else (str(value),) if isinstance(value, str | Path) else value
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class TrainConfig(EvaluationOptions):
     """Run folder to continue from its last checkpoint, exactly; other flags may only change how long, where
     and how often to evaluate, log and save, and where the data is now."""
     run_dir: FilePath | None = None
-    """Folder of this run; by default runs/<dataset>/<method>-seed<k>-<time>."""
+    """Folder of this run; by default runs/<--env, or else --dataset>/<method>-seed<k>-<time>."""
 
     agent: AgentName = "transformer"
     """transformer: the sequence agent; bc: behaviour cloning, a perceptron of --num-layers hidden layers from
-    the observation, without use for --attention, --token-layout, --num-heads and a second of --targets."""
+    the observation, which ignores --attention, --token-layout, --num-heads and all --targets but one."""
     top_fraction: Share = 1.0
     """Train only on the episodes of highest return that make up this share of the timesteps; 0.1 with --agent
     bc is the Decision Transformer paper's 10%-BC."""
@@ -89,7 +90,7 @@ class TrainConfig(EvaluationOptions):
     about e to this power of later ones: 10 carries a cue over 20,000 timesteps or more, 20 over a million."""
     time_encoding: TimeEncoding = "learned"
     """learned: an embedding for each timestep of the longest episode, whose last stands for all later ones;
-    sinusoidal: waves, defined for any timestep; none: without use for the timestep."""
+    sinusoidal: waves, defined for any timestep; none: timesteps are not encoded."""
     context_length: Size | Literal["episode"] = 20
     """Timesteps per training window, or 'episode' for whole episodes."""
     convolution_width: ConvolutionWidth = 0
@@ -142,7 +143,7 @@ class TrainConfig(EvaluationOptions):
     compile: bool = False
     """torch.compile the training loss; off, as it was slower on a CPU."""
 
-    targets: tuple[float, ...] = ()
+    targets: tuple[Target, ...] = ()
     """Target returns to evaluate at; by default the best and the median episode's return in the data."""
     eval_every: Count = 10_000
     """Updates between evaluations; the last update is always evaluated, 0 evaluates only then."""
@@ -266,7 +267,7 @@ def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 def check_values(config: TrainConfig) -> None:
     """Raise a UserError that names the first flag whose value makes no sense."""
     checked(TrainConfig, asdict(config), flag)
-    if config.embed_dim % config.num_heads:
+    if config.agent == "transformer" and config.embed_dim % config.num_heads:
         raise UserError(
             f"--embed-dim {config.embed_dim}: must be a multiple of --num-heads {config.num_heads}"
         )

@@ -36,10 +36,6 @@ class MetricsLog:
         for tag, value in tags(group or kind, figures).items():
             self._events.add_scalar(tag, value, step)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Show a text in TensorBoard."""
-        self._events.add_text(name, text)
-
     def write_options(self, options: Mapping[str, Any], compared_by: Sequence[str]) -> None:
         """Show the options of the run in TensorBoard's HPARAMS beside its figures of these tags."""
         shown = {

@@ -157,7 +157,7 @@ def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    """runs/<dataset>/<method>-seed<k>-<time>, such as runs/hopper-medium/flow-fused-episode-seed0-..."""
+    """runs/<env or dataset>/<method>-seed<k>-<time>: runs/hopper-medium/flow-fused-episode-seed0-..."""
     folder = dataset_folder(config.env or "+".join(config.dataset))
     name = f"{method_name(asdict(config))}-seed{config.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     return Path("runs") / folder / name

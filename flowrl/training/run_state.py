@@ -59,10 +59,6 @@ class RunState:
         self.timed_updates = self.timed_tokens = 0  # since that line, or since this process started
         self._unchecked: list[Tensor] = []  # spans of the batches whose loss is not known to be finite yet
 
-    def best_score(self, kind: str) -> float | None:
-        """The highest score of this kind so far, if any."""
-        return self.best_scores.get(kind, self.best_scores.get(""))
-
     def record(self, figures: Tensor, batch: Batch) -> None:
         """Count an update with its (loss, gradient norm), (2,), which stays on its device."""
         self.pending.append(figures)
@@ -121,6 +117,12 @@ class RunState:
             names = [name for name in saved.training_tensors if name.startswith("model.")]
             weights = {name.removeprefix("model."): saved.training_tensors[name] for name in names}
             _load(self.agent, self.model, {**saved.model, **weights}, f"{where}: {TRAINING_TENSORS}")
+        states = saved.training_tensors.get("random.torch", torch.empty(self.ranks.size))
+        if len(states) != self.ranks.size:
+            raise UserError(
+                f"--resume {where}: was trained by {len(states)} processes and has to be resumed by as many, "
+                f"not by {self.ranks.size}"
+            )
         try:
             self._restore_training(saved)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -130,10 +132,9 @@ class RunState:
 
     def _restore_training(self, saved: Checkpoint) -> None:
         tensors = saved.training_tensors
-        states = tensors["random.torch"]
-        if len(states) != self.ranks.size:
-            raise ValueError(f"{len(states)} processes trained it, these are {self.ranks.size}")
-        torch.set_rng_state(states[self.ranks.rank].clone())  # it ignores where a view begins
+        torch.set_rng_state(
+            tensors["random.torch"][self.ranks.rank].clone()
+        )  # it ignores where a view begins
         self.sampler.generator_state = tensors["random.sampler"]
         if "random.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"][self.ranks.rank].clone(), self.device)
@@ -148,8 +149,7 @@ class RunState:
         self.evaluated_step = saved.training["evaluated_step"]
         if type(self.evaluated_step) is not int or not -1 <= self.evaluated_step <= self.step:
             raise ValueError(f"'evaluated_step' cannot be {short_repr(self.evaluated_step)}")
-        before = saved.training.get("best_score")  # of whatever kind, in older checkpoints
-        self.best_scores = _scores(saved.training.get("best_scores", {} if before is None else {"": before}))
+        self.best_scores = _scores(saved.training.get("best_scores", {}))
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]

@@ -22,7 +22,7 @@ from flowrl.model.transformer import TOKENS_PER_TIMESTEP, ModelConfig, SequenceM
 from flowrl.options import LARGEST_DIMENSION
 from flowrl.training.config import TrainConfig
 
-_TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments
+_TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments; one more with an average
 _HIDDEN_STD = 1e20  # scales what the agent must not see to less than float32 adds to anything
 _WITHOUT_OTHER_VELOCITIES = {"skipped_qpos", "qpos", "qvel", "cfrc_ext"}  # Humanoid has more, in "cvel"
 DEFAULT_BATCH_SIZE = 64
@@ -172,7 +172,8 @@ def _check_memory(
 ) -> None:
     with torch.device("meta"):  # which takes no memory itself
         model = untrained_model(model_config)
-    needed = _TENSORS_PER_PARAMETER * sum(parameter.nbytes for parameter in model.parameters())
+    tensors = _TENSORS_PER_PARAMETER + (config.ema_decay > 0)
+    needed = tensors * sum(parameter.nbytes for parameter in model.parameters())
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if memory is not None and needed > memory:
         raise UserError(

@@ -20,12 +20,19 @@ from flowrl.atomic import write_text
 from flowrl.data import EpisodeDataset
 from flowrl.data.dataset import held_out
 from flowrl.data.sampler import WindowSampler
+from flowrl.envs.failures import failures_kept
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
-from flowrl.evaluation.rollout import failures_kept
 from flowrl.model.action_model import ActionModel
 from flowrl.model.agent import Agent
-from flowrl.model.checkpoint import BEST, Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
+from flowrl.model.checkpoint import (
+    BEST,
+    Checkpoint,
+    delete_later_checkpoints,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from flowrl.model.critic import Critics
 from flowrl.native.accelerate import accelerate_training
 from flowrl.ranks import ALONE, Ranks
@@ -80,6 +87,7 @@ class Trainer:
         self.run_dir, self.device = run_dir, device
         self.signals, self.ranks = signals, ranks
         self.callbacks, self.stop_wanted = callbacks, False
+        self._new_best = False  # kept since the last checkpoint
         self._say = say
         self._no_bar = (
             None if progress_bar is None and ranks.is_first else not (progress_bar and ranks.is_first)
@@ -287,9 +295,12 @@ class Trainer:
         if metric is None:
             return
         kind = f"{metric} at target {result.target_return:g}, {len(result.returns)} episodes"
-        score, best = result.to_dict().get(metric), self.state.best_score(kind)
+        score, best = result.to_dict().get(metric), self.state.best_scores.get(kind)
         if score is None:
-            raise UserError(f"--keep-best {metric}: evaluations of this environment have none")
+            raise UserError(
+                f"--keep-best {metric}: evaluations of this environment have none; continue with "
+                f"--resume {self.run_dir} --keep-best None"
+            )
         if best is not None and score <= best:
             return
         checkpoint = self.checkpoint()
@@ -300,14 +311,16 @@ class Trainer:
         agent = {**checkpoint.agent, "chosen_by": chosen_by}
         if self.ranks.is_first:  # an agent to act with; training continues from the last checkpoint
             alone = replace(checkpoint, agent=agent, training={}, training_tensors={})
-            save_checkpoint(self.run_dir / BEST, alone, keep=1)
+            save_checkpoint(self.run_dir / BEST, alone, keep=2)  # until the run has its score
         self.state.best_scores[kind] = score  # once it is saved
+        self._new_best = True
 
     def _save_if_due(self) -> bool:
         """Save where a checkpoint is due, or before stopping; return whether a callback stops training."""
-        due = self.at_end or self.step % self.config.checkpoint_every == 0
+        due = self.at_end or self.step % self.config.checkpoint_every == 0 or self._new_best
         if due:
             self.save()
+            self._new_best = False
         wanted = self.signals.received or int(self.stop_wanted)  # no signal that is handled has number 1
         wanted = self.ranks.largest(wanted)  # of whichever rank has one
         if wanted and not due:
@@ -366,9 +379,11 @@ class Trainer:
         self._say(f"run folder {run_dir}, device {self.device}")
         if started:
             rewind(run_dir, self.step, self.state.evaluated_step)
+            delete_later_checkpoints(run_dir / BEST, self.state.evaluated_step)
             self._say(f"resuming {run_dir} at step {self.step}")
         elif config.resume:
             rewind(run_dir, -1, -1)
+            delete_later_checkpoints(run_dir / BEST, -1)
             self._say(f"resuming {run_dir} at its beginning: it was stopped before its first checkpoint")
         write_text(run_dir / "config.yaml", to_yaml(replace(config, run_dir=run_dir)))
         metrics = MetricsLog(run_dir, purge_step=self.step + 1 if config.resume else None)
@@ -378,8 +393,6 @@ class Trainer:
             metrics.write("run", 0, {**identity, **environment})
             compared = ("train/loss", f"evaluation/target1/{config.keep_best or 'return_mean'}")
             metrics.write_options(asdict(config), compared)
-            metrics.write_text("config", f"```\n{to_yaml(config)}```")
-            metrics.write_text("dataset", f"{dataset.dataset_id} sha256 {dataset.sha256}")
         return metrics
 
 

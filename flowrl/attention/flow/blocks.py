@@ -101,6 +101,8 @@ def causal_flow_blocks(
     past, sum_queries = prefix(lambda: q.sum(-2), before[1])
     outgoing = upper.sum(-2) + eps * query_mass.cumsum(-1) + flow(k, key_mass, past)
 
+    if invalid is not None:  # flows there are 0 without eps
+        incoming, outgoing = incoming.masked_fill(invalid, 1.0), outgoing.masked_fill(invalid, 1.0)
     source_weight, sink_weight = n / outgoing, n / incoming
     past, weighted_keys = prefix(lambda: _matvec(k.transpose(-1, -2), source_weight), before[2])
     conserved_sink = _matvec(lower, source_weight) + eps * (key_mass * source_weight).cumsum(-1)

@@ -50,6 +50,9 @@ def flow_attention_step(
     if query.ndim != 3 or query.shape != key.shape or query.shape[:2] != value.shape[:2] or value.ndim != 3:
         shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         raise ValueError(f"flow_attention_step takes (batch, heads, head_dim) tensors, got {shapes}")
+    expected = (*query.shape, value.shape[-1])
+    if state is not None and state.memory.shape != expected:
+        raise ValueError(f"state has a memory {tuple(state.memory.shape)}, {expected} would fit the tokens")
     with without_autocast(query):
         if state is None:
             state = empty_flow_state(query, value)

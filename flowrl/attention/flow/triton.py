@@ -100,7 +100,7 @@ def forward(
             )  # fmt: skip
             return results
         grid, shape = (sequences * blocks,), (heads, sequences, length, blocks, *sources)
-        plain, weighted = sums.split(2 * sequences)
+        plain, weighted = sums.tensor_split(2)
         exponentials = _scanned(queries.new_empty(sequences, blocks + 1, dtype=torch.float32))
         kernels.sums_kernel[grid](queries, keys, _scanned(plain), *shape, **sizes, **options)
         plain.cumsum_(1)
@@ -154,7 +154,7 @@ def backward(
             )  # fmt: skip
             return gradients
         grid, shape = (sequences * blocks,), (heads, sequences, length, blocks, *sources)
-        plain, weighted = sums.split(2 * sequences)
+        plain, weighted = sums.tensor_split(2)
         grads = torch.empty_like(flows)
         g_plain, g_weighted, g_memories = (_scanned(torch.empty_like(x)) for x in (plain, weighted, memories))
         g_exponentials = _scanned(queries.new_empty(sequences, blocks + 1, dtype=torch.float32))

@@ -259,12 +259,13 @@ def outputs_kernel(
 
 
 @triton.jit
-def window_flows(gram, q, k, n, eps, clamp, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
+def window_flows(gram, q, k, n, valid, eps, clamp, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """Everything about the tokens of a sequence of one block: I, O, conserved sink and source, normaliser."""
     pairs = past_pairs(gram, k, eps, TOKENS)
     source_pairs = past_pairs_of_sources(gram, q, eps, TOKENS)
-    incoming = tl.sum(pairs, 1) + eps_flow(q, eps, WIDTH)
-    outgoing = tl.sum(source_pairs, 0) + eps_flow(k, eps, WIDTH)
+    # Past the end flows are 0 without eps.
+    incoming = tl.where(valid, tl.sum(pairs, 1) + eps_flow(q, eps, WIDTH), 1.0)
+    outgoing = tl.where(valid, tl.sum(source_pairs, 0) + eps_flow(k, eps, WIDTH), 1.0)
     sink = (tl.sum(pairs * (n / outgoing)[None, :], 1) + eps_flow(q, eps, WIDTH)) / n
     source = (tl.sum(source_pairs * (n / incoming)[:, None], 0) + eps_flow(k, eps, WIDTH)) / n
     return incoming, outgoing, sink, source, tl.cumsum(exponential(source, clamp), 0)
@@ -283,7 +284,7 @@ def window_kernel(
     k = opened(keys + offset, rows, in_token, valid, WIDTH)
     v = tile(values + offset, rows, in_token, valid, WIDTH)
     gram = tl.dot(q, tl.trans(k), input_precision=SUMS)
-    incoming, _, sink, source, normaliser = window_flows(gram, q, k, n, eps, clamp, TOKENS, WIDTH)
+    incoming, _, sink, source, normaliser = window_flows(gram, q, k, n, valid, eps, clamp, TOKENS, WIDTH)
     competed = (n * exponential(source, clamp) / normaliser)[:, None] * v
     aggregated = tl.dot(lower(gram, TOKENS), competed, input_precision=VALUES)
     result = (tl.sigmoid(sink) / incoming)[:, None] * aggregated
@@ -511,7 +512,9 @@ def grad_window_kernel(
     offset = corner(sequence, start, heads, out_batch, out_head, out_token)
     g_output = tile(g_outputs + offset, rows, out_token, valid, WIDTH)
     gram = tl.dot(q, tl.trans(k), input_precision=SUMS)
-    incoming, outgoing, sink, source, normaliser = window_flows(gram, q, k, n, eps, clamp, TOKENS, WIDTH)
+    incoming, outgoing, sink, source, normaliser = window_flows(
+        gram, q, k, n, valid, eps, clamp, TOKENS, WIDTH
+    )
     allocation = tl.sigmoid(sink)
     competition = n * exponential(source, clamp) / normaliser
     competed = competition[:, None] * v
