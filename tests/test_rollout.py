@@ -182,7 +182,7 @@ def test_an_environment_that_raises_is_named_and_its_traceback_kept(tmp_path, fa
     assert kept.startswith("Traceback")
     assert "in fail" in kept
     recipe = Recipe(faulty, (Part("uniform"),), steps=10, spec=EnvironmentSpec(faulty))
-    with pytest.raises(UserError, match="failed at (reset|a step): RuntimeError: the simulator is unstable"):
+    with pytest.raises(UserError, match=r"failed at (reset|a step): RuntimeError: the simulator is unstable"):
         collect_d4rl(recipe, tmp_path / "x.hdf5")
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(UserError, match=line[:-20]) as caught, failures_kept(path):
