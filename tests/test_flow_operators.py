@@ -179,6 +179,16 @@ def test_a_kernel_that_raises_later_is_replaced_by_torch(unchecked, monkeypatch,
     assert_torch_took_over("failed: division by zero")
 
 
+def test_a_kernel_without_memory_raises(unchecked, monkeypatch):
+    def without_memory(*tensors):
+        raise torch.OutOfMemoryError
+
+    flow_attention(*(x.float() for x in inputs_of(3)[:3]))  # the check passes
+    spoil(monkeypatch, "flow_forward", without_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        flow_attention(*(x.float() for x in inputs_of(3)[:3]))
+
+
 def test_the_switch_turns_every_kernel_off(unchecked, monkeypatch):
     called, call = [], cpu._call
     monkeypatch.setattr(cpu, "_call", lambda name, *rest: (called.append(name), call(name, *rest)))
