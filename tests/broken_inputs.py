@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -52,10 +53,12 @@ def ending(call: Callable[[], Any]) -> str | None:
     return line
 
 
-def refusal(call: Callable[[], Any]) -> str:
-    """The line of an input that must be refused."""
+def refusal(call: Callable[[], Any], *patterns: str) -> str:
+    """The line of an input that must be refused, in which these regular expressions must be found."""
     line = ending(call)
     assert line is not None, "it was taken"
+    for pattern in patterns:
+        assert re.search(pattern, line), line
     return line
 
 

@@ -1,7 +1,6 @@
 """D4RL files that are broken in every way at hand: each is refused by name, or read as documented."""
 
 import os
-import re
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -112,9 +111,7 @@ def test_a_broken_key_is_refused_by_name(tmp_path, case):
     key, change, message = REFUSED[case]
     with h5py.File(path, "a") as file:
         change(file, key)
-    line = refusal(lambda: load(path))
-    assert str(path) in line
-    assert re.search(message, line), line
+    refusal(lambda: load(path), str(path), message)
 
 
 def test_data_larger_than_memory_is_refused_before_anything_is_allocated(tmp_path):

@@ -1,7 +1,6 @@
 """Minari datasets with damaged files and metadata: each is refused by name, or read as documented."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -86,9 +85,7 @@ def test_a_broken_array_is_refused(data, case):
     key, change, message = BROKEN[case]
     with h5py.File(data / "main_data.hdf5", "a") as file:
         change(file, f"episode_2/{key}")
-    line = refusal(load)
-    assert ID in line
-    assert re.search(message, line), line
+    refusal(load, ID, message)
 
 
 METADATA: list[tuple[dict[str, Any], str]] = [
@@ -110,9 +107,7 @@ METADATA: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), METADATA, ids=str)
 def test_metadata_that_is_wrong_is_refused(data, changes, message):
     change_metadata(data.parents[3], **changes)
-    line = refusal(load)
-    assert ID in line
-    assert re.search(message, line), line
+    refusal(load, ID, message)
 
 
 TOLERATED = [
@@ -144,8 +139,8 @@ def test_a_dataset_cannot_name_code_to_run(data, tmp_path):
     assert "key 'observation_space' is missing" in refusal(load)
     change_metadata(data.parents[3], observation_space=space)
     config = replace(CONFIG, eval_episodes=1)
-    line = refusal(lambda: load_dataset(config))
-    assert "Hopper-v5 cannot be made" in line  # Gymnasium's own Hopper takes no such argument
+    # Gymnasium's own Hopper takes no such argument.
+    refusal(lambda: load_dataset(config), "Hopper-v5 cannot be made")
     assert not (tmp_path / "executed").exists()
 
 

@@ -33,9 +33,7 @@ def preset(tmp_path, monkeypatch):
 def test_an_option_of_the_wrong_type_is_refused_by_name(preset, option):
     for value in (*WRONG, *(NO_NUMBERS if option in NUMBERS else ())):
         preset.write_text(f"{option}: {value}\n")
-        line = refusal(lambda: read_options(preset))
-        assert str(preset) in line
-        assert option in line or "not plain YAML" in line
+        refusal(lambda: read_options(preset), str(preset), f"{option}|not plain YAML")
     assert list(preset.parent.iterdir()) == [preset]
 
 
@@ -43,8 +41,7 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(preset, option):
 def test_numbers_that_make_no_sense_are_refused(preset, option):
     for value in NO_SENSE:
         preset.write_text(f"{option}: {value}\n")
-        line = refusal(lambda: read_options(preset))
-        assert option in line
+        refusal(lambda: read_options(preset), option)
     flag = f"--{option.replace('_', '-')}"
     assert flag in refusal(lambda: parse_train_config(["--env", "hopper-medium", f"{flag}=-1"]))
 

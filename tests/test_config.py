@@ -56,12 +56,6 @@ def test_flags_win_over_the_preset_and_the_preset_over_defaults(tmp_path):
         )
 
 
-def test_timesteps_per_update_win_over_a_presets_batch_size():
-    words = ["--env", "hopper-medium", "--config", "paper", "--timesteps-per-update", "5000"]
-    assert (parse_train_config(words).batch_size, parse_train_config(words[:4]).batch_size) == (None, 64)
-    assert parse_train_config([*words, "--batch-size", "8"]).batch_size == 8
-
-
 TARGETS = {"hopper": (3600.0, 1800.0), "halfcheetah": (12000.0, 6000.0), "walker2d": (5000.0, 2500.0)}
 SHAPES = {"-paper": (20, "interleaved", 64), "-fused": (20, "fused", 64), "-long": ("episode", "fused", 4)}
 
@@ -99,18 +93,15 @@ def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, r
 REFUSED = {  # more in test_broken_yaml.py
     "stepz: 5": "'stepz': unknown option; did you mean 'steps'",
     "batch-size: 5": "'batch-size': unknown option; did you mean 'batch_size'",
-    "~: 5": "'None': unknown option",
     "resume: runs/x": "'resume': this is for the command line alone",
     "steps: 1\nseed: 2\nsteps: 3": "key 'steps' is given twice",
     "steps: 1e3": "'steps' 1000.0: should be a valid integer",
     "steps: '5'": "'steps' '5': should be a valid integer",
     "steps: 0": "'steps' 0: should be greater than or equal to 1",
-    "learning_rate: .inf": "'learning_rate' inf: should be a finite number",
     "compile: 1": "'compile' 1: should be a valid boolean",
     "attention: lineal": "'attention' 'lineal': should be 'flow', 'softmax', 'linear'",
     "context_length: all": "'context_length' 'all': should be a valid integer or should be 'episode'",
     "targets: ['5', '--steps', '7']": "'targets' ['5', '--steps', '7']: should be a valid number",
-    "env: [a, b]": "'env' ['a', 'b']: should be a valid string",
     f"env: [{'a' * 100_000}, b]": "'env' ['aaa",
     "targets: &x [1]\nenv: *x": "references",
 }
@@ -237,8 +228,8 @@ def test_resume_cannot_change_what_was_computed(name):
 @pytest.mark.parametrize("options", [{"embed_dim": 1 << 20}, {"embed_dim": 1 << 16, "num_layers": 20}])
 @pytest.mark.parametrize("agent", ["transformer", "bc"])
 def test_a_model_beyond_this_machine_is_refused_before_it_is_made(tiny_dataset, tmp_path, options, agent):
-    line = refusal(lambda: train_here(tiny_dataset, tmp_path / "run", agent=agent, **options))
-    assert re.search(r"--embed-dim \d+, --num-layers \d+: .* GiB of memory", line)
+    message = r"--embed-dim \d+, --num-layers \d+: .* GiB of memory"
+    refusal(lambda: train_here(tiny_dataset, tmp_path / "run", agent=agent, **options), message)
 
 
 def test_a_model_for_a_gpu_must_fit_the_gpu(tiny_dataset, monkeypatch):
@@ -247,10 +238,8 @@ def test_a_model_for_a_gpu_must_fit_the_gpu(tiny_dataset, monkeypatch):
     dataset = load_dataset(config)
     size = 5 * 4 * sum(p.numel() for p in build_agent(config, dataset).model.parameters())
     gpu = torch.device("cuda", 0)
-    for free, fits in ((size, True), (size - 1, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 50))
-        if fits:
-            build_agent(config, dataset, gpu)
-        else:
-            with pytest.raises(UserError, match=r"--embed-dim 64, --num-layers 5: .*, device cuda:0"):
-                build_agent(config, dataset, gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, 1 << 50))
+    build_agent(config, dataset, gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size - 1, 1 << 50))
+    with pytest.raises(UserError, match=r"--embed-dim 64, --num-layers 5: .*, device cuda:0"):
+        build_agent(config, dataset, gpu)
