@@ -6,8 +6,7 @@ import pytest
 
 from flowrl.envs.mujoco_vector import MujocoVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import StillVectorEnv, make_env, make_vector_env
-from flowrl.errors import UserError
+from flowrl.envs.vector import StillVectorEnv, make_vector_env
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
 
@@ -81,32 +80,3 @@ def test_finished_slots_stand_still_until_they_are_reset(env_id, kind):
     fresh, _ = envs.reset(seed=0)  # slot i gets seed + i
     np.testing.assert_array_equal(again[first], fresh[first])
     envs.close()
-
-
-def test_threads_do_not_change_results():
-    rng = np.random.default_rng(1)
-    actions = rng.uniform(-1, 1, (100, 32, 6)).astype(np.float32)
-    results = []
-    for threads in (1, 3):
-        envs = make_vector_env(EnvironmentSpec("HalfCheetah-v5"), 32)
-        envs._threads = threads  # tasks that share the slots, whatever the machine's cores
-        envs.reset(seed=9)
-        results.append([envs.step(action)[:2] for action in actions])
-        envs.close()
-    for one, three in zip(*results, strict=True):
-        np.testing.assert_array_equal(one[0], three[0])
-        np.testing.assert_array_equal(one[1], three[1])
-
-
-def test_other_environments_and_arguments_use_gymnasiums_class():
-    for spec in (EnvironmentSpec("Hopper-v5", {"ctrl_cost_weight": 0.5}), EnvironmentSpec("Swimmer-v5")):
-        envs = make_vector_env(spec, 2)
-        assert isinstance(envs, StillVectorEnv)
-        envs.close()
-
-
-def test_an_environment_that_cannot_be_made_is_a_user_error():
-    with pytest.raises(UserError, match=r"Hopper-v4 cannot be made: .*bogus"):
-        make_env(EnvironmentSpec("Hopper-v4", {"bogus": 1}))
-    with pytest.raises(UserError, match="NoSuchThing-v0 cannot be made"):
-        make_vector_env(EnvironmentSpec("NoSuchThing-v0"), 2)
