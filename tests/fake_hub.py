@@ -36,9 +36,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
         parts = self._parts()
         if parts == ["api", "models"]:  # all of them
@@ -61,6 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "GET":
                 self.server.downloaded.append(path)
             self._answer(content, {"ETag": f'"{abs(hash(content)):x}"', "X-Repo-Commit": COMMIT})
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         length = self.headers["Content-Length"]

@@ -18,7 +18,6 @@ pytestmark = [
 GPU_TRAINING = {
     "device": "cuda",
     "embed_dim": 64,
-    "num_heads": 2,
     "dropout": 0.1,
     "checkpoint_every": 50,
     "eval_episodes": 0,

@@ -1,6 +1,5 @@
 """Memory tasks: their environments, one and many at a time, their data, and acting far beyond its length."""
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from flowrl.data.sources import environment_named
 from flowrl.envs.cued_speed import SPEEDS
 from flowrl.envs.memory import TMazeVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import make_env, make_vector_env
+from flowrl.envs.vector import StayFinished, make_env, make_vector_env
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import episode_seeds, evaluate, format_table
 from flowrl.evaluation.rollout import rollout
@@ -33,23 +32,18 @@ LEVELS = ["tmaze-20", "tmaze-1100", "tmaze-30-arms-4-distractors-3", "tmaze-5-ar
 
 
 class Oracle:
-    """Goes where the cue points: remembers the first observation."""
+    """Goes where the cue points: remembers the first observation, with a number for each of several arms."""
 
-    def __init__(self, arms: int) -> None:
-        self.arms = arms
+    def reset(self, num_envs: int, target_return: np.ndarray) -> None:
+        self.cues = None
 
-    def reset(self, num_envs: int, target_return: float | np.ndarray) -> None:
-        self.cues: np.ndarray | None = None
-
-    def act(self, observations: np.ndarray, rewards_since_last_act: np.ndarray | None = None) -> np.ndarray:
+    def act(self, observations: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
         if self.cues is None:
             self.cues = observations[:, :-3]
-        if self.arms == 2:
-            return self.cues
-        return 2 * self.cues.argmax(axis=1, keepdims=True) / (self.arms - 1) - 1
+        numbers = self.cues.shape[1]
+        return self.cues if numbers == 1 else 2 * self.cues.argmax(axis=1, keepdims=True) / (numbers - 1) - 1
 
     def keep(self, indices: np.ndarray) -> None:
-        assert self.cues is not None
         self.cues = self.cues[indices]
 
 
@@ -80,7 +74,7 @@ def test_many_tmazes_equal_single_ones(name):
 def test_an_oracle_always_succeeds_and_a_guess_succeeds_as_often_as_there_are_arms(name):
     environment = environment_named(name)
     arms = environment.kwargs["arms"]
-    outcome = rollout(Oracle(arms), environment, np.ones(50), np.arange(50))
+    outcome = rollout(Oracle(), environment, np.ones(50), np.arange(50))
     assert outcome.returns.tolist() == [1.0] * 50
     assert set(outcome.lengths) == {environment.kwargs["length"]}
     if environment.kwargs["length"] < 100:
@@ -149,28 +143,21 @@ def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused():
 )
 def test_many_robots_equal_single_ones(robot, task, strength):
     environment, seeds = EnvironmentSpec(f"flowrl/{robot}{task}-v0"), [1, 2, 3]
-    envs, singles = make_vector_env(environment, 3), [make_env(environment) for _ in seeds]
+    envs, singles = make_vector_env(environment, 3), [StayFinished(make_env(environment)) for _ in seeds]
     observations, info = envs.reset(seed=seeds)
-    expected = [env.reset(seed=seed) for env, seed in zip(singles, seeds, strict=True)]
+    expected = [single.env.reset(seed=seed) for single, seed in zip(singles, seeds, strict=True)]
     np.testing.assert_array_equal(observations, [observation for observation, _ in expected])
-    worlds = [single.get("world") for _, single in expected]
+    worlds = [shown.get("world") for _, shown in expected]
     assert list(info.get("world", [None] * 3)) == worlds
-    generator, active = np.random.default_rng(0), np.ones(3, dtype=bool)
+    generator = np.random.default_rng(0)
     for _ in range(400):
-        before, actions = observations, generator.uniform(-1, 1, (3, *singles[0].action_space.shape))
-        actions *= strength
-        observations, rewards, terminated, truncated, info = envs.step(actions.astype(np.float32))
+        actions = strength * generator.uniform(-1, 1, envs.action_space.shape).astype(np.float32)
+        *outcome, info = envs.step(actions)
         assert list(info.get("world", [None] * 3)) == worlds
-        for slot in range(3):
-            if not active[slot]:  # a fallen one stays still
-                assert rewards[slot] == 0
-                np.testing.assert_array_equal(observations[slot], before[slot])
-                continue
-            expected = singles[slot].step(actions[slot].astype(np.float32))
-            np.testing.assert_array_equal(observations[slot], expected[0])
-            assert (rewards[slot], terminated[slot], truncated[slot]) == expected[1:4]
-        active = ~(terminated | truncated)
-    assert not active.any()
+        expected = [single.step(action)[:4] for single, action in zip(singles, actions, strict=True)]
+        for got, want in zip(outcome, zip(*expected, strict=True), strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert (outcome[2] | outcome[3]).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")
@@ -233,12 +220,8 @@ def test_a_hidden_world_reverses_an_actuator_and_is_in_no_observation():
             observation, reward, terminated, truncated, info = env.step(action)
             is_off = 19 <= timestep < 49
             np.testing.assert_array_equal(observation, np.zeros(18) if is_off else [*own, timestep >= 49])
-            assert (reward, terminated, truncated, info) == (
-                expected,
-                False,
-                timestep == 299,
-                {"world": world},
-            )
+            assert (reward, terminated, truncated) == (expected, False, timestep == 299)
+            assert info == {"world": world}
 
 
 def test_hidden_data_has_a_naive_trial_and_a_run_that_makes_the_wiring_good():
@@ -293,8 +276,7 @@ def test_masked_velocities_are_nothing_to_the_agent(tiny_dataset, tmp_path, agen
 @pytest.mark.parametrize("environment", ["InvertedDoublePendulum-v5", "Humanoid-v5", "flowrl/HopperCued-v0"])
 def test_velocities_are_masked_only_where_they_are_known(environment):
     for spec in (None, EnvironmentSpec(environment)):
-        line = refusal(lambda spec=spec: velocities(spec))
-        assert re.search(r"--mask-velocities: where .* (None|.*-v[05]) hold", line)
+        refusal(lambda spec=spec: velocities(spec), r"--mask-velocities: where .* (None|.*-v[05]) hold")
     for version in ("v4", "v5"):
         assert velocities(EnvironmentSpec(f"Walker2d-{version}")) == slice(8, 17)
     assert velocities(EnvironmentSpec("Ant-v5")) == slice(13, 27)  # contact forces follow
