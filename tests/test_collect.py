@@ -10,7 +10,7 @@ import minari
 import numpy as np
 import pytest
 from broken_inputs import files_of_at_most, refusal
-from tiny_training import Command, finish, wait_for
+from processes import Command, finish, wait_for
 
 from flowrl.__main__ import COMMANDS
 from flowrl.behavior.shipped import load_behavior

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import EPISODE_LENGTHS
-from tiny_training import REPOSITORY, Command, arguments, finish, steps_on_disk
+from processes import REPOSITORY, Command, finish
+from tiny_training import arguments, steps_on_disk
 
 from flowrl import __main__
 from flowrl.__main__ import COMMANDS, EXIT_BROKEN_PIPE, main
@@ -97,9 +98,3 @@ def test_a_dataset_is_described(tiny_dataset, capsys):
     assert lines["environment"] == "Hopper-v4"
     assert lines["normalised"].endswith("returns of -20.2723 and 3234.3 are 0 and 100")
     assert "refused" not in lines
-
-
-def test_bad_options_are_named(tiny_dataset, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["info", str(tiny_dataset), "--max-episode-steps", "0"])
-    assert "--max-episode-steps 0" in capsys.readouterr().err

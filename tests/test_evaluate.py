@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+import yaml
+from processes import Command, finish, wait_for
 from test_rollout import loop_over_single_environments
-from tiny_training import Command, finish, wait_for
 
+from flowrl import load_agent
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
@@ -95,37 +97,21 @@ def test_figures_are_those_of_the_textbook():
     assert (header.split()[-1], row.split()[-1]) == ("success_rate", "0.75")
 
 
-def test_evaluate_run_prints_and_writes(tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def load_agent(run, **options):
-        calls.append((run, options))
-        return ConstantAgent()
-
-    monkeypatch.setattr(command, "load_agent", load_agent)
+def test_evaluate_run_prints_and_writes(finished, tmp_path, capsys):
     results = tmp_path / "new" / "results.json"
-    (tmp_path / "config.yaml").write_text("seed: 3\ntargets: [1.5]\n")
-    config = EvaluateConfig(
-        tmp_path, episodes=2, checkpoint=50, acting="recurrent", json=results, device="cpu"
-    )
-    evaluate_run(config)
-    ((run, options),) = calls
-    assert (run, options.pop("source_clamp"), options.pop("temperature")) == (tmp_path, None, 0.0)
-    assert options == {"checkpoint": 50, "acting": "recurrent", "conditioning": None, "device": "cpu"}
-    printed = capsys.readouterr().out
-    assert "Hopper-v5, dataset hopper-medium sha256 c0ffee, acting recurrent, conditioned on the" in printed
-    assert "return-to-go, checkpoint 50" in printed
+    options = {"checkpoint": 50, "acting": "recurrent", "conditioning": "target"}
+    evaluate_run(EvaluateConfig(finished, episodes=2, json=results, device="cpu", **options))
+    config = load_agent(finished).config
+    printed, data = capsys.readouterr().out, f"file:tiny.hdf5 sha256 {config.dataset_sha256[:12]}"
+    assert f"Hopper-v4, dataset {data}, acting recurrent, conditioned on the target, checkpoint 50" in printed
     document = json.loads(results.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert document["environment"] == json.loads(json.dumps(asdict(HOPPER)))
+    assert document["environment"] == json.loads(json.dumps(asdict(config.environment)))
     assert document["versions"]["gymnasium"] == gym.__version__
-    given = {
-        "config": {"seed": 3, "targets": [1.5]},
-        "dataset_id": "hopper-medium",
-        "dataset_sha256": "c0ffee",
-    }
-    given |= {"acting": "recurrent", "conditioning": "return-to-go", "checkpoint_step": 50, "seed": 0}
+    given = {"config": yaml.safe_load((finished / "config.yaml").read_text()), "dataset_id": "file:tiny.hdf5"}
+    given |= {"dataset_sha256": config.dataset_sha256, "acting": "recurrent", "conditioning": "target"}
+    given |= {"checkpoint_step": 50, "seed": 0}
     assert {name: document[name] for name in given} == given
-    assert [target["target_return"] for target in document["targets"]] == [600.0, 0.0]
+    assert [target["target_return"] for target in document["targets"]] == [30.0, 5.0]
     assert list(results.parent.iterdir()) == [results]
 
 

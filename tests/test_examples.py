@@ -7,7 +7,8 @@ import sys
 import minari
 import numpy as np
 import pytest
-from tiny_training import REPOSITORY, train_here
+from processes import REPOSITORY
+from tiny_training import train_here
 
 from flowrl import load_agent
 from flowrl.data.collect import Part, Recipe

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_training import (
-    Command,
-    arguments,
-    assert_same_end,
-    figures,
-    finish,
-    steps_on_disk,
-    train_here,
-    wait_for,
-)
+from processes import Command, finish, wait_for
+from tiny_training import arguments, assert_same_end, figures, steps_on_disk, train_here
 
 UPDATES_PER_LIFE = 60  # more than a life of LONGEST_LIFE can do with slow writes: no life reaches the end
 LONGEST_LIFE = 1.0  # seconds after the first output
@@ -61,22 +53,20 @@ for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink"):
 """
 
 
-def kill_at_a_change(words: list[str], random: np.random.Generator) -> None:
+def kill_at_a_change(words: list[str], random: np.random.Generator) -> Command:
     """One process that kills itself in the middle of a write."""
     hook = KILLED_AT_CHANGE.format(changes=random.integers(1, 80), before=bool(random.integers(2)))
-    code, output, errors = finish(Command(words, hook))
-    assert code == -signal.SIGKILL, (output + errors)[-2000:]
+    return Command(words, hook)
 
 
-def kill_from_outside(words: list[str], random: np.random.Generator) -> None:
+def kill_from_outside(words: list[str], random: np.random.Generator) -> Command:
     """One process, killed at a random time after its first output, or before any."""
     process = Command(words, SLOW_WRITES)
     if random.random() < 0.8:
         wait_for(lambda: bool(process.output), process)
     time.sleep(random.uniform(0, LONGEST_LIFE))
     process.send_signal(signal.SIGKILL)
-    code, output, errors = finish(process)
-    assert code == -signal.SIGKILL, (output + errors)[-2000:]
+    return process
 
 
 def train_through_kills(dataset: Path, folder: Path, kills: int, seed: int) -> int:
@@ -88,7 +78,8 @@ def train_through_kills(dataset: Path, folder: Path, kills: int, seed: int) -> i
     inside_a_save = 0
     for life in range(kills):
         words = ["train", "--resume", str(run)] if (run / "config.yaml").exists() else first
-        (kill_at_a_change, kill_from_outside)[life % 2](words, random)
+        code, output, errors = finish((kill_at_a_change, kill_from_outside)[life % 2](words, random))
+        assert code == -signal.SIGKILL, (output + errors)[-2000:]
         inside_a_save += any((run / "checkpoints").glob(".step-*.tmp"))
     code, output, errors = finish(Command(["train", "--resume", str(run)]))
     assert code == 0, (output + errors)[-2000:]

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import assert_same_end, figures, flags, resume_here, steps_on_disk, stop_after, train_here
+from processes import stopped_after
+from tiny_training import assert_same_end, figures, flags, resume_here, steps_on_disk, train_here
 
 import flowrl
 from flowrl.data import load_episodes
@@ -61,12 +62,10 @@ def reference(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [10, 24])
-def test_stopped_at_any_update_it_continues_exactly(reference, trained, tmp_path, monkeypatch, step):
+def test_stopped_at_any_update_it_continues_exactly(reference, trained, tmp_path, step):
     """At the end of a round, and in one after the replay has dropped episodes."""
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        with pytest.raises(Stopped):
-            finetune(trained, tmp_path / "run")
+    with stopped_after(step):
+        finetune(trained, tmp_path / "run")
     assert load_checkpoint(tmp_path / "run").step == step
     torch.rand(3)  # whatever else uses random numbers meanwhile
     resume(tmp_path / "run")

@@ -17,7 +17,7 @@ from attention_forms import (
     unwritten_is_nan,  # noqa: F401
     with_gradients,
 )
-from tiny_training import Command, finish
+from processes import Command, finish
 
 from flowrl.attention import flow_attention, naive_flow_attention
 from flowrl.attention.flow import cpu

@@ -8,18 +8,8 @@ import sys
 
 import pytest
 import torch
-from tiny_training import (
-    REPOSITORY,
-    Command,
-    arguments,
-    assert_same_end,
-    figures,
-    finish,
-    resume_here,
-    steps_on_disk,
-    train_here,
-    wait_for,
-)
+from processes import REPOSITORY, Command, finish, wait_for
+from tiny_training import arguments, assert_same_end, figures, resume_here, steps_on_disk, train_here
 
 from flowrl.data.sampler import WindowSampler
 from flowrl.errors import UserError

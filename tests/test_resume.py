@@ -6,18 +6,8 @@ import time
 import pytest
 import torch
 from conftest import write_tiny_dataset
-from tiny_training import (
-    Command,
-    arguments,
-    assert_same_end,
-    figures,
-    finish,
-    resume_here,
-    steps_on_disk,
-    stop_after,
-    train_here,
-    wait_for,
-)
+from processes import Command, finish, stopped_after, wait_for
+from tiny_training import arguments, assert_same_end, figures, resume_here, steps_on_disk, train_here
 
 import flowrl
 from flowrl.errors import UserError
@@ -31,15 +21,11 @@ from flowrl.training.trainer import Trainer
 @pytest.mark.parametrize(
     ("step", "number", "code"), [(1, signal.SIGTERM, 143), (7, signal.SIGINT, 130), (25, signal.SIGTERM, 143)]
 )
-def test_stopped_at_any_update_a_run_continues_exactly(
-    finished, tiny_dataset, tmp_path, monkeypatch, step, number, code
-):
+def test_stopped_at_any_update_a_run_continues_exactly(finished, tiny_dataset, tmp_path, step, number, code):
     """On a checkpoint, a log line, an evaluation, or between them; dropout and batches continue in order."""
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, step, number)
-        with pytest.raises(Stopped) as caught:
-            train_here(tiny_dataset, run)
+    with stopped_after(step, number) as caught:
+        train_here(tiny_dataset, run)
     assert caught.value.code == code
     assert load_checkpoint(run).step == step
     torch.rand(3)  # whatever else uses random numbers meanwhile
@@ -56,10 +42,8 @@ def test_speeds_after_a_resume_are_of_the_updates_since_then(tiny_dataset, tmp_p
 
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(Trainer, "update", takes_a_second)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 10)
-        with pytest.raises(Stopped):
-            train_here(tiny_dataset, tmp_path / "run")
+    with stopped_after(10):
+        train_here(tiny_dataset, tmp_path / "run")
     resume_here(tmp_path / "run")
     assert {line["updates_per_second"] for line in read_metrics(tmp_path / "run", "train")} == {1.0}
 

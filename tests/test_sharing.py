@@ -15,8 +15,9 @@ import torch
 import yaml
 from conftest import serving
 from fake_hub import COMMIT, TOKEN, FakeHub
+from processes import REPOSITORY, Command, finish
 from test_loading import make_agent, play
-from tiny_training import REPOSITORY, Command, figures, finish, train_here
+from tiny_training import figures, train_here
 
 from flowrl import load_agent
 from flowrl.envs.specs import EnvironmentSpec

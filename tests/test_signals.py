@@ -4,7 +4,7 @@ import signal
 import sys
 
 import pytest
-from tiny_training import Command, finish, wait_for
+from processes import Command, finish, wait_for
 
 from flowrl.signals import Stopped, StopSignals
 

@@ -14,16 +14,8 @@ import pytest
 import yaml
 from broken_inputs import refusal
 from filelock import FileLock, Timeout
-from tiny_training import (
-    REPOSITORY,
-    Command,
-    assert_same_end,
-    figures,
-    finish,
-    flags,
-    steps_on_disk,
-    wait_for,
-)
+from processes import REPOSITORY, Command, finish, wait_for
+from tiny_training import OPTIONS, assert_same_end, figures, flags, steps_on_disk
 
 from flowrl.errors import UserError
 from flowrl.sweeps import ray_cluster
@@ -34,19 +26,7 @@ from flowrl.sweeps.process import is_finished, log_path, train_arguments
 from flowrl.sweeps.ray_cluster import train_on_node
 from flowrl.training.run import run_train
 
-TINY = {
-    "device": "cpu",
-    "env": "Hopper-v4",
-    "embed_dim": 8,
-    "num_heads": 2,
-    "num_layers": 1,
-    "batch_size": 4,
-    "eval_episodes": 1,
-    "eval_every": 0,
-    "checkpoint_every": 10,
-    "log_every": 5,
-    "targets": [5.0],
-}
+TINY = OPTIONS | {"num_layers": 1, "eval_episodes": 1, "eval_every": 0, "log_every": 5, "targets": [5.0]}
 STEPS = 40
 HOPPER = "datasets: [hopper-medium]\nmethods: "
 METHODS = {"flow-6": {"context_length": 6}, "softmax-6": {"attention": "softmax", "context_length": 6}}

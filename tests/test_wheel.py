@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import REPOSITORY
 from setuptools import find_packages
-from tiny_training import REPOSITORY, arguments
+from tiny_training import arguments
 
 PROGRAM = """
 import json, sys
