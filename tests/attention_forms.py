@@ -4,13 +4,12 @@ the kinds other than Flow-Attention, quadratic in length.
 
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowrl.attention import flow_attention_step
+from flowrl.attention import flow_attention_step, naive_flow_attention
 from flowrl.attention.linear import (
     EPS,
     FEATURES_PER_DIMENSION,
@@ -34,14 +33,6 @@ def with_gradients(attention, queries, keys, values, weight, **options):
     output = attention(*inputs, **options)
     (output * weight).sum().backward()
     return output.detach(), *(tensor.grad for tensor in inputs)
-
-
-@pytest.fixture
-def unwritten_is_nan():
-    """Memory that torch allocates without a value holds NaN: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def computed_by(form):
@@ -151,3 +142,12 @@ def naive_softmax_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Te
 def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
     past = weights.tril()  # (batch, heads, length, length), 0 where j > i
     return past @ values / past.sum(-1, keepdim=True).clamp(min=SMALLEST_NORMALISER)
+
+
+NAIVE = {
+    "flow": naive_flow_attention,
+    "softmax": naive_softmax_attention,
+    "linear": naive_linear_attention,
+    "performer": naive_performer_attention,
+    "cosformer": naive_cosformer_attention,
+}

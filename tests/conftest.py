@@ -20,6 +20,7 @@ from failing_server import Server
 from tiny_training import train_here
 
 from flowrl.data.dataset import EpisodeDataset, build_episodes
+from flowrl.native import kernels
 
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # in this process alone: what tests kill are processes of their own
@@ -127,6 +128,20 @@ def held_at_20(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     (folder / "hold00000020").touch()
     return folder / "hold00000020"
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that torch allocates without a value holds NaN: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As in a new process: no kernel has been checked."""
+    monkeypatch.setattr(kernels, "_trusted", {})
 
 
 @pytest.fixture(scope="session")

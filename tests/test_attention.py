@@ -7,17 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from attention_forms import (
-    assert_all_close,
-    naive_cosformer_attention,
-    naive_linear_attention,
-    naive_performer_attention,
-    naive_softmax_attention,
-    saved_by,
-    stepped,
-    tokens,
-    with_gradients,
-)
+from attention_forms import NAIVE, assert_all_close, saved_by, stepped, tokens, with_gradients
 
 from flowrl.attention import (
     AttentionName,
@@ -31,13 +21,6 @@ from flowrl.attention.flow import FlowState, blocks
 from flowrl.attention.linear import random_directions
 
 LENGTHS = (1, 2, 127, 128, 129, 3000)
-NAIVE = {
-    "flow": naive_flow_attention,
-    "softmax": naive_softmax_attention,
-    "linear": naive_linear_attention,
-    "performer": naive_performer_attention,
-    "cosformer": naive_cosformer_attention,
-}
 LINEAR = ("linear", "performer", "cosformer")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 FIRST_DIRECTIONS = [[0.007634183479121073, 1.0986133188034695], [2.032999461575345, -0.014127164341612443]]
@@ -81,22 +64,16 @@ def test_naive_bidirectional_form_is_the_formula():
     _, k, v, _ = tokens(7, heads=1, head_dim=3, value_dim=2, seed=1)
     actual = naive_flow_attention(q, k, v, causal=False, clamp=0.45)[0, 0]
     sinks, sources, values, eps = q[0, 0].sigmoid().numpy(), k[0, 0].sigmoid().numpy(), v[0, 0].numpy(), 1e-6
-    incoming = [(x + eps) @ (sources.sum(0) + eps) for x in sinks]
-    outgoing = [(x + eps) @ (sinks.sum(0) + eps) for x in sources]
-    weighted_sources = sum(x / o for x, o in zip(sources, outgoing, strict=True))
-    weighted_sinks = sum(x / i for x, i in zip(sinks, incoming, strict=True))
-    conserved = [(x + eps) @ (weighted_sinks + eps) for x in sources]
+    incoming = (sinks + eps) @ (sources.sum(0) + eps)
+    outgoing = (sources + eps) @ (sinks.sum(0) + eps)
+    conserved = (sources + eps) @ ((1 / incoming) @ sinks + eps)
     exponentials = np.exp(np.clip(conserved, -0.45, 0.45))
-    assert (np.array(conserved) > 0.45).any()
-    assert (np.array(conserved) < 0.45).any()
+    assert (conserved > 0.45).any()
+    assert (conserved < 0.45).any()
     competition = 7 * exponentials / exponentials.sum()
-    for sink, flow_in, row in zip(sinks, incoming, actual, strict=True):
-        allocation = sigmoid((sink + eps) @ (weighted_sources + eps) * 4 / 7)
-        aggregated = sum(
-            (sink @ source) * weight * value
-            for source, weight, value in zip(sources, competition, values, strict=True)
-        )
-        np.testing.assert_allclose(row, allocation * aggregated / flow_in, rtol=1e-12)
+    allocation = sigmoid((sinks + eps) @ ((1 / outgoing) @ sources + eps) * 4 / 7)
+    aggregated = (sinks @ sources.T * competition) @ values
+    np.testing.assert_allclose(actual, (allocation / incoming)[:, None] * aggregated, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +378,7 @@ def test_cosformer_reweights_by_distance(max_tokens):
     """Forms agree within M, at it and beyond it, where no weight is negative."""
     kind = attention_kind("cosformer", max_tokens)
     inputs = tokens(700)
-    expected = with_gradients(partial(naive_cosformer_attention, max_tokens=max_tokens), *inputs)
+    expected = with_gradients(partial(NAIVE["cosformer"], max_tokens=max_tokens), *inputs)
     assert_all_close(with_gradients(kind.parallel, *inputs), expected, 1e-10)
     assert (stepped(*inputs[:3], step=kind.step) - expected[0]).abs().max() < 1e-10
     ones, values = torch.ones(1, 1, 700, 4).double(), torch.eye(700).double()[None, None]

@@ -10,13 +10,7 @@ import warnings
 
 import pytest
 import torch
-from attention_forms import (
-    assert_all_close,
-    computed_by,
-    tokens,
-    unwritten_is_nan,  # noqa: F401
-    with_gradients,
-)
+from attention_forms import assert_all_close, computed_by, tokens, with_gradients
 from processes import Command, finish
 
 from flowrl.attention import flow_attention, naive_flow_attention

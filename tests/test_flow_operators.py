@@ -120,12 +120,6 @@ def test_exported_with_dynamic_length_into_torchs_own_operations():
         assert largest_error([exported.module()(x)], [layer(x)]) < 1e-5
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """As in a new process: no kernel has been checked."""
-    monkeypatch.setattr(kernels, "_trusted", {})
-
-
 def attend(inputs):
     """Outputs, gradients, and the messages of the warnings."""
     with warnings.catch_warnings(record=True) as caught:

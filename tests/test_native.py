@@ -12,18 +12,12 @@ from torch import nn
 
 from flowrl.attention import AttentionName
 from flowrl.model import Agent, AgentConfig
-from flowrl.native import kernels, linear
+from flowrl.native import linear
 from flowrl.native.accelerate import accelerate_acting, accelerate_training
 from flowrl.native.dropout import FastDropout
 from flowrl.native.linear import OneDNNLinear
 
-
-@pytest.fixture(autouse=True)
-def fresh_checks(monkeypatch):
-    """Every test sees the kernels checked anew."""
-    monkeypatch.setattr(kernels, "_trusted", {})
-
-
+pytestmark = pytest.mark.usefixtures("unchecked")
 make_model = partial(test_transformer.make_model, dtype=torch.float32, noise=0.1, embed_dim=64)
 
 

@@ -7,10 +7,8 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from attention_forms import naive_cosformer_attention
-from test_attention import NAIVE
+from attention_forms import NAIVE
 
-from flowrl.attention import naive_flow_attention
 from flowrl.model.transformer import INIT_STD, MixerName, ModelConfig, SequenceModel
 from flowrl.window import Window
 
@@ -66,8 +64,8 @@ def window_of(observations, actions, previous_actions, returns_to_go, start=0):
 
 PLAIN = {
     **NAIVE,
-    "flow": partial(naive_flow_attention, clamp=0.9),
-    "cosformer": partial(naive_cosformer_attention, max_tokens=12),
+    "flow": partial(NAIVE["flow"], clamp=0.9),
+    "cosformer": partial(NAIVE["cosformer"], max_tokens=12),
 }
 
 

@@ -12,13 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_forms import (
-    assert_all_close,
-    computed_by,
-    tokens,
-    unwritten_is_nan,  # noqa: F401
-    with_gradients,
-)
+from attention_forms import assert_all_close, computed_by, tokens, with_gradients
 from test_attention import extreme_inputs
 
 from flowrl.attention import naive_flow_attention
