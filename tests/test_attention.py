@@ -323,6 +323,10 @@ def test_options_that_do_not_fit_are_refused(options, message):
     _, state = flow_attention(x, x, x, return_state=True)
     with pytest.raises(ValueError, match=r"initial_state has a memory \(1, 2, 8, 8\)"):
         flow_attention(x[..., :4], x[..., :4], x, initial_state=state)
+    with pytest.raises(ValueError, match=r"state has a memory \(1, 2, 8, 8\)"):
+        flow_attention_step(x[:, :, 0, :4], x[:, :, 0, :4], x[:, :, 0], state)
+    with pytest.raises(ValueError, match=r"floating-point tensors, got torch\.int64"):
+        flow_attention(x.long(), x, x)
 
 
 @pytest.mark.parametrize("name", LINEAR)

@@ -1,6 +1,7 @@
 """Training from Python: what is called when, what stops it, what is printed, and what a tracker receives."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -83,8 +84,13 @@ def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
     reference, tiny_dataset, tmp_path, event, step, true
 ):
     recorder = Recorder(lambda *now: true(now == (event, step)))
-    run = train(tiny_dataset, tmp_path / "run", recorder, keep_best="return_mean")
+    data = shutil.copy(tiny_dataset, tmp_path / "tiny.hdf5")
+    run = train(data, tmp_path / "run", recorder, keep_best="return_mean")
     assert run.step == load_checkpoint(run.folder).step == step
+    data.unlink()
+    with pytest.raises(UserError, match=r"tiny\.hdf5: no such file; the data of the run may be given by"):
+        flowrl.train(resume=run.folder)
+    shutil.copy(tiny_dataset, data)
     assert flowrl.train(resume=run.folder, progress_bar=False).step == 60
     assert_same_end(run.folder, reference)
     assert_same_end(run.folder, reference, BEST)

@@ -165,8 +165,12 @@ def test_a_run_remembers_how_its_environment_is_made(module, tmp_path, capsys):
     forget(module)
     run_train(["--resume", str(run), "--steps", "6"])
     forget(module)
+    capsys.readouterr()
+    evaluate_run(EvaluateConfig(run=run, episodes=2, env=f"{module}:{env_id}"))  # as it was trained in
+    assert f"environment {env_id}(torque=0.25, max_episode_steps=16), dataset" in capsys.readouterr().out
+    train_here(tmp_path / "data.hdf5", tmp_path / "elsewhere", env="Pendulum-v1", steps=1, eval_episodes=0)
     with pytest.raises(UserError, match="has no time limit: give --max-episode-steps"):
-        evaluate_run(EvaluateConfig(run=run, episodes=2, env=f"{module}:{env_id}"))
+        evaluate_run(EvaluateConfig(run=tmp_path / "elsewhere", episodes=2, env=f"{module}:{env_id}"))
 
 
 def test_actions_of_another_scaling_are_refused(tmp_path):

@@ -89,7 +89,7 @@ def test_what_is_damaged_is_refused_and_what_fails_leaves_nothing(tiny_dataset, 
         load_episodes(str(tiny_dataset), memory_map=folder)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match=r"--memory-map .*file: cannot be written"):
+    with pytest.raises(UserError, match=r"--memory-map .*file: a file; give"):
         load_episodes(str(tiny_dataset), memory_map=file)
     with pytest.raises(UserError, match=r"x: 5 steps take 931,322,574\.6 GiB on disk, .* free"):
         Storage(kept).require("x", "5 steps", 10**18)

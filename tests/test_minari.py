@@ -74,7 +74,6 @@ def test_a_dataset_without_a_usable_environment_says_so(cache):
     dataset = read_minari(ID)
     assert (dataset.environment, dataset.reference) == (None, None)
     assert "the dataset names no environment: give one with --env to evaluate" in dataset.notes
-    assert "the dataset has no reference scores: returns are not normalized" in dataset.notes
     change_metadata(cache, env_spec=gymnasium.spec("Hopper-v5").to_json().replace("Hopper-v5", "os:mkdir"))
     dataset = read_minari(ID)
     assert dataset.environment is None
@@ -91,7 +90,7 @@ def test_its_own_reference_scores_win_over_the_table(cache):
         dataset = read_minari(ID)
         assert dataset.reference == REFERENCE_SCORES["hopper"]
         assert dataset.notes == (
-            "the dataset has no reference scores of its own: D4RL's are used to normalize",
+            "the dataset has no reference scores of its own: D4RL's are used to normalise",
         )
 
 

@@ -84,7 +84,7 @@ def _scores(dataset: EpisodeDataset) -> list[str]:
 
 
 def _quantiles(values: np.ndarray) -> str:
-    low, median, high = np.quantile(values, (0, 0.5, 1))
+    low, median, high = np.quantile(values, (0, 0.5, 1), method="lower")  # the median is one of the values
     mean = np.mean(values, dtype=np.float64)
     return f"from {low:.6g} to {high:.6g}, median {median:.6g}, mean {mean:.6g}"
 

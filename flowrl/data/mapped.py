@@ -42,6 +42,8 @@ def read_or_map(
     """
     if folder is None:
         return read(IN_MEMORY)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--memory-map {folder}: a file; give the name of a folder")
     files = sorted(files)
     if not all(file.is_file() for file in files):
         return read(IN_MEMORY)  # which reports what is missing

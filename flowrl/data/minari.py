@@ -222,6 +222,9 @@ def _environment(metadata: Mapping[str, Any]) -> tuple[EnvironmentSpec | None, l
         return None, [f"the dataset's {error}: give another with --env to evaluate"]
 
 
+D4RLS_SCORES = "the dataset has no reference scores of its own: D4RL's are used to normalise"
+
+
 def _reference(
     metadata: Mapping[str, Any], environment: EnvironmentSpec | None
 ) -> tuple[ReferenceScores | None, list[str]]:
@@ -231,8 +234,8 @@ def _reference(
         return ReferenceScores(float(low), float(high)), []
     table = None if environment is None else reference_scores(environment.env_id)
     if table is None:
-        return None, ["the dataset has no reference scores: returns are not normalized"]
-    return table, ["the dataset has no reference scores of its own: D4RL's are used to normalize"]
+        return None, []
+    return table, [D4RLS_SCORES]
 
 
 @contextlib.contextmanager

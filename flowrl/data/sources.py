@@ -11,7 +11,7 @@ from flowrl.data.dataset import EpisodeDataset, concatenate
 from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, SOURCE, load_embedded
 from flowrl.data.mapped import read_or_map
 from flowrl.data.memory import memory_dataset, memory_environment
-from flowrl.data.minari import load_minari
+from flowrl.data.minari import D4RLS_SCORES, load_minari
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment
@@ -67,7 +67,10 @@ def load_episodes(
     if len(datasets) > 1 and env is not None:
         datasets = _in_one_environment(datasets, named and options.apply(named))
     dataset = datasets[0] if len(datasets) == 1 else _joined(datasets, memory_map)
-    return dataset if reference is None else replace(dataset, reference=reference)
+    if reference is None:
+        return dataset
+    notes = tuple(note for note in dataset.notes if not note.endswith(D4RLS_SCORES))
+    return replace(dataset, reference=reference, notes=notes)
 
 
 def environment_named(env: str, imports: Sequence[str] = ()) -> EnvironmentSpec:

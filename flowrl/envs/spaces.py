@@ -189,6 +189,7 @@ def check_environment(
         kinds = [f"choices of {c}" if c else "continuous" for c in (facts.action_choices, action_choices)]
         raise UserError(
             f"environment {environment.env_id} has actions that are {kinds[0]}, those of the data are "
-            f"{kinds[1]}: give the environment that the data is from"
+            f"{kinds[1]}: give the environment that the data is from, in training too; files hold choices as "
+            "numbers, a column each, not as one-hot vectors"
         )
     return facts

@@ -76,10 +76,14 @@ class EnvironmentSpec:
         registered = gymnasium.registry.get(self.env_id)
         return self.max_episode_steps or (registered.max_episode_steps if registered else None)
 
-    def without_registered_limit(self) -> "EnvironmentSpec":
-        """Return the same environment, without a time limit that it is registered with anyway."""
-        registered = replace(self, max_episode_steps=None)
-        return registered if registered.time_limit == self.time_limit else self
+    def without_registered_options(self) -> "EnvironmentSpec":
+        """Return the same environment, without imports and what it is registered with anyway."""
+        registered = gymnasium.registry.get(self.env_id)
+        own = {} if registered is None else registered.kwargs
+        kwargs = {k: v for k, v in self.kwargs.items() if k not in own or repr(own[k]) != repr(v)}
+        plain = replace(self, kwargs=kwargs, max_episode_steps=None, imports=())
+        limit = None if plain.time_limit == self.time_limit else self.max_episode_steps
+        return replace(plain, max_episode_steps=limit)
 
     @classmethod
     def from_gymnasium_json(cls, json_string: str) -> "EnvironmentSpec":

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +100,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
     else:
         targets = config.targets or agent.config.targets
     print(
-        f"environment {environment.env_id}, dataset {agent.config.dataset_id} "
+        f"environment {environment.without_registered_options()}, dataset {agent.config.dataset_id} "
         f"sha256 {agent.config.dataset_sha256[:12]}, acting {agent.acting}, conditioned on the "
         f"{agent.conditioning}, checkpoint {agent.checkpoint_step}, seed {config.seed}"
     )
@@ -142,10 +142,18 @@ def acting_environment(
 ) -> EnvironmentSpec:
     """Return what an agent acts in: what ``env`` names or its own environment, with these options over it.
 
+    What the run recorded of its environment holds where ``env`` names it by its id alone.
+
     Raises:
         UserError: there is none, it has no time limit, or it does not fit the agent.
     """
-    environment = agent.environment if env is None else environment_named(env, options.env_import)
+    environment = agent.environment
+    if env is not None:
+        named = environment_named(env, options.env_import)
+        if environment is not None and named.env_id == environment.env_id and not named.kwargs:
+            imports = (*environment.imports, *named.imports)
+            named = replace(environment, imports=tuple(dict.fromkeys(imports)))
+        environment = named
     if environment is None:
         raise UserError(f"{run}: its dataset names no environment; give one with --env")
     environment = options.apply(environment)

@@ -42,20 +42,21 @@ def compare(config: CompareConfig) -> str:
     """
     if config.episodes < FEWEST_EPISODES:
         raise UserError(f"--episodes {config.episodes}: an interval takes at least {FEWEST_EPISODES}")
-    agents = [load_agent(run, device="auto") for run in (config.first, config.second)]
-    environments = [agent.environment for agent in agents]
-    alike = [each and each.without_registered_limit() for each in environments]
-    if environments[0] is None or alike[0] != alike[1]:
-        names = [str(environment) for environment in environments]
+    runs = (config.first, config.second)
+    agents = [load_agent(run, device="auto") for run in runs]
+    environments = [
+        acting_environment(agent, run, None, config) for agent, run in zip(agents, runs, strict=True)
+    ]
+    environment, other = (each.without_registered_options() for each in environments)
+    if environment != other:
         raise UserError(
-            f"{config.first} and {config.second} act in different environments, {' and '.join(names)}"
+            f"{config.first} and {config.second} act in different environments, {environment} and {other}"
         )
-    environment = acting_environment(agents[0], config.first, None, config)
     reference = config.reference() or agents[0].config.reference or reference_scores(environment.env_id)
     results: list[TargetResult] = []
     for agent in agents:
         target = agent.config.targets[0] if config.target is None else config.target
-        results += evaluate(agent, environment, [target], config.episodes, config.seed, reference)
+        results += evaluate(agent, environments[0], [target], config.episodes, config.seed, reference)
     unit = "return" if reference is None else "normalised score"
     values = [
         result.returns if result.normalized_scores is None else result.normalized_scores for result in results
@@ -64,13 +65,13 @@ def compare(config: CompareConfig) -> str:
     low, high = difference_interval(difference)
     rows = [
         [str(run), f"{result.target_return:g}", f"{scores.mean():.1f} ± {standard_error(scores):.1f}"]
-        for run, result, scores in zip((config.first, config.second), results, values, strict=True)
+        for run, result, scores in zip(runs, results, values, strict=True)
     ]
     verdict = "within the noise" if low <= 0 <= high else "apart from 0"
     interval = f"{CONFIDENCE:.0%} interval {low:.1f} to {high:.1f}"
     return (
         f"{markdown_table(['run', 'target return', unit], rows)}\n\n"
-        f"{environment.env_id}, {config.episodes} episodes from the same starts, mean ± standard error.\n"
+        f"{environment}, {config.episodes} episodes from the same starts, mean ± standard error.\n"
         f"First - second: {difference.mean():.1f}, {interval}: {verdict}.\n"
         "Trainings of other seeds may differ by more."
     )

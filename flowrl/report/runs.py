@@ -252,7 +252,7 @@ def _dataset_name(identity: dict[str, Any], config: dict[str, Any]) -> str:
 def _environment(identity: dict[str, Any]) -> str:
     """The environment with what differs from it as registered."""
     environment = TypeAdapter(EnvironmentSpec).validate_json(json.dumps(identity["environment"]))
-    return str(environment.without_registered_limit())
+    return str(environment.without_registered_options())
 
 
 def _score(figures: Figures, unit: Unit) -> float:

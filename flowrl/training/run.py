@@ -31,7 +31,10 @@ _OWN_FILES = ("config.yaml", FINETUNE_FILE, METRICS_FILE, "nonfinite.json", "env
 
 @dataclass(frozen=True)
 class Run:
-    """A training that has ended or was stopped by a callback; ``train(resume=folder)`` continues it."""
+    """A training that has ended or was stopped by a callback.
+
+    ``train(resume=folder)`` continues it; with data in memory ``train(dataset, resume=folder)``.
+    """
 
     folder: Path
     step: int
@@ -76,7 +79,8 @@ def train(
         callbacks: see :class:`Callback`; one that returns True stops the training.
         progress_bar: whether updates are counted on stderr.
         **options: the other options of ``flowrl train`` by name, which are the fields of TrainConfig, such as
-            ``steps=3000``; ``config="paper"`` takes a preset, ``resume="runs/x"`` continues a run.
+            ``steps=3000``; ``config="paper"`` takes a preset, ``resume="runs/x"`` continues a run, with
+            ``dataset`` again if it was data in memory.
 
     Raises:
         UserError: unusable input, or a run folder that is in use, not empty, or damaged.
@@ -165,14 +169,16 @@ def default_run_dir(config: TrainConfig) -> Path:
 
 def describe(dataset: EpisodeDataset, say: Callable[[str], None]) -> None:
     """Print which data this is."""
-    returns = dataset.episode_returns
+    returns, environment = dataset.episode_returns, dataset.environment
     scores = ""
     if dataset.reference is not None:
         scores = f" (normalised {dataset.reference.normalized_score(float(returns.mean())):.1f})"
     say(
         f"dataset {dataset.dataset_id} sha256 {dataset.sha256[:12]}: {dataset.num_transitions} transitions, "
         f"{dataset.num_episodes} episodes, mean return {returns.mean():.1f}{scores}, "
-        f"environment {dataset.environment.env_id if dataset.environment else 'unknown'}"
+        f"environment {environment.without_registered_options() if environment else 'unknown'}"
     )
+    if dataset.reference is None:
+        say("note: there are no reference scores: returns are not normalised")
     for note in dataset.notes:
         say(f"note: {note}")

@@ -86,7 +86,14 @@ def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) ->
         dataset = load_episodes(config.env, None, config, config.split_at_timeouts, config.memory_map)
     else:
         source = config.dataset if episodes is None else episodes
-        dataset = load_episodes(source, config.env, config, config.split_at_timeouts, config.memory_map)
+        try:
+            dataset = load_episodes(source, config.env, config, config.split_at_timeouts, config.memory_map)
+        except UserError as error:
+            if config.resume is None:
+                raise
+            raise UserError(
+                f"{error}; the data of the run may be given by --dataset, or from Python"
+            ) from error
     if dataset.environment is not None:
         try:
             dataset = match_environment(dataset)

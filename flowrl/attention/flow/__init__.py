@@ -82,8 +82,9 @@ def flow_attention(
         clamp: bound on the conserved source flow before its exponential.
         eps: added to every component of both factors of the four flows.
 
-    Returns (batch, heads, length, value_dim) in the dtype of ``values``. Sums are float32 (float64 for
-    float64 input) whatever the autocast state. Raises ValueError for arguments that do not fit.
+    Returns (batch, heads, length, value_dim) in the dtype of ``values``. Sums are float32, float64 where the
+    queries are, or in the dtype of ``initial_state``, whatever the autocast state. Raises ValueError for
+    arguments that do not fit.
     """
     _check(queries, keys, values, causal, mask, initial_state, return_state)
     # Traced into torch's own operations, at any length.
@@ -121,6 +122,10 @@ def _check(
     shapes = f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
     if queries.ndim != 4 or keys.ndim != 4 or values.ndim != 4:
         raise ValueError(f"flow_attention takes (batch, heads, length, head_dim) tensors, got {shapes}")
+    if not all(x.is_floating_point() for x in (queries, keys, values)):
+        raise ValueError(
+            f"flow_attention takes floating-point tensors, got {queries.dtype}, {keys.dtype}, {values.dtype}"
+        )
     if queries.shape[:2] != keys.shape[:2] or queries.shape[-1] != keys.shape[-1]:
         raise ValueError(f"queries and keys differ in batch, heads or head_dim: {shapes}")
     if keys.shape[:3] != values.shape[:3]:
