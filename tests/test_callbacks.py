@@ -145,7 +145,7 @@ def test_a_best_checkpoint_whose_evaluation_was_lost_in_a_kill_is_dropped(tiny_d
 
     made_up((3.0, 7.0, 2.0, 2.0))
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_dataset, tmp_path / "run", Recorder(killed), keep_best="return_mean")
+        train(tiny_dataset, tmp_path / "run", Recorder(killed), keep_best="return_mean", checkpoint_every=99)
     resume_here(tmp_path / "run")
     agent = flowrl.load_agent(tmp_path / "run", checkpoint="best")
     assert (agent.checkpoint_step, agent.config.chosen_by.split()[1]) == (25, "3")

@@ -1,6 +1,7 @@
 """Data that is read from disk as needed is the same as in memory, bit for bit, and takes no memory."""
 
 import os
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_files_minari_and_several_are_the_same_as_in_memory(tiny_dataset, own_fo
     write_tiny_dataset(other, seed=2)
     os.utime(other, ns=(1, 1))
     loaded(folder, other, env="Hopper-v4")  # has changed
+    for name in ("a.hdf5", "b.hdf5"):  # of one content
+        loaded(folder, tiny_dataset, shutil.copy(tiny_dataset, own_folders / name))
 
 
 def test_a_training_is_the_same_as_in_memory(unevaluated, tiny_dataset, tmp_path):
