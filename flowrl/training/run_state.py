@@ -118,7 +118,7 @@ class RunState:
             weights = {name.removeprefix("model."): saved.training_tensors[name] for name in names}
             _load(self.agent, self.model, {**saved.model, **weights}, f"{where}: {TRAINING_TENSORS}")
         states = saved.training_tensors.get("random.torch", torch.empty(self.ranks.size))
-        if len(states) != self.ranks.size:
+        if states.ndim == 2 and len(states) != self.ranks.size:
             raise UserError(
                 f"--resume {where}: was trained by {len(states)} processes and has to be resumed by as many, "
                 f"not by {self.ranks.size}"
