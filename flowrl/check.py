@@ -117,8 +117,8 @@ def _others(reason: str) -> list[tuple[str, str]]:
     if not kernels_enabled():
         linear = f"not used: {SWITCH} is off"
     elif library_is_held_back():
-        _, message = _with_warning(lambda: OneDNNLinear(8, 8)(torch.zeros(FEWEST_ROWS, 8)))
-        linear = f"not used: {message}" if message else "used"
+        _, failed = _with_warning(lambda: OneDNNLinear(8, 8)(torch.zeros(FEWEST_ROWS, 8)))
+        linear = f"not used: {failed}" if failed else "used"
     return [
         ("Acting in C++", "used" if acts else f"not used: {reason or message}"),
         ("Linear by oneDNN", linear),

@@ -227,6 +227,7 @@ def open_d4rl_file(path: Path) -> Iterator[dict[str, h5py.Dataset]]:
 
 
 def facts_of(environment: EnvironmentSpec | None) -> EnvironmentFacts | None:
+    """What is known of an environment; None where there is none or it cannot be made here."""
     if environment is not None:
         with suppress(EnvironmentUnavailable):
             return environment_facts(environment)

@@ -172,7 +172,7 @@ def concatenate(datasets: Sequence[EpisodeDataset], storage: Storage = IN_MEMORY
                     f"{first.dataset_id} and {other.dataset_id} differ in {what.replace('_', ' ')}: "
                     f"{ours} and {theirs}{remedy}"
                 )
-    dataset_id = " + ".join(dataset.dataset_id for dataset in datasets)
+    dataset_id, notes = joined_about(datasets)
     steps = sum(dataset.num_transitions for dataset in datasets)
     storage.require(dataset_id, f"{steps} steps", 4 * steps * (first.observation_dim + first.action_dim + 2))
     arrays = {}
@@ -194,8 +194,14 @@ def concatenate(datasets: Sequence[EpisodeDataset], storage: Storage = IN_MEMORY
         storage=storage,
         environment=first.environment,
         reference=first.reference,
-        notes=[f"{dataset.dataset_id}: {note}" for dataset in datasets for note in dataset.notes],
+        notes=notes,
     )
+
+
+def joined_about(datasets: Sequence[EpisodeDataset]) -> tuple[str, tuple[str, ...]]:
+    """The id and the notes of several datasets taken together."""
+    notes = (f"{dataset.dataset_id}: {note}" for dataset in datasets for note in dataset.notes)
+    return " + ".join(dataset.dataset_id for dataset in datasets), tuple(notes)
 
 
 def delayed_rewards(dataset: EpisodeDataset) -> EpisodeDataset:

@@ -26,6 +26,7 @@ from flowrl.envs.vector import without_text
 from flowrl.errors import UserError, did_you_mean, one_line
 from flowrl.machine import home_folder
 
+D4RLS_SCORES = "the dataset has no reference scores of its own: D4RL's are used to normalise"
 _NUMBER = Box(-math.inf, math.inf, ())  # a timestep's reward or flag
 
 
@@ -220,9 +221,6 @@ def _environment(metadata: Mapping[str, Any]) -> tuple[EnvironmentSpec | None, l
         return EnvironmentSpec.from_gymnasium_json(recorded), []
     except UserError as error:
         return None, [f"the dataset's {error}: give another with --env to evaluate"]
-
-
-D4RLS_SCORES = "the dataset has no reference scores of its own: D4RL's are used to normalise"
 
 
 def _reference(

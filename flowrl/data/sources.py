@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, facts_of, find_d4rl_file, read_d4rl, read_d4rl_file
-from flowrl.data.dataset import EpisodeDataset, concatenate
+from flowrl.data.dataset import EpisodeDataset, concatenate, joined_about
 from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, SOURCE, load_embedded
 from flowrl.data.mapped import read_or_map
 from flowrl.data.memory import memory_dataset, memory_environment
 from flowrl.data.minari import D4RLS_SCORES, load_minari
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
-from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment
+from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment, recorded_or_named
 from flowrl.errors import UserError, did_you_mean
 
 MINARI_PREFIX = "minari:"
@@ -115,7 +115,8 @@ def _load(
             max_episode_steps=limit,
             split_at_timeouts=split_at_timeouts,
         )
-        return read_or_map(read, memory_map, [path], read_as, limit, split_at_timeouts, facts_of(read_as))
+        facts = memory_map and facts_of(read_as)  # which decide what is one-hot
+        return read_or_map(read, memory_map, [path], read_as, limit, split_at_timeouts, facts)
     if path.is_file() or suffix in (".pkl", ".pickle", ".npz", ".npy", ".pt"):
         raise UserError(
             f"dataset '{source}': a file must be HDF5 in D4RL's layout with a name that ends in "
@@ -146,13 +147,9 @@ def _in_one_environment(
 def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:
     facts = ((dataset.sha256, dataset.action_choices) for dataset in datasets)
     joined = read_or_map(partial(concatenate, datasets), memory_map, (), *facts)
-    return replace(
-        joined,
-        environment=datasets[0].environment,
-        reference=datasets[0].reference,
-        dataset_id=" + ".join(dataset.dataset_id for dataset in datasets),
-        notes=tuple(f"{dataset.dataset_id}: {note}" for dataset in datasets for note in dataset.notes),
-    )
+    environment, reference = datasets[0].environment, datasets[0].reference
+    dataset_id, notes = joined_about(datasets)
+    return replace(joined, environment=environment, reference=reference, dataset_id=dataset_id, notes=notes)
 
 
 def _d4rl_or_embedded(
@@ -177,9 +174,7 @@ def _evaluated_in(
     """
     own = dataset.environment
     from_data = own != named  # a file is read as of the environment that the user names
-    if own is not None and (named is None or (named.env_id == own.env_id and not named.kwargs)):
-        imports = (*own.imports, *(named.imports if named else ()))
-        named = replace(own, imports=tuple(dict.fromkeys(imports)))
+    named = recorded_or_named(own, named)
     environment = None if named is None else options.apply(named)
     if environment == own or environment is None:
         return dataset

@@ -121,6 +121,16 @@ class EnvironmentSpec:
             raise UserError(f"environment {short_repr(data['id'])}: '{name}': {first['msg']}") from error
 
 
+def recorded_or_named(
+    recorded: EnvironmentSpec | None, named: EnvironmentSpec | None
+) -> EnvironmentSpec | None:
+    """Return what is named, but what was recorded, with the imports of both, where its id alone is named."""
+    if recorded is None or (named is not None and (named.env_id != recorded.env_id or named.kwargs)):
+        return named
+    imports = (*recorded.imports, *(named.imports if named else ()))
+    return replace(recorded, imports=tuple(dict.fromkeys(imports)))
+
+
 def named_environment(
     name: str, imports: Iterable[str] = (), also_known: Mapping[str, EnvironmentSpec] | None = None
 ) -> EnvironmentSpec:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from flowrl.envs.failures import failures_kept
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
 from flowrl.envs.spaces import check_environment
-from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.specs import EnvironmentSpec, recorded_or_named
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate, format_table
 from flowrl.evaluation.video import check_video, write_video
@@ -147,13 +147,8 @@ def acting_environment(
     Raises:
         UserError: there is none, it has no time limit, or it does not fit the agent.
     """
-    environment = agent.environment
-    if env is not None:
-        named = environment_named(env, options.env_import)
-        if environment is not None and named.env_id == environment.env_id and not named.kwargs:
-            imports = (*environment.imports, *named.imports)
-            named = replace(environment, imports=tuple(dict.fromkeys(imports)))
-        environment = named
+    named = None if env is None else environment_named(env, options.env_import)
+    environment = recorded_or_named(agent.environment, named)
     if environment is None:
         raise UserError(f"{run}: its dataset names no environment; give one with --env")
     environment = options.apply(environment)

@@ -75,9 +75,11 @@ class Agent:
     ) -> None:
         self.model = model
         by_default: Acting = "recurrent" if config.full_episodes or not model.has_memory else "window"
-        self.acting: Acting = acting or config.acting or by_default
-        self.conditioning = conditioning or config.conditioning
-        self.config = replace(config, acting=acting or config.acting, conditioning=self.conditioning)
+        self.config = replace(
+            config, acting=acting or config.acting, conditioning=conditioning or config.conditioning
+        )
+        self.acting: Acting = self.config.acting or by_default
+        self.conditioning = self.config.conditioning
         self.temperature = temperature  # of discrete actions, drawn; 0 takes the likeliest
         self.noise = noise  # standard deviation, on continuous actions of bounds -1 and 1
         self.checkpoint_step = checkpoint_step

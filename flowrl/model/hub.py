@@ -39,11 +39,10 @@ def agent_folder(run: str | Path) -> Path:
             offline = False
         except (UserError, ValueError):
             raise
-        except errors.HfHubHTTPError as error:
-            if error.response is not None and error.response.status_code < 500:
+        except Exception as error:  # whatever its HTTP library raises without a network, or offline mode
+            answer = error.response if isinstance(error, errors.HfHubHTTPError) else None
+            if answer is not None and answer.status_code < 500:
                 raise
-            offline = True
-        except Exception:  # whatever its HTTP library raises without a network, or offline mode
             offline = True
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision or None, allow_patterns=sorted(AGENT_FILES), local_files_only=offline

@@ -151,8 +151,8 @@ def run_export(config: ExportConfig) -> None:
         raise UserError(f"--out {config.out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if config.out.is_dir():
         raise UserError(f"--out {config.out}: this is a folder")
-    agent = load_agent(config.run, checkpoint=config.checkpoint, acting="recurrent")
-    if Agent(agent.model, agent.config).acting == "window":
+    agent = load_agent(config.run, checkpoint=config.checkpoint)
+    if agent.acting == "window":
         print(
             "note: this agent acts by windows; the file carries the whole episode, as --acting recurrent does"
         )

@@ -117,8 +117,8 @@ class RunState:
             names = [name for name in saved.training_tensors if name.startswith("model.")]
             weights = {name.removeprefix("model."): saved.training_tensors[name] for name in names}
             _load(self.agent, self.model, {**saved.model, **weights}, f"{where}: {TRAINING_TENSORS}")
-        states = saved.training_tensors.get("random.torch", torch.empty(self.ranks.size))
-        if states.ndim == 2 and len(states) != self.ranks.size:
+        states = saved.training_tensors.get("random.torch")
+        if states is not None and states.ndim == 2 and len(states) != self.ranks.size:
             raise UserError(
                 f"--resume {where}: was trained by {len(states)} processes and has to be resumed by as many, "
                 f"not by {self.ranks.size}"
@@ -132,9 +132,8 @@ class RunState:
 
     def _restore_training(self, saved: Checkpoint) -> None:
         tensors = saved.training_tensors
-        torch.set_rng_state(
-            tensors["random.torch"][self.ranks.rank].clone()
-        )  # it ignores where a view begins
+        # Clones, as torch ignores where a view begins.
+        torch.set_rng_state(tensors["random.torch"][self.ranks.rank].clone())
         self.sampler.generator_state = tensors["random.sampler"]
         if "random.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"][self.ranks.rank].clone(), self.device)
