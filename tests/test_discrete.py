@@ -24,6 +24,7 @@ from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.finetuning.command import run_finetune
 from flowrl.model.checkpoint import load_checkpoint
 from flowrl.model.loading import load_agent
+from flowrl.report.estimate import EstimateConfig, estimate_run
 
 STEPS = 2  # of an episode of the toys
 
@@ -169,6 +170,8 @@ def test_choices_are_drawn_in_fine_tuning_and_replayed_beside_what_they_earned(t
     assert len(actions) == 50 * STEPS  # all of them new
     assert len(actions.unique(dim=0)) == 2 * 3
     assert actions.sum(-1).unique() == 2
+    with pytest.raises(UserError, match="online: estimates need continuous actions, this agent"):
+        estimate_run(EstimateConfig(tmp_path / "online"))
     wheels = observations[:, :5]  # one-hot, as the actions
     assert ((wheels * actions).sum(-1) == saved["replay.rewards"]).all()
 

@@ -1,5 +1,6 @@
 """Online fine-tuning: what is collected, what is replayed, and the same end after any interruption."""
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -206,6 +207,11 @@ def test_what_cannot_be_fine_tuned_is_one_line(trained, tmp_path):
         finetune(trained, tmp_path / "run", env="Walker2d-v4")
     with pytest.raises(UserError, match="--updates-per-round 0"):
         finetune(trained, tmp_path / "run", updates_per_round=0)
+    in_memory = shutil.copytree(trained, tmp_path / "in_memory")
+    path = in_memory / "config.yaml"
+    path.write_text(re.sub(r"- .*tiny\.hdf5", "- toy", path.read_text()))
+    with pytest.raises(UserError, match=r"unknown dataset 'toy'.*the data of .*in_memory may be"):
+        finetune(in_memory, tmp_path / "run")
     cloned = shutil.copytree(trained, tmp_path / "cloned")
     path = cloned / "config.yaml"
     path.write_text(path.read_text().replace("agent: transformer", "agent: bc"))

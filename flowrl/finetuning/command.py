@@ -72,7 +72,12 @@ def _start(options: FinetuneConfig, training: TrainConfig, run: Path) -> tuple[A
     """The run's agent, to act in its environment, and the best episodes of the run's data."""
     agent = load_agent(run, checkpoint=options.checkpoint)
     environment = acting_environment(agent, run, options.env, options)
-    dataset = load_dataset(replace(training, eval_episodes=0, keep_best=None))
+    try:
+        dataset = load_dataset(replace(training, eval_episodes=0, keep_best=None))
+    except UserError as error:
+        if options.dataset:
+            raise
+        raise UserError(f"{error}; the data of {run} may be given by --dataset") from error
     if dataset.sha256 != agent.config.dataset_sha256:
         raise UserError(
             f"{run}: trained on {agent.config.dataset_id} (sha256 {agent.config.dataset_sha256[:12]}), but "

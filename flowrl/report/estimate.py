@@ -52,6 +52,8 @@ def estimate_run(config: EstimateConfig) -> str:
         UserError: an unusable run, flag or dataset.
     """
     agent = load_agent(config.run, checkpoint=config.checkpoint, conditioning=config.conditioning)
+    if agent.model.action_choices:
+        raise UserError(f"{config.run}: estimates need continuous actions, this agent's are discrete")
     options = TrainConfig(**checked_options(options_of(config.run), where=str(config.run)))
     sources = config.dataset or (() if config.env else options.dataset)
     env = config.env or options.env
