@@ -21,7 +21,7 @@ from flowrl.model import critic
 from flowrl.model.action_model import ActionModel
 from flowrl.report.estimate import EstimateConfig, estimate_run
 from flowrl.training import guidance
-from flowrl.training.guidance import guide, learn_critics
+from flowrl.training.guidance import learn_critics, learn_guidance
 
 
 @pytest.fixture
@@ -52,21 +52,40 @@ def test_actions_move_towards_more_return_and_hardly_where_they_do_not_matter(mo
 
     useful = episodes(lambda o, a, rng: -np.square(a - best(o)).sum(axis=1))
     useless = episodes(lambda o, a, rng: rng.normal(size=len(o)))
-    distance = {}
+    found = {}
     for name, dataset in {"useful": useful, "useless": useless}.items():
-        moved, _, agreement = guide(dataset, ActionModel(2, 2), q_weight=0.1, seed=0)
-        move = moved.actions - dataset.actions
-        distance[name] = agreement, np.linalg.norm(move, axis=1).mean()
-        assert np.abs(moved.actions).max() <= 1
+        guidance_of = learn_guidance(dataset, ActionModel(2, 2), q_weight=0.1, seed=0)
+        pair = (torch.from_numpy(array)[None] for array in (dataset.observations, dataset.actions))
+        moves = guidance_of(*pair, torch.ones(1, len(dataset.actions), dtype=torch.bool))[0].numpy()
+        found[name] = float(guidance_of.agreement), np.linalg.norm(moves, axis=1).mean()
+        assert np.abs(dataset.actions + moves).max() <= 1
         if name == "useful":
-            pair = (dataset.actions, moved.actions)
+            pair = (dataset.actions, dataset.actions + moves)
             before, after = (np.linalg.norm(x - best(dataset.observations), axis=1).mean() for x in pair)
             assert after < before - 0.07
-            np.testing.assert_array_equal(moved.returns_to_go, dataset.returns_to_go)
-    (useful_agreement, useful_move), (useless_agreement, useless_move) = distance.values()
+    (useful_agreement, useful_move), (useless_agreement, useless_move) = found.values()
     assert useful_agreement > 0.7 > 0.5 > useless_agreement
     assert 0.1 < useful_move < 0.25
     assert useless_move < 0.6 * useful_move
+
+
+def test_guidance_adds_the_gradient_of_q_at_the_policys_own_actions_where_timesteps_are_valid():
+    torch.manual_seed(0)
+    model, outputs = ActionModel(2, 2), torch.randn(2, 3, 2).mul(0.3).requires_grad_()
+    model.forward = lambda window: outputs
+    window = window_of(*(torch.randn(2, 3, 2) for _ in range(3)), torch.randn(2, 3))
+    window.valid[0, 2] = False
+    critics = critic.Critics(2, 2, 2).requires_grad_(False)
+    critics.members[1] = critics.members[0]  # so that they agree
+    guidance_of = guidance.Guidance(critics, q_weight=0.01)
+    guidance_of.mean_slope.fill_(0.5)
+    plain, guided = (
+        torch.autograd.grad(model.loss(window, each), outputs)[0] for each in (None, guidance_of)
+    )
+    q = critics.action_values(window.observations, outputs).mean(dim=0)
+    slopes = torch.autograd.grad((q * window.valid).sum(), outputs)[0]
+    factor = -2 * 2 * 0.01 / 0.5 / (2 * window.valid.sum())
+    torch.testing.assert_close(guided - plain, factor * slopes)
 
 
 @pytest.mark.usefixtures("small_critics")
@@ -95,10 +114,18 @@ def test_a_truncated_end_is_worth_nothing_by_itself_where_rewards_are_negative(m
         assert np.corrcoef(member, dataset.actions[:, 0])[0, 1] > 0.6
 
 
+def test_critics_that_do_not_fit_are_one_line():
+    dataset = episodes(lambda o, a, rng: np.ones(len(o)))
+    with pytest.raises(UserError, match=r"--resume: the checkpoint's critics are damaged, or of an earlier"):
+        learn_guidance(
+            dataset, ActionModel(2, 2), 0.1, 0, saved={"critics.state_value.0.0.weight": torch.ones(1)}
+        )
+
+
 def test_discrete_actions_have_no_direction_to_move_in():
     dataset = episodes(lambda o, a, rng: np.ones(len(o)), action_choices=(2,))
     with pytest.raises(UserError, match=r"--q-weight 0\.1: needs continuous actions"):
-        guide(dataset, ActionModel(2, 2, (2,)), q_weight=0.1, seed=0)
+        learn_guidance(dataset, ActionModel(2, 2, (2,)), q_weight=0.1, seed=0)
 
 
 @pytest.mark.usefixtures("small_critics")

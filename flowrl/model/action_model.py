@@ -1,5 +1,6 @@
 """What every model of actions has: the data's units, the loss, and its state while it acts."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -49,11 +50,14 @@ class ActionModel(nn.Module):
         self.register_buffer("action_low", -torch.ones(action_dim))
         self.register_buffer("action_high", torch.ones(action_dim))
 
-    def loss(self, window: Window) -> Tensor:
+    def loss(
+        self, window: Window, guidance: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Mean over the components of valid timesteps' actions, to which padding adds nothing.
 
         Of continuous actions it is the squared error in bounds-normalised units, of discrete ones the
-        cross-entropy.
+        cross-entropy. ``guidance`` moves the targets of the former, see
+        :class:`flowrl.training.guidance.Guidance`.
         """
         outputs = self(window).float()
         if self.action_choices:
@@ -64,7 +68,11 @@ class ActionModel(nn.Module):
                 [F.cross_entropy(x.mT, index, reduction="none") for x, index in pairs], dim=-1
             )
         else:
-            errors = (outputs - self.normalize_actions(window.actions)).square()
+            targets = self.normalize_actions(window.actions)
+            if guidance is not None:
+                observations = self.normalize_observations(window.observations)
+                targets += guidance(observations, outputs.detach(), window.valid)
+            errors = (outputs - targets).square()
         return (errors.sum(-1) * window.valid).sum() / (window.valid.sum() * errors.shape[-1])
 
     def to_actions(self, outputs: Tensor, temperature: float = 0.0) -> Tensor:

@@ -34,12 +34,12 @@ class Critics(nn.Module):
         return self.state_value(observations).squeeze(-1)
 
     def directions(self, observations: Tensor, actions: Tensor) -> "Directions":
-        """Where actions (transitions, action_dim) are to move for more return, and how sure that is."""
+        """Where actions (..., action_dim) are to move for more return, and how sure that is."""
         slopes = self.slopes(observations, actions)
         members = len(slopes)
         together = F.normalize(slopes, dim=-1).sum(dim=0).square().sum(dim=-1)
         agreement = (together - members) / (members * (members - 1))
-        moves = 2 * agreement.clamp(min=0)[:, None] * slopes.mean(dim=0)
+        moves = 2 * agreement.clamp(min=0)[..., None] * slopes.mean(dim=0)
         return Directions(moves, agreement, slopes.norm(dim=-1).mean(dim=0))
 
     def slopes(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class Critics(nn.Module):
 class Directions(NamedTuple):
     """By how much transitions' actions are to move, up to a factor, and what that comes from."""
 
-    moves: Tensor  # (transitions, action_dim) the mean gradient times 2 max(agreement, 0)
-    agreement: Tensor  # (transitions,) mean cosine between the gradients of two members
-    norms: Tensor  # (transitions,) mean norm of a member's gradient
+    moves: Tensor  # (..., action_dim) the mean gradient times 2 max(agreement, 0)
+    agreement: Tensor  # (...) mean cosine between the gradients of two members
+    norms: Tensor  # (...) mean norm of a member's gradient
 
 
 class CriticLearner:

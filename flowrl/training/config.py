@@ -125,8 +125,8 @@ class TrainConfig(EvaluationOptions):
     It grows with the updates t as (1 + t) / (10 + t): the average reaches back over a ninth of them. 0: the
     last weights are used."""
     q_weight: NotNegative = 0.0
-    """Value guidance: critics are learned from the data first, and the agent learns the data's actions moved
-    towards more return by about this much, on a scale from -1 to 1, less where critics disagree. 0: off."""
+    """Value guidance: critics are learned from the data first, and the policy's actions move towards more
+    return by about this much, on a scale from -1 to 1, less where critics disagree. 0: off."""
     return_scale: Positive | None = None
     """Returns-to-go are divided by this; by default the largest magnitude in the data."""
     reward_mode: Literal["dense", "delayed"] = "dense"

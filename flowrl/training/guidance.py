@@ -1,22 +1,21 @@
-"""Value guidance: the agent learns the data's actions, moved to where critics predict more return.
+"""Value guidance: critics say where the policy's actions are to move for more return.
 
-Several critics are learned from the data first, in about a minute. Then each action moves along their mean
-gradient, far where they agree on its direction and not at all where they do not. The policy's loss, the cost
-of an update and acting remain as they are. What was measured: ``results/guidance.md``.
+Several critics are learned from the data first, in about a minute. Then the targets of the policy's loss move
+along the critics' mean gradient at the policy's own actions, far where the critics agree on its direction and
+not at all where they do not. Acting remains as it is. What was measured: ``results/guidance.md``.
 """
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowrl.data import EpisodeDataset
 from flowrl.data.arrays import chunks, release
 from flowrl.data.returns import DISCOUNT, lambda_returns, with_known_return
-from flowrl.errors import UserError
+from flowrl.errors import UserError, one_line
 from flowrl.model.action_model import ActionModel
 from flowrl.model.critic import CriticLearner, Critics
 
@@ -27,17 +26,44 @@ EXPECTILE = 0.7  # of the smallest Q, for V: above 0.5, nearer to the data's bet
 UPDATES_PER_TARGET = 250
 
 
-def guide(
+class Guidance(nn.Module):
+    """Where actions are to move, by critics that no longer learn."""
+
+    mean_slope: Tensor  # () float64: mean norm of a critic's gradient by the data's actions
+    agreement: Tensor  # () float64: mean cosine between the gradients of two critics there
+
+    def __init__(self, critics: Critics, q_weight: float) -> None:
+        super().__init__()
+        self.critics, self.q_weight = critics, q_weight
+        for name in ("mean_slope", "agreement"):
+            self.register_buffer(name, torch.ones((), dtype=torch.float64))
+
+    @torch.compiler.disable
+    def forward(self, observations: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
+        """By how much actions (batch, length, action_dim) are to move, for observations as many, where valid.
+
+        Both are normalised. An action moves by q_weight * 2 max(c, 0) * g / n: g is the critics' mean
+        gradient by the action, n its mean norm over the data, c the mean cosine between the gradients of two
+        critics. It stays within its bounds. In the squared error a target that moves so adds, up to a
+        constant factor, the gradient of -q_weight * Q / n (TD3+BC, arXiv 2106.06860, Eq. 3), as far as
+        critics agree on it.
+        """
+        actions, moves = actions.clamp(-1, 1), torch.zeros_like(actions)
+        rows = valid if actions.device.type == "cpu" else ...  # a CUDA graph has fixed shapes
+        with torch.autocast(actions.device.type, enabled=False):
+            moves[rows] = self.critics.directions(observations[rows], actions[rows]).moves
+        moves *= self.q_weight / self.mean_slope
+        return (actions + moves).clamp(-1, 1) - actions
+
+
+def learn_guidance(
     dataset: EpisodeDataset,
     model: ActionModel,
     q_weight: float,
     seed: int,
     saved: Mapping[str, Tensor] | None = None,
-) -> tuple[EpisodeDataset, Critics, float]:
-    """Return the data with its actions moved by about ``q_weight``, on a scale from -1 to 1.
-
-    ``model`` normalises; ``saved`` holds the weights of critics learned before. Returns the critics as
-    well, and how far they agree (see :func:`move_actions`).
+) -> Guidance:
+    """Learn critics of the data, or take the ones in ``saved``; ``model`` normalises.
 
     Raises:
         UserError: discrete actions, or weights that do not fit.
@@ -46,17 +72,25 @@ def guide(
         raise UserError(
             f"--q-weight {q_weight:g}: needs continuous actions, those of {dataset.dataset_id} are discrete"
         )
-    model = copy.deepcopy(model).cpu()
-    if saved is None:
-        critics = learn_critics(dataset, model, seed)
-    else:
-        critics = Critics(dataset.observation_dim, dataset.action_dim, MEMBERS)
+    if saved is not None:
+        guidance = Guidance(Critics(dataset.observation_dim, dataset.action_dim, MEMBERS), q_weight)
         try:
-            critics.load_state_dict(saved)
+            guidance.load_state_dict(saved)
         except RuntimeError as error:
-            raise UserError(f"--resume: the saved critics do not fit this data: {error}") from error
-    moved, agreement = move_actions(dataset, model, critics, q_weight)
-    return moved, critics, agreement
+            raise UserError(
+                f"--resume: the checkpoint's critics are damaged, or of an earlier version: {one_line(error)}"
+            ) from error
+        return guidance.requires_grad_(False)
+    model = copy.deepcopy(model).cpu()
+    guidance = Guidance(learn_critics(dataset, model, seed), q_weight)
+    slopes = agreement = 0.0  # sums over transitions
+    for rows in chunks(dataset.num_transitions):
+        directions = guidance.critics.directions(*_transitions(dataset, model, rows))
+        slopes += float(directions.norms.sum())
+        agreement += float(directions.agreement.sum())
+    guidance.mean_slope.fill_(max(slopes / dataset.num_transitions, 1e-12))
+    guidance.agreement.fill_(agreement / dataset.num_transitions)
+    return guidance
 
 
 def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Critics:
@@ -73,7 +107,7 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
     rewards = dataset.rewards * ((1 - DISCOUNT) / max(float(np.abs(dataset.rewards).mean()), 1e-12))
     choices = torch.from_numpy(with_known_return(dataset))
     episodes = np.repeat(np.arange(dataset.num_episodes), dataset.episode_lengths)  # of each transition
-    learns = torch.from_numpy(_halves(dataset, seed))
+    learns = torch.from_numpy(halves(dataset, seed))
     values = np.full_like(rewards, rewards.mean() / (1 - DISCOUNT))  # of a mean reward forever
     targets = lambda_returns(dataset, rewards, values, values, 1.0)
     mean, scale = float(targets.mean()), max(float(targets.std()), 1e-12)
@@ -94,37 +128,13 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
     return learner.averaged
 
 
-def _halves(dataset: EpisodeDataset, seed: int) -> np.ndarray:
+def halves(dataset: EpisodeDataset, seed: int) -> np.ndarray:
     """Which episodes each critic learns from, (members, episodes) bool: a random half of its own.
 
     What chance put into the data is different in each, so that critics agree on what is in all of it.
     """
     ranks = np.random.default_rng(seed).random((MEMBERS, dataset.num_episodes)).argsort(axis=1)
     return ranks < (dataset.num_episodes + 1) // 2
-
-
-@torch.no_grad()
-def move_actions(
-    dataset: EpisodeDataset, model: ActionModel, critics: Critics, q_weight: float
-) -> tuple[EpisodeDataset, float]:
-    """Return the data with moved actions, and the critics' agreement over all of it.
-
-    An action moves by q_weight * 2 max(c, 0) * g / n: g is the critics' mean gradient by the action, n the
-    mean norm of single gradients over the data, and c, the agreement, the mean cosine between the gradients
-    of two critics for this transition. Actions stay within their bounds.
-    """
-    norm = agreement = 0.0  # sums over transitions
-    moves = np.empty_like(dataset.actions)
-    for rows in chunks(dataset.num_transitions):
-        directions = critics.directions(*_transitions(dataset, model, rows))
-        moves[rows] = directions.moves
-        norm += float(directions.norms.sum())
-        agreement += float(directions.agreement.sum())
-    moves *= q_weight * dataset.num_transitions / max(norm, 1e-12)
-    for rows in chunks(dataset.num_transitions):
-        actions = _transitions(dataset, model, rows)[1] + torch.from_numpy(moves[rows])
-        moves[rows] = model.denormalize_actions(actions.clamp(-1, 1)).numpy()
-    return replace(dataset, actions=moves), agreement / dataset.num_transitions
 
 
 def _transitions(

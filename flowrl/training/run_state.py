@@ -12,13 +12,13 @@ from flowrl.data.sampler import Batch, WindowSampler
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import TRAINING_TENSORS, Checkpoint
-from flowrl.model.critic import Critics
 from flowrl.model.loading import agent_config_from_dict, build_model
 from flowrl.model.transformer import TOKENS_PER_TIMESTEP
 from flowrl.ranks import Ranks
 from flowrl.training.config import TrainConfig
+from flowrl.training.guidance import Guidance
 
-_CRITICS = "critics."
+_GUIDANCE = "guidance."
 
 
 class RunState:
@@ -35,10 +35,10 @@ class RunState:
         sampler: WindowSampler,
         device: torch.device,
         ranks: Ranks,
-        critics: Critics | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         self.agent, self.sampler, self.device, self.ranks = agent, sampler, device, ranks
-        self.critics = critics  # which the data's actions were moved by
+        self.guidance = guidance
         self.averaged = config.ema_decay > 0
         self.model = agent.model.to(device)
         if self.averaged:
@@ -94,8 +94,8 @@ class RunState:
         if self.averaged:
             weights = self.model.named_parameters()
             tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
-        if self.critics is not None:
-            tensors |= {f"{_CRITICS}{name}": value for name, value in self.critics.state_dict().items()}
+        if self.guidance is not None:
+            tensors |= {f"{_GUIDANCE}{name}": value for name, value in self.guidance.state_dict().items()}
         training = {"evaluated_step": self.evaluated_step, "best_scores": self.best_scores}
         model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
         return Checkpoint(self.step, self.agent.config.to_dict(), model, training, tensors)
@@ -155,10 +155,10 @@ class RunState:
         return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
-def critic_tensors(saved: Checkpoint) -> dict[str, Tensor]:
-    """The weights of the critics in a checkpoint."""
+def guidance_tensors(saved: Checkpoint) -> dict[str, Tensor]:
+    """The state of value guidance in a checkpoint."""
     tensors = saved.training_tensors.items()
-    return {name.removeprefix(_CRITICS): value for name, value in tensors if name.startswith(_CRITICS)}
+    return {name.removeprefix(_GUIDANCE): value for name, value in tensors if name.startswith(_GUIDANCE)}
 
 
 def _load(agent: Agent, model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -33,16 +33,15 @@ from flowrl.model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from flowrl.model.critic import Critics
 from flowrl.native.accelerate import accelerate_training
 from flowrl.ranks import ALONE, Ranks
 from flowrl.signals import Stopped, StopSignals
 from flowrl.training.callbacks import Callback
 from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.cuda_graph import CapturedStep
-from flowrl.training.guidance import guide
+from flowrl.training.guidance import Guidance, learn_guidance
 from flowrl.training.metrics import METRICS_FILE, MetricsLog, has_figures, rewind
-from flowrl.training.run_state import RunState, critic_tensors
+from flowrl.training.run_state import RunState, guidance_tensors
 from flowrl.training.setup import Stream, batch_size, build_agent, evaluation_seed, resolve, stream_seed
 from flowrl.window import Window
 
@@ -98,15 +97,13 @@ class Trainer:
         agent = agent or build_agent(config, dataset, device)
         started = config.resume is not None and (has_checkpoint(run_dir) or has_figures(run_dir))
         saved = load_checkpoint(run_dir, for_training=True) if started else None
-        critics: Critics | None = None
-        if config.q_weight > 0:
-            dataset, critics = self._guide(dataset, agent, saved)
+        guidance = self._learn_guidance(dataset, agent, saved) if config.q_weight > 0 else None
         context, seed = agent.config.context_length, stream_seed(config.seed, Stream.BATCHES)
         sampler = WindowSampler(dataset, context, batch_size(config, dataset), seed, device, ranks)
         self.validation: WindowSampler | None = None
         if validation is not None:
             self.validation = WindowSampler(validation, context, sampler.batch_size, seed=0, device=device)
-        self.state = RunState(config, agent, sampler, device, ranks, critics)
+        self.state = RunState(config, agent, sampler, device, ranks, guidance)
         accelerate_training(self.state.model)
         torch.manual_seed(stream_seed(config.seed, Stream.DROPOUT, ranks.rank))
         if saved is not None:
@@ -114,9 +111,9 @@ class Trainer:
             if self.step > config.steps:
                 raise UserError(f"--steps {config.steps}: {run_dir} has {self.step} updates already")
         self.metrics = self._open_metrics(dataset, started) if ranks.is_first else None
-        self._loss: nn.Module | Callable[[Window], Tensor] = _Loss(self.state.model)
+        self._loss: nn.Module | Callable[[Window], Tensor] = _Loss(self.state.model, guidance)
         if ranks.size > 1:
-            self._loss = DistributedDataParallel(_Loss(self.state.model))
+            self._loss = DistributedDataParallel(self._loss)
         if config.compile:
             self._loss = torch.compile(self._loss)
         self._captured: CapturedStep | None = None
@@ -126,18 +123,17 @@ class Trainer:
             self._captured = CapturedStep(self._gradient_step)
         self._last_log = time.perf_counter()
 
-    def _guide(
-        self, dataset: EpisodeDataset, agent: Agent, saved: Checkpoint | None
-    ) -> tuple[EpisodeDataset, Critics]:
-        """Learn critics, or take those of the checkpoint, and move the data's actions by them."""
+    def _learn_guidance(self, dataset: EpisodeDataset, agent: Agent, saved: Checkpoint | None) -> Guidance:
+        """Learn critics, or take those of the checkpoint."""
         seed = stream_seed(self.config.seed, Stream.CRITICS)
-        weights = None if saved is None else critic_tensors(saved)
+        weights = None if saved is None else guidance_tensors(saved)
         if weights is None:
             self._say("value guidance: learning critics first")
         with self.signals.interruptible():
-            moved, critics, agreement = guide(dataset, agent.model, self.config.q_weight, seed, weights)
+            guidance = learn_guidance(dataset, agent.model, self.config.q_weight, seed, weights)
+        agreement = float(guidance.agreement)
         self._say(f"value guidance: mean cosine between the gradients of two critics {agreement:.2f}")
-        return moved, critics
+        return guidance.to(self.device)
 
     @property
     def step(self) -> int:
@@ -399,12 +395,12 @@ class Trainer:
 class _Loss(nn.Module):
     """A model's loss as a module's forward, which is what DistributedDataParallel hooks into."""
 
-    def __init__(self, model: ActionModel) -> None:
+    def __init__(self, model: ActionModel, guidance: Guidance | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.guidance = model, guidance
 
     def forward(self, window: Window) -> Tensor:
-        return self.model.loss(window)
+        return self.model.loss(window, self.guidance)
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

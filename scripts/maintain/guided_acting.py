@@ -2,8 +2,8 @@
 
     python scripts/maintain/guided_acting.py runs/default/walker2d-medium/flow-episode/seed0 --dataset flowrl
 
-``flowrl train --q-weight`` moves the data's actions instead, before an agent learns them. Here no weight of
-the agent changes: critics are learned from the run's data, and correct each action that it is about to take.
+``flowrl train --q-weight`` moves the targets of an agent's loss so instead. Here no weight of the agent
+changes: critics are learned from the run's data, and correct each action that it is about to take.
 """
 
 from dataclasses import dataclass
