@@ -56,11 +56,12 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tiny_dataset, tmp_path, 
     assert_same_end(tmp_path / "run", tmp_path / "straight")
 
 
-def test_a_captured_step_is_the_eager_one(tiny_dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("q_weight", [0, 0.1])
+def test_a_captured_step_is_the_eager_one(tiny_dataset, tmp_path, monkeypatch, q_weight):
     """The same random numbers, learning rates and batches: the same weights, bit for bit."""
-    train_here(tiny_dataset, tmp_path / "captured", steps=40, **GPU_TRAINING)
+    train_here(tiny_dataset, tmp_path / "captured", steps=40, q_weight=q_weight, **GPU_TRAINING)
     monkeypatch.setattr("flowrl.training.cuda_graph.WARM_UPS", 1_000)
-    train_here(tiny_dataset, tmp_path / "eager", steps=40, **GPU_TRAINING)
+    train_here(tiny_dataset, tmp_path / "eager", steps=40, q_weight=q_weight, **GPU_TRAINING)
     ends = [tmp_path / name / "checkpoints" / "step-00000040" for name in ("captured", "eager")]
     weights = [load_file(end / "model.safetensors") for end in ends]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
