@@ -1,6 +1,7 @@
 """Critics: the actions that they move, the estimates that they give, and tasks whose answers are known."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,16 +31,14 @@ def small_critics(monkeypatch):
     monkeypatch.setattr(critic, "WIDTH", 64)
 
 
-def episodes(rewards_of, lengths=(5,) * 800, action_choices=()):
+def episodes(rewards_of, lengths=(5,) * 800):
     """Two numbers of observation that do not depend on actions, two of action."""
     rng = np.random.default_rng(0)
     steps = sum(lengths)
     observations = rng.normal(size=(steps, 2)).astype(np.float32)
     actions = rng.uniform(-0.9, 0.9, size=(steps, 2)).astype(np.float32)
-    if action_choices:
-        actions = np.eye(2, dtype=np.float32)[(actions[:, 0] > 0).astype(int)]
     rewards = rewards_of(observations, actions, rng)
-    return dataset_of(observations, actions, rewards, lengths, action_choices=action_choices)
+    return dataset_of(observations, actions, rewards, lengths)
 
 
 @pytest.mark.usefixtures("small_critics")
@@ -114,18 +113,13 @@ def test_a_truncated_end_is_worth_nothing_by_itself_where_rewards_are_negative(m
         assert np.corrcoef(member, dataset.actions[:, 0])[0, 1] > 0.6
 
 
-def test_critics_that_do_not_fit_are_one_line():
+def test_what_cannot_guide_is_one_line():
     dataset = episodes(lambda o, a, rng: np.ones(len(o)))
     with pytest.raises(UserError, match=r"--resume: the checkpoint's critics are damaged, or of an earlier"):
-        learn_guidance(
-            dataset, ActionModel(2, 2), 0.1, 0, saved={"critics.state_value.0.0.weight": torch.ones(1)}
-        )
-
-
-def test_discrete_actions_have_no_direction_to_move_in():
-    dataset = episodes(lambda o, a, rng: np.ones(len(o)), action_choices=(2,))
+        learn_guidance(dataset, ActionModel(2, 2), 0.1, 0, saved={"critics.mean": torch.ones(1)})
+    discrete = replace(dataset, action_choices=(2,))
     with pytest.raises(UserError, match=r"--q-weight 0\.1: needs continuous actions"):
-        learn_guidance(dataset, ActionModel(2, 2, (2,)), q_weight=0.1, seed=0)
+        learn_guidance(discrete, ActionModel(2, 2, (2,)), 0.1, 0)
 
 
 @pytest.mark.usefixtures("small_critics")
