@@ -166,8 +166,8 @@ def test_tensorboard_shows_the_same_figures(finished):
 def test_the_logged_loss_is_the_mean_over_its_updates(tiny_dataset, tmp_path, monkeypatch):
     seen, real = [], SequenceModel.loss
 
-    def loss(self, window):
-        value = real(self, window)
+    def loss(self, window, guidance):
+        value = real(self, window, guidance)
         seen.append(value.detach())
         return value
 
@@ -204,8 +204,8 @@ def test_a_non_finite_loss_stops_the_run_with_its_batch(
         batches.append(sample(self))
         return batches[-1]
 
-    def loss(self, window):
-        value = real(self, window)
+    def loss(self, window, guidance):
+        value = real(self, window, guidance)
         if len(batches) == 23:  # a square root at 0: the loss is finite, its gradient is not
             return value * math.nan if bad == "loss" else (value - value).sqrt()
         return value
