@@ -36,6 +36,15 @@ def lambda_returns(
     return returns
 
 
+def observed_returns(dataset: EpisodeDataset, rewards: np.ndarray) -> np.ndarray:
+    """Discounted returns that the episodes had, (transitions,), of their ``rewards`` in any unit.
+
+    What would have followed on a truncated episode counts as the mean reward forever.
+    """
+    forever = np.full_like(rewards, rewards.mean() / (1 - DISCOUNT))
+    return lambda_returns(dataset, rewards, forever, forever, 1.0)
+
+
 def with_known_return(dataset: EpisodeDataset) -> np.ndarray:
     """The transitions that critics can learn from, (transitions,) int64.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowrl.data import EpisodeDataset
 from flowrl.data.dataset import held_out, select_episodes
-from flowrl.data.returns import DISCOUNT, lambda_returns, with_known_return
+from flowrl.data.returns import lambda_returns, observed_returns, with_known_return
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent
 from flowrl.model.critic import CriticLearner
@@ -65,8 +65,7 @@ def estimate(
     known, unseen = held_out(dataset, share)
     assert unseen is not None
     learned, tested = (_transitions(agent, part, target) for part in (known, unseen))
-    mean_value = np.full(known.num_transitions, known.rewards.mean() / (1 - DISCOUNT), dtype=np.float32)
-    returns = lambda_returns(known, known.rewards, mean_value, mean_value, trace=1.0)
+    returns = observed_returns(known, known.rewards)
     learner = _Learner(learned, known, returns, updates, seed)
 
     def with_agent() -> np.ndarray:

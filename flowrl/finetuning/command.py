@@ -73,7 +73,7 @@ def _start(options: FinetuneConfig, training: TrainConfig, run: Path) -> tuple[A
     agent = load_agent(run, checkpoint=options.checkpoint)
     environment = acting_environment(agent, run, options.env, options)
     try:
-        dataset = load_dataset(replace(training, eval_episodes=0, keep_best=None))
+        dataset = load_dataset(replace(training, resume=None, eval_episodes=0, keep_best=None))
     except UserError as error:
         if options.dataset:
             raise

@@ -1,4 +1,4 @@
-"""Value guidance: critics say where the policy's actions are to move for more return.
+"""Value guidance: the policy's actions move to where critics predict more return.
 
 Several critics are learned from the data first, in about a minute. Then the targets of the policy's loss move
 along the critics' mean gradient at the policy's own actions, far where the critics agree on its direction and
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowrl.data import EpisodeDataset
 from flowrl.data.arrays import chunks, release
-from flowrl.data.returns import DISCOUNT, lambda_returns, with_known_return
+from flowrl.data.returns import DISCOUNT, lambda_returns, observed_returns, with_known_return
 from flowrl.errors import UserError, one_line
 from flowrl.model.action_model import ActionModel
 from flowrl.model.critic import CriticLearner, Critics
@@ -34,7 +34,7 @@ class Guidance(nn.Module):
 
     def __init__(self, critics: Critics, q_weight: float) -> None:
         super().__init__()
-        self.critics, self.q_weight = critics, q_weight
+        self.critics, self.q_weight = critics.requires_grad_(False), q_weight
         for name in ("mean_slope", "agreement"):
             self.register_buffer(name, torch.ones((), dtype=torch.float64))
 
@@ -80,7 +80,7 @@ def learn_guidance(
             raise UserError(
                 f"--resume: the checkpoint's critics are damaged, or of an earlier version: {one_line(error)}"
             ) from error
-        return guidance.requires_grad_(False)
+        return guidance
     model = copy.deepcopy(model).cpu()
     guidance = Guidance(learn_critics(dataset, model, seed), q_weight)
     slopes = agreement = 0.0  # sums over transitions
@@ -108,8 +108,7 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
     choices = torch.from_numpy(with_known_return(dataset))
     episodes = np.repeat(np.arange(dataset.num_episodes), dataset.episode_lengths)  # of each transition
     learns = torch.from_numpy(halves(dataset, seed))
-    values = np.full_like(rewards, rewards.mean() / (1 - DISCOUNT))  # of a mean reward forever
-    targets = lambda_returns(dataset, rewards, values, values, 1.0)
+    targets = observed_returns(dataset, rewards)
     mean, scale = float(targets.mean()), max(float(targets.std()), 1e-12)
     for update in range(UPDATES):
         if update > 0 and update % UPDATES_PER_TARGET == 0:

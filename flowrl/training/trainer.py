@@ -131,8 +131,9 @@ class Trainer:
             self._say("value guidance: learning critics first")
         with self.signals.interruptible():
             guidance = learn_guidance(dataset, agent.model, self.config.q_weight, seed, weights)
-        agreement = float(guidance.agreement)
-        self._say(f"value guidance: mean cosine between the gradients of two critics {agreement:.2f}")
+        self._say(
+            f"value guidance: mean cosine between the gradients of two critics {guidance.agreement:.2f}"
+        )
         return guidance.to(self.device)
 
     @property

@@ -11,7 +11,7 @@ import tyro
 
 from flowrl.atomic import atomic_path
 from flowrl.data.embedded import load_embedded
-from flowrl.data.returns import DISCOUNT, lambda_returns
+from flowrl.data.returns import observed_returns
 from flowrl.errors import exit_on_user_error
 from flowrl.report.plots import new_figure
 from flowrl.training.config import TrainConfig
@@ -31,18 +31,16 @@ def draw(picture: tyro.conf.Positional[Path], names: tyro.conf.Positional[tuple[
         dataset = load_embedded(name)
         model = build_agent(TrainConfig(env=name), dataset).model
         critics = learn_critics(dataset, model, SEED)
-        unseen = ~halves(dataset, SEED)  # (members, episodes)
-        mean_value = np.full_like(dataset.rewards, dataset.rewards.mean() / (1 - DISCOUNT))
-        returns = lambda_returns(dataset, dataset.rewards, mean_value, mean_value, 1.0)
+        unseen, lengths = ~halves(dataset, SEED), dataset.episode_lengths  # (members, episodes), (episodes,)
+        returns = observed_returns(dataset, dataset.rewards)
         returns = (returns - returns.mean()) / returns.std()
         with torch.no_grad():
             observations = model.normalize_observations(torch.from_numpy(dataset.observations))
             actions = model.normalize_actions(torch.from_numpy(dataset.actions))
             values = critics.action_values(observations, actions).numpy()  # (members, transitions)
-        unseen_steps = np.repeat(unseen, dataset.episode_lengths, axis=1)
+        unseen_steps = np.repeat(unseen, lengths, axis=1)
         counts = unseen_steps.sum(axis=0)
         predicted = (values * unseen_steps).sum(axis=0) / np.maximum(counts, 1)
-        lengths = dataset.episode_lengths
         left = np.concatenate([np.arange(length, 0, -1) for length in lengths])
         known = (counts > 0) & (np.repeat(dataset.terminated, lengths) | (left > UNKNOWN))
         correlation = np.corrcoef(predicted[known], returns[known])[0, 1]

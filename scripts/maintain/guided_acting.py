@@ -2,7 +2,7 @@
 
     python scripts/maintain/guided_acting.py runs/default/walker2d-medium/flow-episode/seed0 --dataset flowrl
 
-``flowrl train --q-weight`` moves the targets of an agent's loss so instead. Here no weight of the agent
+``flowrl train --q-weight`` moves the targets of the policy's loss instead. Here no weight of the agent
 changes: critics are learned from the run's data, and correct each action that it is about to take.
 """
 
