@@ -19,8 +19,7 @@ from flowrl.errors import UserError, exit_on_user_error
 from flowrl.evaluation.evaluate import evaluate, format_table
 from flowrl.model.action_model import ActingState
 from flowrl.model.agent import Conditioning
-from flowrl.model.critic import Critics
-from flowrl.training.guidance import learn_critics
+from flowrl.training.guidance import Guidance, learn_guidance
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class GuidanceConfig:
     """Of the critics, and of the evaluation's episodes."""
 
 
-def guide(agent: Agent, critics: Critics, length: float) -> None:
-    """Let the agent's actions move by ``length`` times the critics' mean gradient and their agreement."""
+def guide(agent: Agent, guidance: Guidance) -> None:
+    """Let the agent's actions move as ``guidance`` moves the targets of a loss."""
     model = agent.model
     plain = model.step
 
@@ -53,8 +52,9 @@ def guide(agent: Agent, critics: Critics, length: float) -> None:
         outputs, state = plain(observations, returns_to_go, timesteps, state)
         with torch.inference_mode(False):
             normalised = model.normalize_observations(observations.clone())
-            moves = critics.directions(normalised, outputs.clone()).moves
-        return (outputs + length * moves).clamp(-1, 1), state
+            outputs = outputs.clone()
+            outputs += guidance(normalised, outputs, torch.ones(len(outputs), dtype=torch.bool))
+        return outputs, state
 
     object.__setattr__(model, "step", step)
 
@@ -69,18 +69,15 @@ def compare(config: GuidanceConfig) -> None:
     if agent.model.action_choices or agent.acting != "recurrent" or agent.environment is None:
         raise UserError(f"{config.run}: needs an environment, continuous actions and recurrent acting")
     dataset = load_episodes(config.dataset, config.env)
-    critics = learn_critics(dataset, agent.model, config.seed)
-    with torch.no_grad():
-        observations = agent.model.normalize_observations(torch.from_numpy(dataset.observations[::50]))
-        actions = agent.model.normalize_actions(torch.from_numpy(dataset.actions[::50]))
-    norm = float(critics.directions(observations, actions).norms.mean())
-    for name, step in (("without", 0.0), (f"step {config.step:g}", config.step)):
+    guidance = learn_guidance(dataset, agent.model, config.step, config.seed)
+    for guided in (False, True):
         agent = load_agent(config.run, conditioning=config.conditioning)
         assert agent.environment is not None
-        guide(agent, critics, step / norm)
+        if guided:
+            guide(agent, guidance)
         target, reference = agent.config.targets[:1], agent.config.reference
         results = evaluate(agent, agent.environment, target, config.episodes, config.seed, reference)
-        print(f"{name}\n{format_table(results)}", flush=True)
+        print(f"{f'step {config.step:g}' if guided else 'without'}\n{format_table(results)}", flush=True)
 
 
 if __name__ == "__main__":
