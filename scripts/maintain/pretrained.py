@@ -36,11 +36,11 @@ CHOSEN = {
     "halfcheetah-medium": Choice("flow-episode", 2, "target"),
     "halfcheetah-medium-replay": Choice("flow-episode", 1, "target"),
     "halfcheetah-medium-expert": Choice("flow-episode", 2, "target"),
-    "hopper-medium": Choice("flow-episode", 2, "target"),
+    "hopper-medium": Choice("guided", 0, "target"),
     "hopper-medium-replay": Choice("flow-episode", 0, "target"),
     "hopper-medium-expert": Choice("flow-episode", 0, "target"),
-    "walker2d-medium": Choice("flow-episode", 0, "target"),
-    "walker2d-medium-replay": Choice("flow-episode", 1, "target"),
+    "walker2d-medium": Choice("guided", 2, "target"),
+    "walker2d-medium-replay": Choice("guided", 1, "target"),
     "walker2d-medium-expert": Choice("flow-episode", 2, "target"),
     "halfcheetah-cued": Choice("flow", 0, "return-to-go"),
     "hopper-cued": Choice("flow", 1, "return-to-go"),
@@ -56,9 +56,10 @@ TEXT = """# Agents of the package
 `flowrl.load_agent("pretrained:NAME")`, trained on flowrl's own data (collected by the policies of the
 package, not D4RL's) and stored in 8 bits. Each is the best of three training seeds: for the nine sets by
 100 episodes at `--conditioning target` and evaluation seed 0, for the cued and hidden robots by the 200
-episodes at the end of training; for `tmaze-500` the first seed was taken. So each score is that of one
-chosen training; what to expect of a training is in `results/default/report.md` and
-`results/memory/report.md` of the repository.
+episodes at the end of training; for `tmaze-500` the first seed was taken. Those of `hopper-medium`,
+`walker2d-medium` and `walker2d-medium-replay` had value guidance (`--q-weight 0.1`). So each score is that of
+one chosen training; what to expect of a training is in `results/default/report.md`, `results/guidance.md`
+and `results/memory/report.md` of the repository.
 
 Scores are measured from the files here with an evaluation seed that chose nothing, at the first target:
 `flowrl evaluate pretrained:NAME --episodes {episodes} --seed {seed}`. Mean ± standard deviation over
