@@ -37,12 +37,14 @@ def preset_options(name: str | None, env: str | None) -> dict[str, Any]:
         raise UserError(
             f"--config {shortened}: no such file or preset{did_you_mean(name, [*presets, *recipes])}"
         )
+    row = datasets.get(dataset, {})
+    own = {option: value for option, value in row.items() if option not in recipes}
     options = read_yaml_mapping(PRESET_FOLDER / "recipes" / f"{recipe}.yaml")
-    return {**datasets.get(dataset, {}), **options, "env": dataset or None}
+    return {**own, **options, **row.get(recipe, {}), "env": dataset or None}
 
 
 def _datasets() -> dict[str, dict[str, Any]]:
-    """The options of each dataset in the table."""
+    """The options of each dataset in the table, and by name of a recipe those that lie over its own."""
     rows = read_yaml_mapping(PRESET_FOLDER / "datasets.yaml").values()
     return {
         name: {option: value for option, value in row.items() if option != "datasets"}

@@ -33,8 +33,8 @@ class Choice(NamedTuple):
 
 
 CHOSEN = {
-    "halfcheetah-medium": Choice("flow-episode", 2, "target"),
-    "halfcheetah-medium-replay": Choice("flow-episode", 1, "target"),
+    "halfcheetah-medium": Choice("flow-episode", 1, "target"),
+    "halfcheetah-medium-replay": Choice("flow-episode", 2, "target"),
     "halfcheetah-medium-expert": Choice("flow-episode", 2, "target"),
     "hopper-medium": Choice("guided", 0, "target"),
     "hopper-medium-replay": Choice("flow-episode", 0, "target"),
