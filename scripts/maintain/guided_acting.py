@@ -52,9 +52,9 @@ def guide(agent: Agent, guidance: Guidance) -> None:
         outputs, state = plain(observations, returns_to_go, timesteps, state)
         with torch.inference_mode(False):
             normalised = model.normalize_observations(observations.clone())
-            outputs = outputs.clone()
-            outputs += guidance(normalised, outputs, torch.ones(len(outputs), dtype=torch.bool))
-        return outputs, state
+            outputs = outputs.clone()  # of inference mode, as the observations
+            moves = guidance(normalised, outputs, torch.ones(len(outputs), dtype=torch.bool))
+        return outputs + moves, state
 
     object.__setattr__(model, "step", step)
 
