@@ -79,7 +79,7 @@ def joined_ranks() -> Iterator[Ranks]:
     Raises:
         UserError: half a description, or the other processes cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
     # Small messages stay on the CPU; gradients of GPUs go through NCCL.

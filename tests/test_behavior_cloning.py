@@ -94,6 +94,7 @@ def test_the_best_episodes_fill_the_share_of_timesteps(fraction, kept):
     np.testing.assert_array_equal(top.observations[top.episode_starts], [[episode, 0] for episode in kept])
     np.testing.assert_array_equal(top.episode_returns, dataset.episode_returns[kept])
     assert top.sha256 == dataset.sha256  # the data it is a part of
+    assert top_episodes(episodes([0] * 100, [1] * 100), 0.29).num_episodes == 29  # 28.999... in floats
     if fraction == 1:
         assert top is dataset
     else:

@@ -13,6 +13,7 @@ from tiny_training import assert_same_end, figures, flags, resume_here, steps_on
 
 import flowrl
 from flowrl.data import load_episodes
+from flowrl.data.dataset import concatenate
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
@@ -142,7 +143,10 @@ def test_every_round_has_starts_of_its_own_and_the_replay_holds_the_best_of_all(
         return rounds[-1]
 
     monkeypatch.setattr(online, "collect_episodes", kept)
+    notes = []
+    monkeypatch.setattr(online, "concatenate", lambda both: notes.append(both[0].notes) or concatenate(both))
     finetune(trained, tmp_path / "run", steps=21, eval_episodes=0)
+    assert notes == notes[:1] * 3
     starts = np.concatenate([episodes.observations[episodes.episode_starts] for episodes in rounds])
     assert len(np.unique(starts, axis=0)) == 3 * 3
     lines = figures(tmp_path / "run", "round")

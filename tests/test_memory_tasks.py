@@ -109,6 +109,7 @@ def test_data_is_the_environments_and_the_same_every_time():
 def test_numbers_limits_and_robots_that_a_task_does_not_have_are_refused():
     for name, message in {
         "tmaze-1": "length 1: must be from 2 to",
+        "tmaze-50-arms-0": "arms 0: must be from 2 to 16",
         "tmaze-50-arms-17": "arms 17: must be from 2 to 16",
         "tmaze-50-distractors-49": "distractors 49: must be from 0 to 48",
         "tmaze-100001": "made for corridors of up to 100000",

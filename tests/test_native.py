@@ -143,6 +143,7 @@ def test_training_gets_a_fast_dropout_with_the_same_weights():
     assert torch.equal(outputs, x.grad)
     torch.testing.assert_close(outputs.unique(), torch.tensor([0, 4 / 3]))
     assert (outputs == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert FastDropout(1 - 1e-6).train()(x).isfinite().all()
 
 
 def test_onednn_gives_the_outputs_and_gradients_of_torch(monkeypatch):

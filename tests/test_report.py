@@ -351,9 +351,11 @@ def test_bad_input(tmp_path):
     (twins[0] / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="not those of a run"):
         load_runs([twins[0]])
-    (twins[1] / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="line 1 is not a line of metrics"):
-        load_runs([twins[1]])
+    metrics = (twins[1] / "metrics.jsonl").read_text().replace("updates_per_second", "speed")
+    for text, line in (("{}\n", 1), (metrics, 2)):
+        (twins[1] / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=f"line {line} is not a line of metrics"):
+            load_runs([twins[1]])
     (tmp_path / "sweep.json").write_text('{"runs": [{"run": 3}]}')
     with pytest.raises(UserError, match="not the record of a sweep"):
         load_runs([tmp_path])

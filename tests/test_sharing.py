@@ -373,7 +373,8 @@ def test_a_card_gives_the_registered_time_limit_if_there_is_one(env_id, line, tm
 def test_a_run_with_damaged_figures_is_not_pushed(run, tmp_path):
     damaged = Path(shutil.copytree(run, tmp_path / "damaged"))
     lines = (damaged / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (damaged / "metrics.jsonl").write_text("".join([lines[0], '{"kind": "evaluation"}\n', *lines[1:]]))
+    line = '{"kind": "evaluation", "step": 1, "target_return": 1, "return_mean": 1}\n'  # no episodes
+    (damaged / "metrics.jsonl").write_text("".join([lines[0], line, *lines[1:]]))
     with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not a line of metrics"):
         push(PushConfig(damaged, "me/walker", dry_run=tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()

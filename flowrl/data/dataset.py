@@ -233,7 +233,7 @@ def top_episodes(dataset: EpisodeDataset, fraction: float) -> EpisodeDataset:
     returns, lengths = dataset.episode_returns, dataset.episode_lengths
     best_first = np.argsort(-returns, kind="stable")
     timesteps = np.cumsum(lengths[best_first])  # (E,)
-    budget = int(fraction * dataset.num_transitions)
+    budget = int(round(fraction * dataset.num_transitions, 6))  # 0.29 of 100 is 28.999...
     count = max(int(np.searchsorted(timesteps, budget, side="right")), 1)
     kept = np.sort(best_first[:count])
     note = (

@@ -111,8 +111,7 @@ def tmaze_environment(name: str) -> EnvironmentSpec | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    length, arms, distractors = (int(number) for number in match.groups(default="0"))
-    arms = arms or FEWEST_ARMS
+    length, arms, distractors = (int(number) for number in (match[1], match[2] or FEWEST_ARMS, match[3] or 0))
     check_tmaze(length, arms, distractors)
     return EnvironmentSpec(TMAZE_ID, {"length": length, "arms": arms, "distractors": distractors})
 

@@ -105,6 +105,7 @@ class OnlineTrainer(Trainer):
             dataset_id=self.replay.dataset_id,
             sha256=self.replay.sha256,
             reference=self.replay.reference,
+            notes=self.replay.notes,
         )
         state.sampler.draw_from(self.replay)
         mean = float(collected.episode_returns.mean())

@@ -15,7 +15,7 @@ class FastDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., width) -> the same shape; the input itself in evaluation."""
-        dropped_levels = round(self.p * LEVELS)
+        dropped_levels = min(round(self.p * LEVELS), LEVELS - 1)
         if not self.training or dropped_levels == 0:
             return input
         if torch.compiler.is_compiling() or input.device.type != "cpu":

@@ -11,7 +11,7 @@ from flowrl.data import load_episodes
 from flowrl.errors import UserError
 from flowrl.evaluation.command import options_of
 from flowrl.evaluation.evaluate import standard_error
-from flowrl.evaluation.off_policy import estimate
+from flowrl.evaluation.off_policy import ROUNDS, estimate
 from flowrl.model.agent import Conditioning
 from flowrl.model.checkpoint import CheckpointName
 from flowrl.model.loading import load_agent
@@ -39,7 +39,7 @@ class EstimateConfig:
     """Share of the episodes that the critics do not learn from, and that the estimates are of."""
     timesteps: PositiveCount = 50_000
     """Of the data to take at most, in a random sample of whole episodes."""
-    updates: PositiveCount = 1_000
+    updates: Annotated[int, Field(ge=2 * ROUNDS)] = 1_000
     """Of the critics, half of them for each estimate."""
     seed: Seed = 0
     """Of the sample and the critics."""

@@ -170,7 +170,9 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
     # A run from before an option was there has what is its default now.
     config = _DEFAULTS | read_yaml_mapping(path / "config.yaml")
     identity = read_metrics(path, "run")
-    train, evaluations = read_metrics(path, "train"), read_metrics(path, "evaluation", ("return_mean",))
+    speeds = ("updates_per_second", "tokens_per_second")
+    train = read_metrics(path, "train", speeds)
+    evaluations = read_metrics(path, "evaluation", ("return_mean",))
     try:
         if config["eval_episodes"] == 0:
             return f"{path}: trained without evaluation"

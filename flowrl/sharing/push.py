@@ -154,7 +154,7 @@ def _evaluations(run: Path, step: int | None) -> list[dict[str, Any]]:
     """The lines of the run's evaluations up to this step; none beside a lone checkpoint."""
     if not (run / METRICS_FILE).is_file():
         return []
-    lines = read_metrics(run, "evaluation", ("target_return", "return_mean"))
+    lines = read_metrics(run, "evaluation", ("target_return", "return_mean", "episodes"))
     return [line for line in lines if line["step"] <= (step or 0)]
 
 
