@@ -34,7 +34,7 @@ class WindowSampler:
     last transition.
 
     Random numbers come from a generator of the sampler's own on the CPU, so that batches are the same on
-    every device; :attr:`generator_state` is all there is to save. Of several ranks each draws the whole
+    every device; the state of ``generator`` is all there is to save. Of several ranks each draws the whole
     batch, and gathers its own share of the windows.
     """
 
@@ -51,7 +51,7 @@ class WindowSampler:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.ranks = ranks
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.draw_from(dataset)
 
     def draw_from(self, dataset: EpisodeDataset) -> None:
@@ -65,19 +65,10 @@ class WindowSampler:
         if _fits(self._tables, self.device):
             self._tables = [table.to(self.device) for table in self._tables]
 
-    @property
-    def generator_state(self) -> Tensor:
-        """The random state, (bytes,) uint8; assign it back to draw the same batches again."""
-        return self._generator.get_state()
-
-    @generator_state.setter
-    def generator_state(self, state: Tensor) -> None:
-        self._generator.set_state(state)
-
     def sample(self) -> Batch:
         """Draw the next batch."""
         drawn = torch.empty(self.batch_size, dtype=torch.int64)
-        return self.gather(drawn.random_(self.num_windows, generator=self._generator).numpy())
+        return self.gather(drawn.random_(self.num_windows, generator=self.generator).numpy())
 
     def gather(self, numbers: np.ndarray) -> Batch:
         """Return this rank's share of the windows with these (batch,) numbers, below ``num_windows``."""

@@ -41,13 +41,13 @@ class TargetResult:
         """
         figures: dict[str, Any] = {"target_return": self.target_return, "episodes": len(self.returns)}
         figures |= _figures("return", self.returns)
-        figures["length_mean"] = _mean(self.lengths)
+        figures["length_mean"] = float(self.lengths.mean())
         episodes = {"returns": self.returns.tolist(), "lengths": self.lengths.tolist()}
         if self.normalized_scores is not None:
             figures |= _figures("normalized_score", self.normalized_scores)
             episodes["normalized_scores"] = self.normalized_scores.tolist()
         if self.successes is not None:
-            figures["success_rate"] = _mean(self.successes)
+            figures["success_rate"] = float(self.successes.mean())
             episodes["successes"] = self.successes.tolist()
         if self.worlds is not None:
             episodes["worlds"] = self.worlds.tolist()
@@ -120,10 +120,10 @@ def format_table(results: Sequence[TargetResult]) -> str:
             f"{result.target_return:g}",
             f"{len(result.returns)}",
             _spread(result.returns),
-            f"{_mean(result.lengths):.1f}",
+            f"{result.lengths.mean():.1f}",
             "no reference" if scores is None else _spread(scores),
         ]
-        rows.append(row if result.successes is None else [*row, f"{_mean(result.successes):.2f}"])
+        rows.append(row if result.successes is None else [*row, f"{result.successes.mean():.2f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.append("mean +/- standard deviation (standard error of the mean) over episodes")
@@ -140,26 +140,18 @@ def _by_world(result: TargetResult, worlds: np.ndarray) -> str:
 
 def standard_error(values: np.ndarray) -> float:
     """Sample standard deviation over the square root of the count; NaN for a single value."""
-    return _std(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def _figures(name: str, values: np.ndarray) -> dict[str, float]:
-    figures = {f"{name}_mean": _mean(values)}
+    figures = {f"{name}_mean": float(values.mean())}
     if len(values) > 1:
-        figures[f"{name}_std"] = _std(values)
+        figures[f"{name}_std"] = float(values.std(ddof=1))
         figures[f"{name}_standard_error"] = standard_error(values)
     return figures
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values, dtype=np.float64))
-
-
-def _std(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1))
 
 
 def _spread(values: np.ndarray) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
-    return f"{_mean(values):.1f} +/- {_std(values):.1f} ({standard_error(values):.1f})"
+    return f"{values.mean():.1f} +/- {values.std(ddof=1):.1f} ({standard_error(values):.1f})"

@@ -92,11 +92,7 @@ def train(
     options |= {name: value for name, value in given.items() if value is not None and value != ()}
     options = checked(TrainConfig, options, lambda name: f"train: {name}")
     config = parse_train_config([], options)
-    return run_training(config, StopSignals(), episodes, callbacks, _say_nothing, progress_bar)
-
-
-def _say_nothing(line: str) -> None:
-    pass
+    return run_training(config, StopSignals(), episodes, callbacks, lambda line: None, progress_bar)
 
 
 def run_training(

@@ -85,7 +85,7 @@ class RunState:
     def checkpoint(self) -> Checkpoint:
         """This very moment; all ranks must call it together."""
         tensors = {f"optimizer.{name}": value for name, value in self._optimizer_tensors().items()}
-        tensors["random.sampler"] = self.sampler.generator_state
+        tensors["random.sampler"] = self.sampler.generator.get_state()
         tensors["random.torch"] = torch.stack(self.ranks.gather(torch.get_rng_state()))
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.stack(self.ranks.gather(torch.cuda.get_rng_state(self.device)))
@@ -134,7 +134,7 @@ class RunState:
         tensors = saved.training_tensors
         # Clones, as torch ignores where a view begins.
         torch.set_rng_state(tensors["random.torch"][self.ranks.rank].clone())
-        self.sampler.generator_state = tensors["random.sampler"]
+        self.sampler.generator.set_state(tensors["random.sampler"])
         if "random.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"][self.ranks.rank].clone(), self.device)
         pending = tensors.get("pending", torch.empty(0, 2))

@@ -374,14 +374,12 @@ class Trainer:
         """Write the configuration and make the figures on disk those of updates before this moment."""
         config, run_dir = self.config, self.run_dir
         self._say(f"run folder {run_dir}, device {self.device}")
-        if started:
-            rewind(run_dir, self.step, self.state.evaluated_step)
-            delete_later_checkpoints(run_dir / BEST, self.state.evaluated_step)
-            self._say(f"resuming {run_dir} at step {self.step}")
-        elif config.resume:
-            rewind(run_dir, -1, -1)
-            delete_later_checkpoints(run_dir / BEST, -1)
-            self._say(f"resuming {run_dir} at its beginning: it was stopped before its first checkpoint")
+        if config.resume:
+            step, evaluated_step = (self.step, self.state.evaluated_step) if started else (-1, -1)
+            rewind(run_dir, step, evaluated_step)
+            delete_later_checkpoints(run_dir / BEST, evaluated_step)
+            beginning = "its beginning: it was stopped before its first checkpoint"
+            self._say(f"resuming {run_dir} at {f'step {step}' if started else beginning}")
         write_text(run_dir / "config.yaml", to_yaml(replace(config, run_dir=run_dir)))
         metrics = MetricsLog(run_dir, purge_step=self.step + 1 if config.resume else None)
         if not started:
