@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from flowrl.errors import exit_on_user_error
 from flowrl.process import prepare_threads
 
+EXIT_INTERRUPTED = 130  # as of a process that SIGINT ended
 EXIT_BROKEN_PIPE = 141  # as of a process that SIGPIPE ended
 
 
@@ -116,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:  # while modules are imported, before signals are handled
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

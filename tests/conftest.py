@@ -155,14 +155,10 @@ def tiny_dataset(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(tiny_dataset, tmp_path_factory):
     """A run of 60 updates; not to be changed."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    train_here(tiny_dataset, run)
-    return run
+    return train_here(tiny_dataset, tmp_path_factory.mktemp("finished") / "run").folder
 
 
 @pytest.fixture(scope="session")
 def unevaluated(tiny_dataset, tmp_path_factory):
     """The same without evaluations."""
-    run = tmp_path_factory.mktemp("unevaluated") / "run"
-    train_here(tiny_dataset, run, eval_episodes=0)
-    return run
+    return train_here(tiny_dataset, tmp_path_factory.mktemp("unevaluated") / "run", eval_episodes=0).folder

@@ -120,7 +120,7 @@ def test_training_learns_evaluates_saves_and_resumes_exactly(tiny_dataset, tmp_p
     options = {"agent": "bc", "top_fraction": 0.8, "learning_rate": 0.01, "schedule": "constant"}
     options["warmup_steps"] = 0
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    results = train_here(tiny_dataset, whole, **options)
+    results = train_here(tiny_dataset, whole, **options).results
     assert [result.target_return for result in results] == [30.0]  # targets are unused: one suffices
     losses = [line["loss"] for line in figures(whole, "train")]
     assert losses[-1] < 0.9 * losses[0]

@@ -31,11 +31,8 @@ WRONG = (None, True, -1, 1.5, 10**400, math.nan, "\ud800", [1], {"a": 1})
 @pytest.fixture(scope="module")
 def whole(tiny_dataset, tmp_path_factory):
     """A run of four updates with one checkpoint; not to be changed."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train_here(
-        tiny_dataset, run, steps=4, checkpoint_every=4, log_every=3, keep_checkpoints=1, eval_episodes=0
-    )
-    return run
+    options = {"steps": 4, "checkpoint_every": 4, "log_every": 3, "keep_checkpoints": 1, "eval_episodes": 0}
+    return train_here(tiny_dataset, tmp_path_factory.mktemp("whole") / "run", **options).folder
 
 
 @pytest.fixture
@@ -183,7 +180,7 @@ LINES = {
     "a list": b"[]",
     "no kind": b'{"step": 1}',
     "no step": b'{"kind": "train", "loss": 1}',
-    "loss of text": b'{"kind": "train", "step": 1, "loss": "x"}',
+    "loss of text": b'{"kind": "train", "step": 1, "loss": "x", "updates_per_second": 1, "tokens_per_second": 1}',
     "step of a list": b'{"kind": "train", "step": [1], "loss": 1}',
     "evaluation of no score": b'{"kind": "evaluation", "step": 1, "target_return": 5}',
     "target of a list": b'{"kind": "evaluation", "step": 1, "target_return": [], "normalized_score_mean": 1}',

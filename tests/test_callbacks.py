@@ -51,8 +51,7 @@ class Recorder(flowrl.Callback):
 @pytest.fixture(scope="module")
 def reference(tiny_dataset, tmp_path_factory):
     run = tmp_path_factory.mktemp("callbacks") / "run"
-    train_here(tiny_dataset, run, keep_best="return_mean")
-    return run
+    return train_here(tiny_dataset, run, keep_best="return_mean").folder
 
 
 def test_training_from_python_on_data_in_memory_is_that_of_the_command_without_its_output(
@@ -115,9 +114,8 @@ def made_up(monkeypatch):
 
 
 def test_the_best_evaluated_checkpoint_is_kept_and_labelled(tiny_dataset, tmp_path, made_up, capsys):
-    run = tmp_path / "run"
     made_up((3.0, 7.0, 5.0))
-    train_here(tiny_dataset, run, keep_best="normalized_score_mean")
+    run = train_here(tiny_dataset, tmp_path / "run", keep_best="normalized_score_mean").folder
     agent = flowrl.load_agent(run, checkpoint="best")
     assert agent.checkpoint_step == 50
     chosen_by = "normalized_score_mean 7 of 2 episodes in training's own evaluations"

@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -81,6 +82,11 @@ def test_a_closed_pipe_loses_no_update(tiny_dataset, tmp_path):
     words = arguments(tiny_dataset, tmp_path / "run", eval_every=25, checkpoint_every=1000)
     assert finish(Command(["train", *words], CLOSED_PIPE))[0] == EXIT_BROKEN_PIPE
     assert steps_on_disk(tmp_path / "run")[-1] == "step-00000025"
+
+
+def test_an_interrupted_import_is_no_traceback(monkeypatch):
+    monkeypatch.setattr(__main__, "import_module", Mock(side_effect=KeyboardInterrupt))
+    assert main(["info"]) == 130
 
 
 def test_a_dataset_is_described(tiny_dataset, capsys):

@@ -152,7 +152,7 @@ def test_choices_side_by_side_are_learned(tmp_path):
     options |= {"learning_rate": 0.01, "max_episode_steps": None, "targets": "4 0"}
     for agent, fraction in (("transformer", 1), ("bc", 0.1)):
         run, own = tmp_path / agent, {"agent": agent, "top_fraction": fraction}
-        results = train_here("minari:test/toy-v0", run, env="flowrl-test/Locks-v0", **options, **own)
+        results = train_here("minari:test/toy-v0", run, env="flowrl-test/Locks-v0", **options, **own).results
         assert load_agent(run).config.model.action_choices == (2, 3)
         assert results[0].returns.mean() > 1.5 * STEPS
         assert agent == "bc" or results[1].returns.mean() < 0.5 * STEPS
@@ -203,7 +203,7 @@ def test_cartpole_is_learned_from_poor_data_and_acted_in_at_a_temperature(tmp_pa
     options: dict[str, Any] = {"env": "CartPole-v1", "max_episode_steps": None, "steps": 150, "embed_dim": 32}
     options |= {"context_length": 5, "eval_episodes": 4, "eval_every": 0, "targets": 500}
     options |= {"learning_rate": 0.003, "batch_size": 32}
-    results = train_here(tmp_path / "cartpole.hdf5", tmp_path / "run", **options)
+    results = train_here(tmp_path / "cartpole.hdf5", tmp_path / "run", **options).results
     assert results[0].returns.mean() > 1.5 * mean
 
     def scores(temperature):

@@ -51,16 +51,13 @@ def resume(run_dir, *flags):
 def trained(tiny_dataset, tmp_path_factory):
     """A run of a few updates; not to be changed."""
     run = tmp_path_factory.mktemp("finetuning") / "trained"
-    train_here(tiny_dataset, run, max_episode_steps=None, steps=3, eval_episodes=0)
-    return run
+    return train_here(tiny_dataset, run, max_episode_steps=None, steps=3, eval_episodes=0).folder
 
 
 @pytest.fixture(scope="module")
 def reference(trained, tmp_path_factory):
     """A fine-tuning without interruption; not to be changed."""
-    run = tmp_path_factory.mktemp("finetuned") / "reference"
-    finetune(trained, run)
-    return run
+    return finetune(trained, tmp_path_factory.mktemp("finetuned") / "reference").folder
 
 
 @pytest.mark.parametrize("step", [10, 24])
@@ -163,8 +160,7 @@ def test_every_round_has_starts_of_its_own_and_the_replay_holds_the_best_of_all(
 
 
 def test_other_commands_take_the_result(reference, tmp_path, capsys):
-    rounds = figures(reference, "round")
-    assert [line["step"] for line in rounds] == [1, 11, 21]
+    assert [line["step"] for line in figures(reference, "round")] == [1, 11, 21]
     assert [line["step"] for line in figures(reference, "evaluation")][::2] == [0, 15, 30]
     agent = flowrl.load_agent(reference)
     assert agent.config.dataset_id == "file:tiny.hdf5 + online"
@@ -173,8 +169,7 @@ def test_other_commands_take_the_result(reference, tmp_path, capsys):
     assert run.dataset == "file:tiny.hdf5 + online"
     with pytest.raises(UserError, match="was fine-tuned; continue it with flowrl finetune --resume"):
         resume_here(reference)
-    again = finetune(reference, tmp_path / "again", steps=1)
-    assert again.step == 1
+    assert finetune(reference, tmp_path / "again", steps=1).step == 1
     resume(tmp_path / "again", "--steps", "3")
     assert steps_on_disk(tmp_path / "again")[-1] == "step-00000003"
     for flag, value in (("--noise", "0.5"), ("--conditioning", "target")):

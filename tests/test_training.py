@@ -49,8 +49,7 @@ def test_learning_rate_follows_the_table():
     assert actual == pytest.approx(expected, abs=1e-7)
     constant = TrainConfig(steps=12, warmup_steps=2, learning_rate=2.0, schedule="constant")
     assert [learning_rate_at(step, constant) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
-    immediate = TrainConfig(steps=1, warmup_steps=0, learning_rate=2.0)
-    assert learning_rate_at(0, immediate) == 2.0
+    assert learning_rate_at(0, TrainConfig(steps=1, warmup_steps=0, learning_rate=2.0)) == 2.0
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "float32")])
@@ -69,8 +68,7 @@ def test_automatic_bfloat16_is_for_gpus_that_compute_in_it(monkeypatch, native, 
 
 def test_the_run_folder_names_the_warm_up_and_precision_of_its_first_start(tiny_dataset, tmp_path):
     """So that a resume of more updates, on whatever device, keeps both."""
-    run = tmp_path / "run"
-    train_here(tiny_dataset, run, steps=10, eval_episodes=0)
+    run = train_here(tiny_dataset, tmp_path / "run", steps=10, eval_episodes=0).folder
     resume_here(run, steps=100, log_every=100)
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["steps"], config["warmup_steps"], config["precision"]) == (100, 1, "float32")
@@ -379,9 +377,9 @@ def test_a_small_training_reaches_a_normalized_score_of_50(tmp_path):
     run_collect(
         CollectCommand("hopper", policies=("medium", "expert"), steps=20_000, format="d4rl", out=data)
     )
-    (result,) = train_here(
+    run = train_here(
         data, tmp_path / "run", env="Hopper-v5", max_episode_steps=None, token_layout="fused",
         context_length=20, batch_size=64, embed_dim=64, steps=800, learning_rate=3e-3, checkpoint_every=800,
         log_every=100, eval_every=0, eval_episodes=10, targets=3500, return_scale=1000,
     )  # fmt: skip
-    assert result.normalized_scores.mean() > FLOOR
+    assert run.results[0].normalized_scores.mean() > FLOOR

@@ -6,7 +6,7 @@ from typing import Any
 
 from flowrl.evaluation.evaluate import TargetResult
 from flowrl.training.metrics import METRICS_FILE
-from flowrl.training.run import run_train
+from flowrl.training.run import Run, run_train
 
 OPTIONS: dict[str, Any] = {
     "env": "Hopper-v4",
@@ -41,9 +41,9 @@ def arguments(dataset: Path, run: Path, **options: Any) -> list[str]:
     return ["--dataset", str(dataset), "--run-dir", str(run), *flags({**OPTIONS, **options})]
 
 
-def train_here(dataset: Path, run: Path, **options: Any) -> list[TargetResult]:
+def train_here(dataset: Path, run: Path, **options: Any) -> Run:
     """Train in this process."""
-    return run_train(arguments(dataset, run, **options)).results
+    return run_train(arguments(dataset, run, **options))
 
 
 def resume_here(run: Path, **options: Any) -> list[TargetResult]:
