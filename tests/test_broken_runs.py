@@ -180,7 +180,7 @@ LINES = {
     "a list": b"[]",
     "no kind": b'{"step": 1}',
     "no step": b'{"kind": "train", "loss": 1}',
-    "loss of text": b'{"kind": "train", "step": 1, "loss": "x", "updates_per_second": 1, "tokens_per_second": 1}',
+    "loss of text": b'{"kind":"train","step":1,"loss":"x","updates_per_second":1,"tokens_per_second":1}',
     "step of a list": b'{"kind": "train", "step": [1], "loss": 1}',
     "evaluation of no score": b'{"kind": "evaluation", "step": 1, "target_return": 5}',
     "target of a list": b'{"kind": "evaluation", "step": 1, "target_return": [], "normalized_score_mean": 1}',
