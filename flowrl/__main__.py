@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from flowrl.errors import exit_on_user_error
 from flowrl.process import prepare_threads
+from flowrl.signals import StopSignals, ended_by_interrupts
 
-EXIT_INTERRUPTED = 130  # as of a process that SIGINT ended
 EXIT_BROKEN_PIPE = 141  # as of a process that SIGPIPE ended
 
 
@@ -44,7 +44,6 @@ class Command(NamedTuple):
             Stopped: a signal came; no file is left half-written.
         """
         from flowrl.options import checked, flag
-        from flowrl.signals import StopSignals
 
         with StopSignals() as signals, signals.interruptible():
             checked(type(config), asdict(config), flag)
@@ -110,15 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_threads()
     try:
         try:
-            with exit_on_user_error():
+            with ended_by_interrupts(), exit_on_user_error():
                 return COMMANDS[name].run()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         return EXIT_BROKEN_PIPE
-    except KeyboardInterrupt:  # while modules are imported, before signals are handled
-        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -13,6 +13,22 @@ class Stopped(SystemExit):
     """Raised where a signal may interrupt at once; its exit code is 128 plus the signal's number."""
 
 
+@contextmanager
+def ended_by_interrupts() -> Iterator[None]:
+    """Let SIGINT end the process at once: while a module in C++ is imported, KeyboardInterrupt may be lost.
+
+    Only the main thread can do so. :class:`StopSignals` takes over while entered.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class StopSignals:
     """While entered, the first signal only sets :attr:`received`; a second one kills the process.
 
