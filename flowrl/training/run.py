@@ -143,7 +143,7 @@ def run_folder(config: TrainConfig, run_dir: Path, ranks: Ranks) -> Iterator[Non
     except BrokenPipeError:  # of the output, not of a file
         raise
     except OSError as error:
-        raise UserError(f"{run_dir}: training stopped: {error}") from error  # a callback's too
+        raise UserError(f"{run_dir}: cannot be written: {error}") from error
 
 
 def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
