@@ -306,7 +306,7 @@ def test_the_best_normalised_score_needs_reference_scores():
 def test_training_works_outside_the_main_thread(tiny_dataset, tmp_path):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with ThreadPoolExecutor(1) as pool:
-        results = pool.submit(train_here, tiny_dataset, tmp_path / "run", steps=5).result()
+        run = pool.submit(train_here, tiny_dataset, tmp_path / "run", steps=5).result()
     assert len(run.results) == 2
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
