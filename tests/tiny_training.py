@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowrl.evaluation.evaluate import TargetResult
 from flowrl.training.metrics import METRICS_FILE
 from flowrl.training.run import Run, run_train
 
@@ -46,9 +45,9 @@ def train_here(dataset: Path, run: Path, **options: Any) -> Run:
     return run_train(arguments(dataset, run, **options))
 
 
-def resume_here(run: Path, **options: Any) -> list[TargetResult]:
+def resume_here(run: Path, **options: Any) -> Run:
     """Continue a run in this process."""
-    return run_train(["--resume", str(run), *flags(options)]).results
+    return run_train(["--resume", str(run), *flags(options)])
 
 
 def figures(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
