@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from flowrl.errors import exit_on_user_error
+from flowrl.errors import did_you_mean, exit_on_user_error
 from flowrl.process import prepare_threads
 from flowrl.signals import StopSignals, ended_by_interrupts
 
@@ -102,11 +102,14 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         lines = [f"  {known:10}{command.description}" for known, command in COMMANDS.items()]
         known_flag = name in ("-h", "--help")
-        usage = "\n".join(["usage: flowrl COMMAND [--help] ...", "", *lines])
+        unknown = [] if known_flag else [f"error: unknown command '{name}'{did_you_mean(name, COMMANDS)}"]
+        usage = "\n".join(["usage: flowrl COMMAND [--help] ...", "", *lines, *unknown])
         print(usage, file=sys.stdout if known_flag else sys.stderr)
         return 0 if known_flag else 2
     sys.argv = [f"flowrl {name}", *arguments[1:]]
     prepare_threads()
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, for modules of the user's own environments
     try:
         try:
             with ended_by_interrupts(), exit_on_user_error():

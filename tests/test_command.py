@@ -26,6 +26,20 @@ def test_without_a_command_all_are_listed(capsys):
         for name in COMMANDS:
             assert re.search(rf"^  {name} +\w", errors if code else output, re.MULTILINE)
         assert (output if code else errors) == ""
+        assert ("unknown command 'tran'; did you mean 'train'?" in errors) == bool(code)
+
+
+def test_an_environment_of_a_module_in_the_current_folder(tiny_dataset, tmp_path, monkeypatch, capsys):
+    robot = "'gymnasium.envs.mujoco.hopper_v4:HopperEnv', max_episode_steps=30"
+    (tmp_path / "mine.py").write_text(f"import gymnasium\ngymnasium.register('Mine-v0', {robot})\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(sys, "argv", [])
+    assert main(["info", str(tiny_dataset), "--env", "mine:Mine-v0"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["info", str(tiny_dataset), "--env", "yours:Mine-v0"])
+    assert ended.value.code == 2
+    assert "module 'yours' of --env or --env-import cannot be imported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train", "finetune", "evaluate", "collect", "info", "sweep", "report"])

@@ -231,6 +231,7 @@ def test_resume_cannot_change_what_was_computed(name):
 def test_a_model_beyond_this_machine_is_refused_before_it_is_made(tiny_dataset, tmp_path, options, agent):
     message = r"--embed-dim \d+, --num-layers \d+: .* GiB of memory"
     refusal(lambda: train_here(tiny_dataset, tmp_path / "run", agent=agent, **options), message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_for_a_gpu_must_fit_the_gpu(tiny_dataset, monkeypatch):

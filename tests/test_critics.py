@@ -233,6 +233,7 @@ def test_what_cannot_be_estimated_is_one_line(tiny_dataset, tmp_path):
     table = estimate_run(EstimateConfig(tmp_path / "run", updates=20))
     assert "file:tiny.hdf5, target 30, 1 episodes held out" in table
     assert "fitted q" in table
+    assert "nan" not in table
     agent = flowrl.load_agent(tmp_path / "run")
     agent.save(tmp_path / "alone")
     with pytest.raises(UserError, match="alone: names no data; give --dataset or --env"):

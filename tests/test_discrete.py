@@ -16,9 +16,9 @@ from tiny_training import train_here
 from flowrl.data import load_episodes
 from flowrl.data.minari import read_minari
 from flowrl.envs.options import EvaluationOptions
-from flowrl.envs.spaces import environment_actions, environment_facts
+from flowrl.envs.spaces import environment_facts
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import make_env
+from flowrl.envs.vector import FlatActions, make_env, make_vector_env
 from flowrl.errors import UserError
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
 from flowrl.finetuning.command import run_finetune
@@ -135,13 +135,24 @@ def test_one_hot_vectors_are_gymnasiums_own(env_id):
     np.testing.assert_array_equal(reset, dataset.observations[STEPS])
 
 
-def test_choices_become_the_environments_own_actions():
-    several = environment_actions(spaces.MultiDiscrete([2, 3], start=[0, 1]), np.array([[1, 0], [0, 2]]))
-    assert several.tolist() == [[1, 1], [0, 3]]
-    one = environment_actions(spaces.Discrete(3, start=-1), np.array([0, 2]))
-    assert (one.tolist(), one.shape) == ([-1, 1], (2,))
-    assert environment_actions(spaces.Box(-3, 3, (1, 1), np.int8), np.array([[-1.6]])).tolist() == [[[-2]]]
-    assert environment_actions(spaces.Box(-3, 3, (1,)), np.array([[-1.5]])).tolist() == [[-1.5]]
+@pytest.mark.parametrize(
+    ("space", "returned", "taken"),
+    [
+        (spaces.MultiDiscrete([2, 3], start=[0, 1]), np.array([1, 2]), [1, 3]),
+        (spaces.MultiDiscrete([[2], [3]]), np.array([1, 2]), [[1], [2]]),
+        (spaces.Discrete(3, start=-1), np.int64(2), 1),
+        (spaces.MultiBinary(2), np.array([1, 0]), [1, 0]),
+        (spaces.Box(-3, 3, (1, 1), np.int8), np.float32([-1.6]), [[-2]]),
+        (spaces.Box(-3, 3, (1,), np.float64), np.float32([-1.5]), [-1.5]),
+    ],
+)
+def test_what_an_agent_returns_becomes_an_action_of_the_environment(space, returned, taken):
+    env = Locks()
+    env.action_space = space
+    assert FlatActions(env).action_space.contains(returned) or space.dtype == np.float64
+    action = FlatActions(env).action(returned)
+    assert space.contains(action)
+    assert action.tolist() == taken
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -153,7 +164,11 @@ def test_choices_side_by_side_are_learned(tmp_path):
     for agent, fraction in (("transformer", 1), ("bc", 0.1)):
         run, own = tmp_path / agent, {"agent": agent, "top_fraction": fraction}
         results = train_here("minari:test/toy-v0", run, env="flowrl-test/Locks-v0", **options, **own).results
-        assert load_agent(run).config.model.action_choices == (2, 3)
+        acting = load_agent(run)
+        assert acting.config.model.action_choices == (2, 3)
+        envs = make_vector_env(acting.environment, 2)  # which checks every action
+        acting.reset(2, 4.0)
+        envs.step(acting.act(envs.reset(seed=[0, 1])[0]))
         assert results[0].returns.mean() > 1.5 * STEPS
         assert agent == "bc" or results[1].returns.mean() < 0.5 * STEPS
 
@@ -225,7 +240,9 @@ def test_columns_of_choices_and_observations_become_one_hot_where_an_environment
         np.testing.assert_array_equal(dataset.actions, np.eye(2)[taken[:, 0]])
         del file["actions"]
         file["actions"] = np.where(np.arange(len(taken)) == 7, 2, taken[:, 0])
-    with pytest.raises(UserError, match="'actions' holds choice 2, counted from 0, of 2"):
+    with pytest.raises(
+        UserError, match="'actions' holds 2, row 7, column 0: choices are whole numbers from 0 to 1"
+    ):
         load_episodes(str(path), "CartPole-v1")
     assert load_episodes(str(path)).actions.shape == (len(taken), 1)  # numbers, where nothing says otherwise
     with h5py.File(tmp_path / "lake.hdf5", "w") as file:

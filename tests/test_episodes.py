@@ -1,6 +1,7 @@
 """The in-memory form of the data, and the windows that are cut from it, against plain loops."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from conftest import EPISODE_LENGTHS, dataset_of
 
 from flowrl.data.dataset import EpisodeDataset, build_episodes, content_sha256, delayed_rewards
 from flowrl.data.sampler import WindowSampler
+from flowrl.envs.reference_scores import REFERENCE_SCORES
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import batch_size
@@ -29,7 +32,7 @@ def arrays(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, np.nd
     }
 
 
-def build(**changes: np.ndarray) -> EpisodeDataset:
+def build(**changes: Any) -> EpisodeDataset:
     return build_episodes(**{**arrays(), **changes}, dataset_id="test", where="somewhere.hdf5")
 
 
@@ -96,6 +99,30 @@ def test_a_value_that_is_not_finite_is_named_with_its_index(key, value):
     index = "7" if array.ndim == 1 else f"7, {array.shape[1] - 1}"
     with pytest.raises(UserError, match=rf"^somewhere\.hdf5: '{key}'\[{index}\] is {value}: "):
         build(**{key: array})
+
+
+def test_an_environment_may_be_a_name():
+    dataset = build(environment="Hopper-v5")
+    assert (dataset.environment, dataset.reference) == (
+        EnvironmentSpec("Hopper-v5"),
+        REFERENCE_SCORES["hopper"],
+    )
+    with pytest.raises(
+        UserError, match="'Hoper-v5' is not registered with Gymnasium; did you mean 'Hopper-v5'"
+    ):
+        build(environment="Hoper-v5")
+
+
+def test_discrete_actions_are_one_hot():
+    vectors = np.eye(3, dtype=np.float32)[np.arange(11) % 3]
+    assert build(actions=vectors, action_choices=(3,)).action_choices == (3,)
+    with pytest.raises(UserError, match=r"'actions'\[0\] is \[1.0, 0.0, 0.0\]: expected one-hot vectors"):
+        build(actions=vectors, action_choices=(2, 1))
+    vectors[4] = [0.5, 0.5, 0]
+    with pytest.raises(UserError, match=r"'actions'\[4\] is \[0.5, 0.5, 0.0\]: expected one-hot vectors"):
+        build(actions=vectors, action_choices=(3,))
+    with pytest.raises(UserError, match=r"3 numbers a row, one-hot vectors of choices of .* have 2"):
+        build(actions=vectors, action_choices=(2,))
 
 
 def test_float64_values_beyond_float32_and_overflowing_returns_are_refused():

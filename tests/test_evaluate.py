@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
+from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from processes import Command, finish, wait_for
 from test_rollout import loop_over_single_environments
 
@@ -178,6 +179,14 @@ def test_video_holds_one_episode_per_target_side_by_side(tmp_path):
     assert abs(last[robot, :480] - last[robot, 480:]).max() > 100  # two ways of acting
     asked = (slice(4, 32), slice(480, 640))  # the second target's line, the same in every frame
     assert abs(last[asked] - first[asked]).mean() < 4
+
+
+def test_an_environment_without_pictures_is_refused_before_it_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_agent", lambda *_, **__: ConstantAgent())
+    monkeypatch.setattr(command, "evaluate", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(HopperEnv, "render", lambda _: None)
+    with pytest.raises(UserError, match="--video: the environment draws no pictures"):
+        evaluate_run(EvaluateConfig(tmp_path, video=tmp_path / "x.mp4"))
 
 
 def test_robots_are_drawn_as_in_their_own_environment():

@@ -71,7 +71,7 @@ def test_stopped_at_any_update_it_continues_exactly(reference, trained, tmp_path
     assert_same_end(tmp_path / "run", reference)
 
 
-def test_a_round_that_is_stopped_is_collected_anew(reference, trained, tmp_path, monkeypatch):
+def test_a_round_that_is_stopped_is_collected_anew(reference, trained, tmp_path, monkeypatch, capsys):
     """The first one, after some of its actions were drawn."""
     rollout, calls = online.rollout, []
 
@@ -91,6 +91,7 @@ def test_a_round_that_is_stopped_is_collected_anew(reference, trained, tmp_path,
         with pytest.raises(Stopped):
             finetune(trained, tmp_path / "run")
     assert not figures(tmp_path / "run", "round")
+    assert f"stopped at step 0; continue with --resume {tmp_path / 'run'}" in capsys.readouterr().out
     resume(tmp_path / "run")
     assert_same_end(tmp_path / "run", reference)
 

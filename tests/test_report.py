@@ -343,6 +343,8 @@ def test_bad_input(tmp_path):
     partial = write_run(tmp_path / "partial", 1, last_step=20)
     with pytest.raises(UserError, match=r"no finished run to report on: .*partial, 50 of 100"):
         write_report(ReportConfig((partial,), tmp_path / "out"))
+    resumed = write_run(tmp_path / "resumed", 1, config=replace(BASE, eval_episodes=0))
+    assert len(load_runs([resumed])[0]) == 1  # evaluated before it was resumed without
     twins = (write_run(tmp_path / "a", 1), write_run(tmp_path / "b", 2))
     with pytest.raises(UserError, match="give one of them"):
         write_report(ReportConfig(twins, tmp_path / "out", mixed=True))

@@ -71,7 +71,7 @@ def test_a_signal_saves_and_stops_within_seconds_and_no_other_run_gets_in(tiny_d
 
 
 @pytest.mark.parametrize("at", [25, 60])
-def test_an_interrupted_evaluation_is_done_again(finished, tiny_dataset, tmp_path, monkeypatch, at):
+def test_an_interrupted_evaluation_is_done_again(finished, tiny_dataset, tmp_path, monkeypatch, capsys, at):
     run, evaluate, calls = tmp_path / "run", trainer.evaluate, []
 
     def interrupted(agent, *rest):
@@ -93,6 +93,7 @@ def test_an_interrupted_evaluation_is_done_again(finished, tiny_dataset, tmp_pat
             train_here(tiny_dataset, run)
     assert caught.value.code == 143
     assert len(calls) == 5  # at once, not after the episode
+    assert f"stopped at step {at}; continue with --resume {run}" in capsys.readouterr().out
     assert load_checkpoint(run).step == at
     assert all(line["step"] < at for line in figures(run, "evaluation"))
     resume_here(run)

@@ -66,6 +66,12 @@ def test_a_path_is_read_and_its_environment_comes_from_env_alone(tmp_path):
     assert (dataset.environment, dataset.reference) == (EnvironmentSpec("Pendulum-v1"), None)
     with pytest.raises(UserError, match="Pendulum-v1 has observations of 3"):
         check_environment(EnvironmentSpec("Pendulum-v1"), dataset.observation_dim, dataset.action_dim)
+    with pytest.raises(UserError, match=r"CartPole-v1 has actions that are choices of \(2,\), .* continuous"):
+        check_environment(EnvironmentSpec("CartPole-v1"), dataset.observation_dim, dataset.action_dim)
+    with pytest.raises(UserError, match="'Hopper-v4' is an environment, not data: give --dataset too"):
+        load_episodes("Hopper-v4")
+    with pytest.raises(UserError, match="--dataset flowrl: give the name of the data, such as --env hopper-"):
+        load_episodes("flowrl")
 
 
 def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_folder(tmp_path, monkeypatch):

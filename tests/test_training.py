@@ -285,7 +285,7 @@ def test_a_run_folder_is_never_overwritten(tiny_dataset, tmp_path):
     (tmp_path / "run" / "precious").write_text("")
     with pytest.raises(UserError, match="already there and not empty; continue it with --resume"):
         train_here(tiny_dataset, tmp_path / "run")
-    with pytest.raises(UserError, match="already there and not empty"):
+    with pytest.raises(UserError, match="precious: a file is there; give a new folder"):
         train_here(tiny_dataset, tmp_path / "run" / "precious")
     (tmp_path / "run" / "precious").rename(tmp_path / "run" / ".lock")  # left by a start that was killed
     (tmp_path / "run" / ".config.yaml.1.tmp").touch()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flowrl.data.arrays import IN_MEMORY, Storage, chunks, release, row_chunks
-from flowrl.envs.reference_scores import ReferenceScores
-from flowrl.envs.specs import EnvironmentSpec
+from flowrl.envs.reference_scores import ReferenceScores, reference_scores
+from flowrl.envs.specs import EnvironmentSpec, named_environment
 from flowrl.errors import UserError
 
 _SMALLEST_STD = 1e-6  # an observation that varies less is a constant; it is only centred
@@ -78,7 +78,7 @@ def build_episodes(
     dataset_id: str,
     where: str,
     action_choices: tuple[int, ...] = (),
-    environment: EnvironmentSpec | None = None,
+    environment: EnvironmentSpec | str | None = None,
     reference: ReferenceScores | None = None,
     notes: Sequence[str] = (),
     storage: Storage = IN_MEMORY,
@@ -94,15 +94,20 @@ def build_episodes(
         dataset_id: name of the data in configurations, logs and score tables.
         where: file or dataset that error messages name.
         action_choices: numbers of choices of discrete actions, whose one-hot vectors ``actions`` holds.
-        environment: where agents trained on this data are evaluated.
+        environment: where agents trained on this data are evaluated. A string is a Gymnasium id, whose
+            published reference scores, if there are any, are the default of ``reference``.
         reference: returns that normalised scores are measured against.
         notes: sentences to show to the user.
         storage: where returns-to-go go.
 
     Raises:
         UserError: no episodes, lengths that do not match, wrong number of dimensions, or a value that is
-            NaN, infinite or too large for float32 (the message names the key and the index).
+            NaN, infinite or too large for float32 (the message names the key and the index); discrete actions
+            that are not one-hot vectors; an unregistered environment.
     """
+    if isinstance(environment, str):
+        environment = named_environment(environment)
+        reference = reference or reference_scores(environment.env_id)
     observations = np.ascontiguousarray(observations, dtype=np.float32)
     actions = np.ascontiguousarray(actions, dtype=np.float32)
     rewards = np.ascontiguousarray(rewards, dtype=np.float32)
@@ -132,6 +137,8 @@ def build_episodes(
         raise UserError(f"{where}: episode lengths must be positive and sum to {len(rewards)}")
     for key, array in (("observations", observations), ("actions", actions), ("rewards", rewards)):
         _check_finite(where, key, array)
+    if action_choices:
+        _check_one_hot(where, actions, action_choices)
 
     episode_starts = np.cumsum(episode_lengths) - episode_lengths
     returns_to_go = storage.empty("returns_to_go", rewards.shape)
@@ -352,4 +359,23 @@ def _check_finite(where: str, key: str, array: np.ndarray) -> None:
             raise UserError(
                 f"{where}: '{key}'[{index}] is {rows[tuple(first)]}: every value must be finite and within "
                 "float32"
+            )
+
+
+def _check_one_hot(where: str, actions: np.ndarray, choices: tuple[int, ...]) -> None:
+    if actions.shape[1] != sum(choices):
+        raise UserError(
+            f"{where}: 'actions' has {actions.shape[1]} numbers a row, one-hot vectors of choices of "
+            f"{choices} have {sum(choices)}"
+        )
+    starts = [sum(choices[:index]) for index in range(len(choices))]
+    for chunk, rows in zip(chunks(len(actions)), row_chunks(actions), strict=True):
+        wrong = ((rows != 0) & (rows != 1)).any(axis=1) | (np.add.reduceat(rows, starts, axis=1) != 1).any(
+            axis=1
+        )
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise UserError(
+                f"{where}: 'actions'[{chunk.start + row}] is {rows[row].tolist()}: expected one-hot vectors "
+                f"of choices of {choices}"
             )

@@ -20,9 +20,9 @@ from flowrl.data.download import require_answer
 from flowrl.data.mapped import read_or_map
 from flowrl.data.staging import staging
 from flowrl.envs.reference_scores import ReferenceScores, reference_scores
-from flowrl.envs.spaces import as_choices, check_spaces, choices_of, flat_rows
+from flowrl.envs.spaces import check_spaces, choices_of, flat_rows
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import without_text
+from flowrl.envs.vector import as_choices, without_text
 from flowrl.errors import UserError, did_you_mean, one_line
 from flowrl.machine import home_folder
 

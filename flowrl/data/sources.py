@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import gymnasium
+
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS, facts_of, find_d4rl_file, read_d4rl, read_d4rl_file
 from flowrl.data.dataset import EpisodeDataset, concatenate, joined_about
 from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, SOURCE, load_embedded
@@ -97,7 +99,9 @@ def _load(
     path = Path(os.path.expanduser(source))  # unlike pathlib's, keeps the tilde of an unknown user
     suffix = path.suffix.lower()
     if source == SOURCE:
-        own = env or ""
+        if env is None:
+            raise UserError(f"--dataset {SOURCE}: give the name of the data, such as --env hopper-medium")
+        own = env
         return memory_dataset(own, memory_map) if memory_environment(own) else load_embedded(own, memory_map)
     if source.startswith(MINARI_PREFIX):
         return load_minari(source.removeprefix(MINARI_PREFIX), memory_map)
@@ -129,6 +133,8 @@ def unknown_dataset(source: str) -> UserError:
     """The error for a name of no dataset; it suggests the closest."""
     known = did_you_mean(source, {*D4RL_ENVIRONMENTS, *EMBEDDED})
     forms = f"{MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)}"
+    if source in gymnasium.registry:
+        return UserError(f"'{source}' is an environment, not data: give --dataset too ({forms})")
     return UserError(f"unknown dataset '{source}'{known} (or give {forms})")
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space, Tuple, flatdim
-from gymnasium.wrappers import FlattenObservation
 
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import make_env
+from flowrl.envs.vector import as_choices, make_plain_env
 from flowrl.errors import UserError
 
 _LARGEST_BOUND = 1e6  # beyond it a bound stands for none, as in Box(float32.min, float32.max)
@@ -62,11 +61,6 @@ def choices_of(space: Space[Any] | None) -> tuple[int, ...]:
     return tuple(space.nvec.ravel().tolist()) if isinstance(space, MultiDiscrete) else ()
 
 
-def as_choices(space: Space[Any]) -> Space[Any]:
-    """Return a MultiBinary action space as a MultiDiscrete one, others as they are."""
-    return MultiDiscrete(np.full(space.shape, 2)) if isinstance(space, MultiBinary) else space
-
-
 def check_spaces(where: str, observation_space: Space[Any], action_space: Space[Any]) -> None:
     """Raise UserError unless an agent can observe and act in these spaces."""
     _check_observed(where, "observations", observation_space)
@@ -116,33 +110,26 @@ def flat_rows(where: str, name: str, space: Space[Any], values: Any, rows: int) 
         raise UserError(f"{where}: '{name}' has shape {values.shape}, expected {expected}")
     values = values.reshape(rows, -1)
     if isinstance(space, Discrete | MultiDiscrete):
-        return one_hot(where, name, values - np.ravel(space.start), choices_of(space))
+        return one_hot(where, name, values, choices_of(space), np.ravel(space.start))
     return values
 
 
-def environment_actions(space: Space[Any], actions: np.ndarray) -> np.ndarray:
-    """Turn what an agent returns, one row per environment, into actions of their space, in its own type.
-
-    Numbers are rounded where the space is of whole ones; choices are counted from the space's first one.
-    """
-    if isinstance(space, Discrete | MultiDiscrete):
-        actions = actions + np.ravel(space.start)[0 if actions.ndim == 1 else slice(None)]
-    elif np.issubdtype(space.dtype, np.integer):
-        actions = np.rint(actions)
-    return actions.reshape(-1, *(space.shape or ())).astype(space.dtype)
-
-
-def one_hot(where: str, name: str, values: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
-    """(rows, len(choices)) numbers from 0 -> (rows, sum(choices)) float32; see :func:`flat_rows`."""
-    wrong = ~((values >= 0) & (values < choices) & (values == np.floor(values)))
+def one_hot(
+    where: str, name: str, values: np.ndarray, choices: tuple[int, ...], starts: np.ndarray | int = 0
+) -> np.ndarray:
+    """(rows, len(choices)) numbers from ``starts`` -> (rows, sum(choices)) float32; see :func:`flat_rows`."""
+    counted = values - starts
+    wrong = ~((counted >= 0) & (counted < choices) & (counted == np.floor(counted)))
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
+        value, start = values[row, column], (values - counted)[row, column]
         raise UserError(
-            f"{where}: '{name}' holds choice {values[row, column]:g}, counted from 0, of {choices[column]}"
+            f"{where}: '{name}' holds {value:g}, row {row}, column {column}: "
+            f"choices are whole numbers from {start:g} to {start + choices[column] - 1:g}"
         )
     ends = np.cumsum(choices)
     result = np.zeros((len(values), int(ends[-1])), dtype=np.float32)
-    np.put_along_axis(result, values.astype(np.int64) + ends - choices, 1.0, axis=1)
+    np.put_along_axis(result, counted.astype(np.int64) + ends - choices, 1.0, axis=1)
     return result
 
 
@@ -153,9 +140,8 @@ def environment_facts(environment: EnvironmentSpec) -> EnvironmentFacts:
         EnvironmentUnavailable: it cannot be made.
         UserError: observations or actions that no agent here can have, such as images.
     """
-    env = make_env(environment)
+    env = make_plain_env(environment)
     try:
-        observation_space = (env.env if isinstance(env, FlattenObservation) else env).observation_space
         left_out = env.get_wrapper_attr("left_out") if env.has_wrapper_attr("left_out") else ()
         limit = None if env.spec is None else env.spec.max_episode_steps
         if limit is None:  # some environments have a limit of their own
@@ -163,9 +149,9 @@ def environment_facts(environment: EnvironmentSpec) -> EnvironmentFacts:
     finally:
         env.close()
     action_space = as_choices(env.action_space)
-    check_spaces(f"environment {environment.env_id}", observation_space, action_space)
+    check_spaces(f"environment {environment.env_id}", env.observation_space, action_space)
     return EnvironmentFacts(
-        observation_space, action_space, limit if isinstance(limit, int) else None, left_out
+        env.observation_space, action_space, limit if isinstance(limit, int) else None, left_out
     )
 
 
@@ -179,17 +165,17 @@ def check_environment(
         UserError: they differ, or see :func:`environment_facts`.
     """
     facts = environment_facts(environment)
-    if (observation_dim, action_dim) != (facts.observation_dim, facts.action_dim):
-        raise UserError(
-            f"environment {environment.env_id} has observations of {facts.observation_dim} and actions of "
-            f"{facts.action_dim} numbers, the data {observation_dim} and {action_dim}: "
-            "give the environment that the data is from"
-        )
     if action_choices != facts.action_choices:
         kinds = [f"choices of {c}" if c else "continuous" for c in (facts.action_choices, action_choices)]
         raise UserError(
             f"environment {environment.env_id} has actions that are {kinds[0]}, those of the data are "
             f"{kinds[1]}: give the environment that the data is from, in training too; files hold choices as "
             "numbers, a column each, not as one-hot vectors"
+        )
+    if (observation_dim, action_dim) != (facts.observation_dim, facts.action_dim):
+        raise UserError(
+            f"environment {environment.env_id} has observations of {facts.observation_dim} and actions of "
+            f"{facts.action_dim} numbers, the data {observation_dim} and {action_dim}: "
+            "give the environment that the data is from"
         )
     return facts

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
@@ -41,11 +41,25 @@ class EnvironmentUnavailable(UserError):
 
 
 def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gym.Env:
-    """Make one environment with its wrappers and flat observations.
+    """Make one environment with its wrappers, flat observations and the actions of :class:`FlatActions`.
 
     The modules of ``environment.imports`` are imported first. Observations other than a vector (Dict, Tuple,
     matrices, choices) are flattened as Gymnasium does it, Dict entries in the order of their keys, without
     those that are text.
+
+    Raises:
+        EnvironmentUnavailable: see :func:`make_plain_env`.
+    """
+    env = make_plain_env(environment, render_mode)
+    if flat_actions(env.action_space) != env.action_space:
+        env = FlatActions(env)
+    if isinstance(env.observation_space, Box) and len(env.observation_space.shape) == 1:
+        return env
+    return FlattenObservation(env)
+
+
+def make_plain_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gym.Env:
+    """Make one environment with its own actions and its own observations, but for text.
 
     Raises:
         EnvironmentUnavailable: an unregistered id, a missing dependency, arguments that the environment does
@@ -74,9 +88,45 @@ def make_env(environment: EnvironmentSpec, render_mode: str | None = None) -> gy
         ) from error
     if text_keys(env.observation_space):
         env = WithoutText(env)
-    if isinstance(env.observation_space, Box) and len(env.observation_space.shape) == 1:
-        return env
-    return FlattenObservation(env)
+    return env
+
+
+class FlatActions(gym.ActionWrapper[Any, Any, Any]):
+    """Takes the actions that :meth:`flowrl.model.agent.Agent.act` returns, whatever the action space.
+
+    Choices are counted from 0, in one row where there are several (Discrete, MultiDiscrete, MultiBinary);
+    of a Box, the action is one row of numbers, which are rounded where the space is of whole ones.
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.action_space = flat_actions(env.action_space)
+
+    def action(self, action: Any) -> Any:
+        space: Any = self.env.action_space
+        action = np.reshape(action, space.shape)
+        if isinstance(space, Discrete | MultiDiscrete):
+            action = action + space.start
+        elif np.issubdtype(space.dtype, np.integer):
+            action = np.rint(action)
+        return action.astype(space.dtype)[()]
+
+
+def flat_actions(space: gym.Space[Any]) -> gym.Space[Any]:
+    """The space of what an agent returns for an action space; see :class:`FlatActions`."""
+    space = as_choices(space)
+    if isinstance(space, Discrete):
+        return Discrete(space.n)
+    if isinstance(space, MultiDiscrete):
+        return MultiDiscrete(space.nvec.ravel())
+    if isinstance(space, Box) and (len(space.shape) != 1 or np.issubdtype(space.dtype, np.integer)):
+        return Box(space.low.ravel().astype(np.float32), space.high.ravel().astype(np.float32))
+    return space
+
+
+def as_choices(space: gym.Space[Any]) -> gym.Space[Any]:
+    """Return a MultiBinary action space as a MultiDiscrete one, others as they are."""
+    return MultiDiscrete(np.full(space.shape, 2)) if isinstance(space, MultiBinary) else space
 
 
 class WithoutText(gym.ObservationWrapper[Any, Any, Any]):

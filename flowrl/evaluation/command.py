@@ -20,7 +20,7 @@ from flowrl.envs.spaces import check_environment
 from flowrl.envs.specs import EnvironmentSpec, recorded_or_named
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import evaluate, format_table
-from flowrl.evaluation.video import check_video, write_video
+from flowrl.evaluation.video import check_rendering, check_video, write_video
 from flowrl.model.agent import Acting, Agent, Conditioning
 from flowrl.model.checkpoint import BEST, CHECKPOINTS, CheckpointName
 from flowrl.model.loading import load_agent
@@ -94,6 +94,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
     )
     torch.manual_seed(config.seed)  # of actions that are drawn
     environment = acting_environment(agent, config.run, config.env, config)
+    if config.video is not None:
+        check_rendering(environment)
     reference = config.reference() or agent.config.reference or reference_scores(environment.env_id)
     if config.targets == "sweep":
         targets = _swept_targets(agent.config.targets, reference)

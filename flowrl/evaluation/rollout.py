@@ -9,7 +9,6 @@ import numpy as np
 from tqdm import tqdm
 
 from flowrl.envs.failures import named_failure
-from flowrl.envs.spaces import environment_actions
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_vector_env
 from flowrl.errors import UserError
@@ -92,7 +91,7 @@ def rollout(
                 observed = observations[running]
                 acted = agent.act(observed, rewards)
                 _check_finite("action", acted, running, step)
-                actions[running] = environment_actions(space, acted)
+                actions[running] = acted
                 with named_failure(environment, f"step {step}"):
                     observations, step_rewards, terminations, truncations, infos = envs.step(actions)
                 rewards = step_rewards[running]

@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from flowrl.atomic import atomic_path
-from flowrl.envs.spaces import environment_actions
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
@@ -38,6 +37,17 @@ def check_video(path: Path) -> None:
         raise UserError(
             f"--video {path}: install the 'video' extra first: pip install 'flowrl[video]'"
         ) from error
+
+
+def check_rendering(environment: EnvironmentSpec) -> None:
+    """Draw one frame, likewise before hours of evaluation.
+
+    Raises:
+        UserError: the environment cannot be rendered here.
+    """
+    with closing(make_rendered_env(environment)) as env:
+        env.reset(seed=0)
+        _render(env)
 
 
 def write_video(
@@ -115,7 +125,7 @@ def _frames(
     for step in count(1):
         actions = agent.act(np.stack([observations[slot] for slot in running]), rewards)
         earned, still = [], []
-        for slot, action in zip(running, environment_actions(envs[0].action_space, actions), strict=True):
+        for slot, action in zip(running, actions, strict=True):
             observations[slot], reward, terminated, truncated, _ = envs[slot].step(action)
             earned.append(np.asarray(reward, dtype=np.float64).item())
             returns[slot] += earned[-1]
@@ -151,7 +161,9 @@ def _render(env: gym.Env) -> np.ndarray:
         raise UserError(
             f"--video: the environment cannot be rendered here: {reason} (MUJOCO_GL=egl or osmesa may help)"
         ) from error
-    return np.asarray(frame, dtype=np.uint8)
+    if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+        raise UserError("--video: the environment draws no pictures (render_mode rgb_array)")
+    return frame.astype(np.uint8)
 
 
 def _captioned(frame: np.ndarray, target: float, return_so_far: float, step: int) -> np.ndarray:

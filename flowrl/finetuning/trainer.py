@@ -95,8 +95,9 @@ class OnlineTrainer(Trainer):
                 torch.manual_seed(seed)
                 targets = np.full(options.episodes_per_round, float(target))
                 collected = collect_episodes(explorer, agent.environment, targets, seed)
-        except BaseException:  # stopped, or an environment that fails; the round is collected anew at resume
+        except BaseException as error:  # stopped, or an environment that fails; resuming collects it anew
             self.save()
+            self._say_if_stopped(error)
             raise
         self.timesteps += collected.num_transitions
         joined = concatenate([self.replay, collected])

@@ -172,10 +172,10 @@ class Agent:
         """Return the actions of all slots.
 
         Continuous ones are float32 (num_envs, action_dim) within the action bounds. Discrete ones are int64
-        (num_envs,), or (num_envs, components) for a MultiDiscrete space, counted from 0. Spaces that begin
-        elsewhere, hold whole numbers or have other shapes take
-        ``flowrl.envs.spaces.environment_actions(space, actions)``. Without a batch axis (see :meth:`reset`),
-        every array lacks its first axis.
+        (num_envs,), or (num_envs, components) for a MultiDiscrete space, counted from 0. Environments of
+        :mod:`flowrl.envs.vector` take them as they are, others with spaces that begin elsewhere, hold whole
+        numbers or have other shapes in :class:`flowrl.envs.vector.FlatActions`. Without a batch axis (see
+        :meth:`reset`), every array lacks its first axis.
 
         Args:
             observations: (num_envs, observation_dim).

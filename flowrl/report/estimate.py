@@ -70,7 +70,7 @@ def estimate_run(config: EstimateConfig) -> str:
     for name, returns in asdict(estimates).items():
         mean = float(returns.mean())
         score = "" if reference is None else f", normalised score {reference.normalized_score(mean):.1f}"
-        error = f" ({standard_error(returns):.1f})"
+        error = f" ({standard_error(returns):.1f})" if len(returns) > 1 else ""
         lines.append(f"{name.replace('_', ' '):12}return {mean:.1f}{error}{score}")
     lines.append("mean (standard error of the mean) over episodes; estimates can be off by far more")
     return "\n".join(lines)

@@ -174,7 +174,7 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
     train = read_metrics(path, "train", speeds)
     evaluations = read_metrics(path, "evaluation", ("return_mean",))
     try:
-        if config["eval_episodes"] == 0:
+        if config["eval_episodes"] == 0 and (not evaluations or evaluations[-1]["step"] < config["steps"]):
             return f"{path}: trained without evaluation"
         if not identity or not evaluations or evaluations[-1]["step"] < config["steps"]:
             done = max((line["step"] for line in train), default=0)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -130,8 +130,8 @@ def run_training(
 
 @contextmanager
 def run_folder(config: TrainConfig, run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Make the folder and keep other trainings out of it."""
-    in_use = f"{run_dir}: another process is training in this folder"
+    """Make the folder and keep other trainings out of it; without files it is removed again."""
+    in_use, is_new = f"{run_dir}: another process is training in this folder", not run_dir.exists()
     try:
         if ranks.is_first:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,13 @@ def run_folder(config: TrainConfig, run_dir: Path, ranks: Ranks) -> Iterator[Non
             if ranks.is_first:
                 _check_run_dir(config, run_dir)  # again: loading took a while
                 remove_temporaries(run_dir, _OWN_FILES)
-            yield
+            try:
+                yield
+            finally:
+                if is_new and ranks.is_first and [path.name for path in run_dir.iterdir()] == [".lock"]:
+                    with suppress(OSError):  # Windows keeps a file that is open
+                        (run_dir / ".lock").unlink()
+                        run_dir.rmdir()
     except BrokenPipeError:  # of the output, not of a file
         raise
     except OSError as error:
@@ -150,7 +156,9 @@ def _check_run_dir(config: TrainConfig, run_dir: Path) -> None:
     """Refuse to start a new run where there is something; a hidden file is what a killed start leaves."""
     if config.resume is not None or not run_dir.exists():
         return
-    if not run_dir.is_dir() or any(not path.name.startswith(".") for path in run_dir.iterdir()):
+    if not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir}: a file is there; give a new folder")
+    if any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise UserError(
             f"--run-dir {run_dir}: already there and not empty; continue it with --resume {run_dir}"
         )

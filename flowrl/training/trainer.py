@@ -278,9 +278,10 @@ class Trainer:
             where = f"step {self.step}, {agent.environment.env_id}, acting {agent.acting}, {seconds:.1f} s"
             where += "" if new else f"; {METRICS_FILE} keeps its first evaluation"
             self._say(f"{where}\n{format_table(results)}")
-        except BaseException:  # stopped, an environment that fails, a closed pipe: no update may be lost
+        except BaseException as error:  # stopped, an environment that fails, a closed pipe: lose no update
             if self.ranks.size == 1:  # several cannot meet any more
                 self.save()
+            self._say_if_stopped(error)
             raise
         if new:
             self._call("on_evaluation", self.step, results)
@@ -323,9 +324,14 @@ class Trainer:
         if wanted and not due:
             self.save()
         if wanted > 1:
-            self._say(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
-            raise Stopped(128 + wanted)
+            stopped = Stopped(128 + wanted)
+            self._say_if_stopped(stopped)
+            raise stopped
         return wanted == 1
+
+    def _say_if_stopped(self, error: BaseException) -> None:
+        if isinstance(error, Stopped):
+            self._say(f"stopped at step {self.step}; continue with --resume {self.run_dir}")
 
     def checkpoint(self) -> Checkpoint:
         """All that a resumed run continues from; all ranks must call it together."""
