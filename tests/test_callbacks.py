@@ -79,7 +79,7 @@ def test_training_from_python_on_data_in_memory_is_that_of_the_command_without_i
 
 
 @pytest.mark.parametrize(("event", "step", "true"), [("log", 7, bool), ("evaluation", 50, np.bool_)])
-def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
+def test_a_callback_stops_a_training_that_resumes_exactly(
     reference, tiny_dataset, tmp_path, event, step, true
 ):
     recorder = Recorder(lambda *now: true(now == (event, step)))
@@ -93,11 +93,6 @@ def test_a_callback_stops_the_training_and_it_is_resumed_exactly(
     assert flowrl.train(resume=run.folder, progress_bar=False).step == 60
     assert_same_end(run.folder, reference)
     assert_same_end(run.folder, reference, BEST)
-
-
-def test_an_unknown_option_is_named():
-    with pytest.raises(UserError, match=r"^train: setps: unknown option; did you mean 'steps'"):
-        flowrl.train(env="hopper-medium", setps=3)
 
 
 @pytest.fixture
@@ -150,9 +145,7 @@ def test_a_best_checkpoint_whose_evaluation_was_lost_in_a_kill_is_dropped(tiny_d
 
 
 def test_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_path):
-    with pytest.raises(
-        UserError, match="--keep-best success_rate: evaluations of this environment have none"
-    ):
+    with pytest.raises(UserError, match="--keep-best success_rate: evaluations of this environment have no"):
         train_here(tiny_dataset, tmp_path / "run", keep_best="success_rate", steps=3)
     with pytest.raises(UserError, match=r"--checkpoint best: .* has none; --keep-best keeps it"):
         flowrl.load_agent(tmp_path / "run", checkpoint="best")
@@ -168,9 +161,7 @@ def test_scores_of_another_metric_are_not_compared_with_the_best(tiny_dataset, t
     ]
 
 
-def test_a_best_checkpoint_that_could_not_be_saved_is_saved_after_a_resume(
-    tiny_dataset, tmp_path, monkeypatch
-):
+def test_a_best_checkpoint_that_was_not_saved_is_saved_after_a_resume(tiny_dataset, tmp_path, monkeypatch):
     real = trainer.save_checkpoint
 
     def save_checkpoint(folder, checkpoint, keep):

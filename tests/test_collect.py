@@ -197,20 +197,6 @@ from flowrl.data import writers
 writers._add_namespaces = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # all written, nothing renamed
 """
 
-RACING = """
-import sys
-from flowrl.data import writers
-from flowrl.data.collect import Part, Recipe
-collect = writers.collect
-def counted(recipe):
-    print("collected", flush=True)
-    return collect(recipe)
-writers.collect = counted
-recipe = Recipe("hopper", (Part("25k"),), steps=3000, seed=4)
-print(writers.read_provenance(writers.ensure_minari(recipe, "mine/x-v0"))["sha256"])
-sys.exit()
-"""
-
 
 def test_a_killed_collection_is_discarded(storage):
     words = "collect hopper --policies 25k --steps 300 --seed 4 --id mine/x-v0"
@@ -230,11 +216,3 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, storage):
         collect_d4rl(recipe, tmp_path / "x.hdf5")
     assert visible(storage) == []
     assert [path.name for path in tmp_path.iterdir()] == ["minari"]
-
-
-def test_of_two_processes_the_second_uses_the_firsts_data():
-    outcomes = [finish(process) for process in [Command([], RACING) for _ in range(2)]]
-    assert [code for code, *_ in outcomes] == [0, 0], outcomes
-    lines = [line for _, output, _ in outcomes for line in output.splitlines()]
-    assert lines.count("collected") == 1
-    assert len(set(lines)) == 2

@@ -135,24 +135,21 @@ def test_one_hot_vectors_are_gymnasiums_own(env_id):
     np.testing.assert_array_equal(reset, dataset.observations[STEPS])
 
 
-@pytest.mark.parametrize(
-    ("space", "returned", "taken"),
-    [
+def test_what_an_agent_returns_becomes_an_action_of_the_environment():
+    for space, returned, taken in (
         (spaces.MultiDiscrete([2, 3], start=[0, 1]), np.array([1, 2]), [1, 3]),
         (spaces.MultiDiscrete([[2], [3]]), np.array([1, 2]), [[1], [2]]),
         (spaces.Discrete(3, start=-1), np.int64(2), 1),
         (spaces.MultiBinary(2), np.array([1, 0]), [1, 0]),
         (spaces.Box(-3, 3, (1, 1), np.int8), np.float32([-1.6]), [[-2]]),
-        (spaces.Box(-3, 3, (1,), np.float64), np.float32([-1.5]), [-1.5]),
-    ],
-)
-def test_what_an_agent_returns_becomes_an_action_of_the_environment(space, returned, taken):
-    env = Locks()
-    env.action_space = space
-    assert FlatActions(env).action_space.contains(returned) or space.dtype == np.float64
-    action = FlatActions(env).action(returned)
-    assert space.contains(action)
-    assert action.tolist() == taken
+        (spaces.Box(-3, 3, (1,)), np.float32([-1.5]), [-1.5]),
+    ):
+        env = Locks()
+        env.action_space = space
+        action = FlatActions(env).action(returned)
+        assert FlatActions(env).action_space.contains(returned)
+        assert space.contains(action)
+        assert action.tolist() == taken
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -240,9 +237,7 @@ def test_columns_of_choices_and_observations_become_one_hot_where_an_environment
         np.testing.assert_array_equal(dataset.actions, np.eye(2)[taken[:, 0]])
         del file["actions"]
         file["actions"] = np.where(np.arange(len(taken)) == 7, 2, taken[:, 0])
-    with pytest.raises(
-        UserError, match="'actions' holds 2, row 7, column 0: choices are whole numbers from 0 to 1"
-    ):
+    with pytest.raises(UserError, match=r"'actions' holds 2, row 7, column 0: .* whole numbers from 0 to 1"):
         load_episodes(str(path), "CartPole-v1")
     assert load_episodes(str(path)).actions.shape == (len(taken), 1)  # numbers, where nothing says otherwise
     with h5py.File(tmp_path / "lake.hdf5", "w") as file:

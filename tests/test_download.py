@@ -46,9 +46,7 @@ def refuse(
         (silent, "timed out"),
     ],
 )
-def test_a_server_that_fails_is_reported_and_the_mirror_is_used(
-    server, tmp_path, monkeypatch, answer, message
-):
+def test_a_server_that_fails_is_named_and_the_mirror_used(server, tmp_path, monkeypatch, answer, message):
     monkeypatch.setattr(module, "TIMEOUT", 0.3)
     path, url = tmp_path / "data.bin", server.url("/data", answer)
     refuse(url, path, message)

@@ -102,22 +102,15 @@ def test_a_value_that_is_not_finite_is_named_with_its_index(key, value):
 
 
 def test_an_environment_may_be_a_name():
-    dataset = build(environment="Hopper-v5")
-    assert (dataset.environment, dataset.reference) == (
-        EnvironmentSpec("Hopper-v5"),
-        REFERENCE_SCORES["hopper"],
-    )
-    with pytest.raises(
-        UserError, match="'Hoper-v5' is not registered with Gymnasium; did you mean 'Hopper-v5'"
-    ):
+    dataset, expected = build(environment="Hopper-v5"), EnvironmentSpec("Hopper-v5")
+    assert (dataset.environment, dataset.reference) == (expected, REFERENCE_SCORES["hopper"])
+    with pytest.raises(UserError, match=r"'Hoper-v5' is not registered .* did you mean 'Hopper-v5'"):
         build(environment="Hoper-v5")
 
 
 def test_discrete_actions_are_one_hot():
     vectors = np.eye(3, dtype=np.float32)[np.arange(11) % 3]
     assert build(actions=vectors, action_choices=(3,)).action_choices == (3,)
-    with pytest.raises(UserError, match=r"'actions'\[0\] is \[1.0, 0.0, 0.0\]: expected one-hot vectors"):
-        build(actions=vectors, action_choices=(2, 1))
     vectors[4] = [0.5, 0.5, 0]
     with pytest.raises(UserError, match=r"'actions'\[4\] is \[0.5, 0.5, 0.0\]: expected one-hot vectors"):
         build(actions=vectors, action_choices=(3,))

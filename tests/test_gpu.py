@@ -15,13 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 
-GPU_TRAINING = {
-    "device": "cuda",
-    "embed_dim": 64,
-    "dropout": 0.1,
-    "checkpoint_every": 50,
-    "eval_episodes": 0,
-}
+GPU_TRAINING = {"device": "cuda", "embed_dim": 64, "dropout": 0.1, "checkpoint_every": 50, "eval_episodes": 0}
 
 
 @pytest.mark.parametrize("length", [1, 59, 64, 65, 128, 1000, 3072])

@@ -97,9 +97,7 @@ def test_a_signal_to_one_process_is_the_exit_code_of_all(tiny_dataset, tmp_path)
     assert load_checkpoint(run, for_training=True).step > 0
 
 
-def test_the_environment_of_torchrun_without_other_processes_is_one_error(
-    tiny_dataset, tmp_path, monkeypatch
-):
+def test_torchruns_environment_without_other_processes_is_one_error(tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, errors = finish(Command(["train", *arguments(tiny_dataset, tmp_path / "run")]))
     assert code == 2

@@ -181,9 +181,7 @@ def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path):
     ],
 )
 @pytest.mark.usefixtures("no_pictures")
-def test_runs_that_differ_share_a_table_only_when_asked_and_labelled(
-    options, changes, message, label, tmp_path
-):
+def test_runs_that_differ_share_a_table_only_labelled(options, changes, message, label, tmp_path):
     paths = (
         write_run(tmp_path / "a", 10),
         write_run(tmp_path / "b", 30, config=seeded(1, **changes), **options),

@@ -191,9 +191,7 @@ def test_two_trainings_share_no_evaluation_start_unless_told_to():
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_non_finite_loss_stops_the_run_with_its_batch(
-    unevaluated, tiny_dataset, tmp_path, monkeypatch, bad
-):
+def test_a_loss_that_is_not_finite_stops_the_run(unevaluated, tiny_dataset, tmp_path, monkeypatch, bad):
     """Update 23, between two logs and two checkpoints."""
     run, batches, real = tmp_path / "run", [], SequenceModel.loss
     sample = WindowSampler.sample
