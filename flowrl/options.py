@@ -51,7 +51,9 @@ def checked(kind: type, values: Mapping[str, Any], label: Callable[[str], str]) 
         try:
             result[name] = adapters[name].validate_python(tuple(value) if isinstance(value, list) else value)
         except ValidationError as error:
-            reasons = dict.fromkeys(e["msg"].removeprefix("Input ") for e in error.errors())
+            reasons = dict.fromkeys(
+                e["msg"].removeprefix("Input ").replace("valid tuple", "list") for e in error.errors()
+            )
             raise UserError(f"{label(name)} {short_repr(value)}: {' or '.join(reasons)}") from error
     return result
 
