@@ -263,9 +263,8 @@ def test_a_target_may_change_in_mid_episode():
     agent.set_target(500.0)
     assert float(agent._returns_to_go) == pytest.approx(500.0 - 2.0)
     agent.restart(np.array([True]))
-    np.testing.assert_allclose(
-        agent.act(observation_of(1, 0)[None]), play(make_agent(), 1, 1, 500.0), atol=1e-6
-    )
+    actions = agent.act(observation_of(1, 0)[None])
+    np.testing.assert_allclose(actions, play(make_agent(), 1, 1, 500.0), atol=1e-6)
 
 
 def test_the_loss_of_discrete_actions_is_their_cross_entropy():

@@ -63,9 +63,7 @@ def test_episodes_are_those_of_a_plain_loop(mixed):
                 np.testing.assert_array_equal(episode.observations[step], observation)
                 mean, log_std = policy.distribution(observation[None])
                 action = np.tanh(mean + np.exp(log_std) * normals[step]) + part.noise * noise[step]
-                np.testing.assert_allclose(
-                    episode.actions[step], np.clip(action[0], -1, 1), rtol=0, atol=1e-5
-                )
+                np.testing.assert_allclose(episode.actions[step], np.clip(action[0], -1, 1), 0, atol=1e-5)
                 observation, reward, terminated, truncated, _ = env.step(episode.actions[step])
                 assert episode.rewards[step] == reward
                 assert (terminated or truncated) == (step == len(episode.rewards) - 1)

@@ -195,9 +195,8 @@ def test_every_window_there_is(context_length):
         size = len(expected)
         assert batch.window.timesteps[number, :size].tolist() == [index - first for index in expected]
         np.testing.assert_array_equal(batch.window.actions[number, :size, 0], np.array(expected) + 1000)
-        np.testing.assert_array_equal(
-            batch.window.returns_to_go[number, :size], dataset.returns_to_go[expected]
-        )
+        returns_to_go = batch.window.returns_to_go[number, :size]
+        np.testing.assert_array_equal(returns_to_go, dataset.returns_to_go[expected])
         for padded_with_the_last in batch.window[:5]:
             last = padded_with_the_last[number, size - 1]
             assert (padded_with_the_last[number, size:] == last).all()

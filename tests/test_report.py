@@ -228,10 +228,8 @@ def test_scores_of_different_units_are_never_averaged(tmp_path, monkeypatch):
     assert row_of(aggregates[3], flow)[1] == "110.0"
     assert "Over `maze/b`, `maze/c`." in aggregates[1]
     assert row_of(aggregates[1], softmax)[4].startswith("0.50 (")  # a win and a loss in each dataset
-    assert drawn["learning-curves"].axes[0].containers[0].lines[0].get_xydata().tolist() == [
-        [50, 17],
-        [100, 12],
-    ]
+    curve = drawn["learning-curves"].axes[0].containers[0].lines[0]
+    assert curve.get_xydata().tolist() == [[50, 17], [100, 12]]
     assert [axes.get_ylabel() for axes in drawn["learning-curves"].axes][:5] == [
         "normalised score", "success rate, %", "success rate, %", "return", "return",
     ]  # fmt: skip
@@ -261,9 +259,8 @@ def test_a_run_resumed_with_other_targets_or_with_its_data_elsewhere_is_reported
     run = write_run(tmp_path / "a", 10)
     metrics = (run / "metrics.jsonl").read_text()
     last = figures(70.0, 20)
-    (run / "metrics.jsonl").write_text(
-        metrics + json.dumps({"kind": "evaluation", "step": 200, **last}) + "\n"
-    )
+    line = json.dumps({"kind": "evaluation", "step": 200, **last})
+    (run / "metrics.jsonl").write_text(f"{metrics}{line}\n")
     (run / "config.yaml").write_text(to_yaml(replace(BASE, steps=200, targets=(70.0,), run_dir=run)))
     moved = seeded(1, steps=200, targets=(70.0,), memory_map=Path("map"), dataset=("x.hdf5",))
     other = write_run(tmp_path / "b", 30, config=moved)

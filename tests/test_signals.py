@@ -66,14 +66,12 @@ with StopSignals() as signals:
 """
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)]
-)
-def test_a_second_signal_stops_at_once(first, second):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(first):
     """Even a program that never looks at what it received."""
     process = Command([], PATIENT)
     wait_for(lambda: "ready" in process.output, process)
     process.send_signal(first)
     wait_for(lambda: "received" in process.output, process)
-    process.send_signal(second)
-    assert finish(process)[0] == -second
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == -signal.SIGINT

@@ -105,9 +105,8 @@ def plain_forward(model, window):
         for t in range(len(returns)):
             time = model.embed_timestep.weight[min(int(timesteps[t]), config.max_timesteps - 1)]
             target = model.embed_return(returns[t : t + 1] / model.return_scale)
-            state = model.embed_observation(
-                (observations[t] - model.observation_mean) / model.observation_std
-            )
+            shown = (observations[t] - model.observation_mean) / model.observation_std
+            state = model.embed_observation(shown)
             if config.token_layout == "interleaved":
                 action = model.embed_action(2 * (actions[t] - low) / (high - low) - 1)
                 tokens += [target + time, state + time, action + time]

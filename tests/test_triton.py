@@ -106,9 +106,8 @@ def shared_memory(cases, folder):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.pop("TRITON_INTERPRET", None)
     script = Path(__file__).with_name("triton_ahead.py")
-    result = subprocess.run(
-        [sys.executable, str(script), json.dumps(cases)], env=environment, capture_output=True, text=True
-    )
+    words = [sys.executable, str(script), json.dumps(cases)]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return [{name: taken / 1024 for name, taken in case.items()} for case in json.loads(result.stdout)]
 
