@@ -80,9 +80,8 @@ def test_guidance_adds_the_gradient_of_q_at_the_policys_own_actions_where_timest
     critics.members[1] = critics.members[0]  # so that they agree
     guidance_of = guidance.Guidance(critics, q_weight=0.01)
     guidance_of.mean_slope.fill_(0.5)
-    plain, guided = (
-        torch.autograd.grad(model.loss(window, each), outputs)[0] for each in (None, guidance_of)
-    )
+    losses = (model.loss(window, each) for each in (None, guidance_of))
+    plain, guided = (torch.autograd.grad(loss, outputs)[0] for loss in losses)
     q = critics.action_values(window.observations, outputs).mean(dim=0)
     slopes = torch.autograd.grad((q * window.valid).sum(), outputs)[0]
     factor = -2 * 2 * 0.01 / 0.5 / (2 * window.valid.sum())

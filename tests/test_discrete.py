@@ -14,7 +14,9 @@ from minari.data_collector import EpisodeBuffer
 from tiny_training import train_here
 
 from flowrl.data import load_episodes
+from flowrl.data.collect import Part, Recipe
 from flowrl.data.minari import read_minari
+from flowrl.data.writers import collect_minari
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.spaces import environment_facts
 from flowrl.envs.specs import EnvironmentSpec
@@ -150,6 +152,20 @@ def test_what_an_agent_returns_becomes_an_action_of_the_environment():
         assert FlatActions(env).action_space.contains(returned)
         assert space.contains(action)
         assert action.tolist() == taken
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whole_numbers_in_a_matrix_are_collected_as_they_were_taken(monkeypatch):
+    monkeypatch.setattr(Binary, "action_space", spaces.Box(0, 1, (1, 3), np.int8))
+    environment = EnvironmentSpec("flowrl-test/Binary-v0", {}, STEPS)
+    recipe = Recipe(environment.env_id, (Part("uniform"),), steps=9, spec=environment)
+    collect_minari(recipe, "test/toy-v0")
+    dataset = read_minari("test/toy-v0")
+    assert dataset.environment == environment
+    np.testing.assert_array_equal(dataset.rewards, dataset.actions.sum(axis=1))
+    gym.register("flowrl-test/Binary-v0", Binary, max_episode_steps=STEPS)
+    with pytest.raises(UserError, match="Binary-v0: Minari cannot record it: Callable found"):
+        collect_minari(recipe, "test/b-v0")
 
 
 @pytest.mark.filterwarnings("ignore")

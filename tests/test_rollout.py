@@ -46,9 +46,8 @@ def loop_over_single_environments(agent, environment, target_returns, seeds):
     """The reference: one environment at a time, a return added up by hand."""
     returns, lengths, terminated = [], [], []
     for target_return, seed in zip(target_returns, seeds, strict=True):
-        env = gym.make(
-            environment.env_id, max_episode_steps=environment.max_episode_steps, **environment.kwargs
-        )
+        limit = environment.max_episode_steps
+        env = gym.make(environment.env_id, max_episode_steps=limit, **environment.kwargs)
         observation, _ = env.reset(seed=int(seed))
         agent.reset(1, target_return)
         total, length, reward, over = 0.0, 0, None, False

@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,27 +135,45 @@ def _provenance(collection: Collection, sha256: str) -> dict[str, Any]:
 
 def _collect_into(recipe: Recipe, dataset_id: str, folder: Path, aside: Path) -> None:
     """Collect and write in ``aside``, then move the dataset to ``folder``, replacing one that is there."""
+    with closing(make_env(recipe.acts_in)) as env:
+        spec = env.spec
+        assert spec is not None
+        spec.additional_wrappers = ()  # make_env applies its own anew
+        try:
+            spec.to_json()
+        except ValueError as error:
+            raise UserError(
+                f"environment {recipe.acts_in.env_id}: Minari cannot record it: {one_line(error)} Register "
+                "it by name, as module:Class, or collect with --format d4rl"
+            ) from error
     collection = collect(recipe)
     _check_space(aside / "space", collection)
     with minari_folder(aside):
-        _write_minari(collection, dataset_id)
+        _write_minari(collection, dataset_id, spec, env.observation_space, env.action_space)
     _add_namespaces(dataset_id)
     if folder.exists():
         os.replace(folder, aside / "replaced")
     publish(aside / dataset_id, folder)
 
 
-def _write_minari(collection: Collection, dataset_id: str) -> None:
+def _write_minari(
+    collection: Collection,
+    dataset_id: str,
+    spec: gymnasium.envs.registration.EnvSpec,
+    observation_space: gymnasium.Space[Any],
+    action_space: gymnasium.Space[Any],
+) -> None:
     import minari  # here: it takes a while to import
 
     reference = reference_scores(collection.environment.env_id)
-    environment = make_env(collection.environment)
     with no_deprecations(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # missing permalink, code and so on
         dataset = minari.create_dataset_from_buffers(
             dataset_id,
             [_to_buffer(index, episode) for index, episode in enumerate(collection.episodes)],
-            env=environment,
+            env=spec,
+            observation_space=observation_space,
+            action_space=action_space,
             algorithm_name="SAC" if collection.recipe.policies else "uniform random",
             author="flowrl",
             ref_min_score=None if reference is None else reference.minimum,
@@ -163,7 +181,6 @@ def _write_minari(collection: Collection, dataset_id: str) -> None:
             description=f"Collected by flowrl's own behaviour policies: {collection.recipe}",
             requirements=[f"mujoco=={mujoco.__version__}", f"gymnasium=={gymnasium.__version__}"],
         )
-    environment.close()
     sha256 = to_dataset(collection, dataset_id).sha256
     dataset.storage.update_metadata({METADATA_KEY: _provenance(collection, sha256)})
 
