@@ -15,6 +15,7 @@ from processes import Command, finish, wait_for
 from flowrl.__main__ import COMMANDS
 from flowrl.behavior.shipped import load_behavior
 from flowrl.data import collect as collect_module
+from flowrl.data import writers
 from flowrl.data.collect import Part, Recipe, collect, to_dataset
 from flowrl.data.command import CollectCommand, run_collect
 from flowrl.data.d4rl import read_d4rl_file
@@ -214,3 +215,17 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, storage):
         collect_d4rl(recipe, tmp_path / "x.hdf5")
     assert visible(storage) == []
     assert [path.name for path in tmp_path.iterdir()] == ["minari"]
+
+
+def test_what_another_process_has_collected_meanwhile_is_used(storage, monkeypatch):
+    staging, collect, collected = writers.staging, writers.collect, []
+
+    def waited(root, name):
+        monkeypatch.setattr(writers, "staging", staging)
+        writers.ensure_minari(SMALL, "mine/x-v0")  # as the process that is waited for does
+        return staging(root, name)
+
+    monkeypatch.setattr(writers, "staging", waited)
+    monkeypatch.setattr(writers, "collect", lambda recipe: collected.append(recipe) or collect(recipe))
+    writers.ensure_minari(SMALL, "mine/x-v0")
+    assert collected == [SMALL]
