@@ -95,7 +95,7 @@ def test_returns_and_lengths_equal_those_of_single_environments(environment, dim
 
 
 class FaultyEnv(gym.Env):
-    """Runs for ``seed`` steps; an odd one succeeds at the second. A NaN where ``fault`` names at the third."""
+    """Runs for ``seed`` steps; odd ones succeed at the second. At the third a NaN where ``fault`` names."""
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float64)
     action_space = Box(-1.0, 1.0, (1,), np.float32)
