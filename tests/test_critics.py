@@ -22,9 +22,7 @@ from flowrl.model import critic
 from flowrl.model.action_model import ActionModel
 from flowrl.report.estimate import EstimateConfig, estimate_run
 from flowrl.training import guidance
-from flowrl.training.config import TrainConfig
 from flowrl.training.guidance import learn_critics, learn_guidance
-from flowrl.training.setup import q_weight
 
 
 @pytest.fixture
@@ -121,16 +119,6 @@ def test_what_cannot_guide_is_one_line():
     discrete = replace(dataset, action_choices=(2,))
     with pytest.raises(UserError, match=r"--q-weight 0\.1: needs continuous actions"):
         learn_guidance(discrete, ActionModel(2, 2, (2,)), 0.1, 0)
-
-
-def test_guidance_is_for_data_with_terminal_states():
-    dataset, auto = episodes(lambda o, a, rng: np.ones(len(o))), TrainConfig(env="x", q_weight="auto")
-    never = replace(dataset, terminated=np.zeros_like(dataset.terminated))
-    assert (q_weight(auto, dataset), q_weight(auto, never)) == (0.1, 0)
-    assert (
-        q_weight(auto, replace(dataset, action_choices=(2,))),
-        q_weight(TrainConfig(env="x"), dataset),
-    ) == (0, 0)
 
 
 @pytest.mark.usefixtures("small_critics")

@@ -50,11 +50,9 @@ def test_every_step_equals_gymnasiums(env_id, action_scale, limit):
     envs.close()
 
 
-@pytest.mark.parametrize(
-    ("env_id", "kind"), [("Hopper-v4", MujocoVectorEnv), ("CartPole-v1", StillVectorEnv)]
-)
-def test_finished_slots_stand_still_until_they_are_reset(env_id, kind):
-    envs = make_vector_env(EnvironmentSpec(env_id, max_episode_steps=30), 12)
+@pytest.mark.parametrize(("name", "kind"), [("Hopper-v4", MujocoVectorEnv), ("CartPole-v1", StillVectorEnv)])
+def test_finished_slots_stand_still_until_they_are_reset(name, kind):
+    envs = make_vector_env(EnvironmentSpec(name, max_episode_steps=30), 12)
     assert isinstance(envs, kind)
     envs.action_space.seed(0)
     kept, _ = envs.reset(seed=list(range(12)))

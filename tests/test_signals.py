@@ -67,8 +67,7 @@ with StopSignals() as signals:
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_stops_at_once(first):
-    """Even a program that never looks at what it received."""
+def test_a_second_signal_stops_a_program_that_ignores_the_first(first):
     process = Command([], PATIENT)
     wait_for(lambda: "ready" in process.output, process)
     process.send_signal(first)

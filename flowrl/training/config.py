@@ -124,10 +124,9 @@ class TrainConfig(EvaluationOptions):
     """Largest decay of the exponential moving average of the weights, which is evaluated and loaded to act.
     It grows with the updates t as (1 + t) / (10 + t): the average reaches back over a ninth of them. 0: the
     last weights are used."""
-    q_weight: NotNegative | Literal["auto"] = 0.0
+    q_weight: NotNegative = 0.0
     """Value guidance: critics are learned from the data first, and the policy's actions move towards more
-    return by about this much, on a scale from -1 to 1, less where critics disagree. 0: off; auto: 0.1 where
-    episodes of the data end in terminal states, such as falls, and actions are continuous, else 0."""
+    return by about this much, on a scale from -1 to 1, less where critics disagree. 0: off."""
     return_scale: Positive | None = None
     """Returns-to-go are divided by this; by default the largest magnitude in the data."""
     reward_mode: Literal["dense", "delayed"] = "dense"
@@ -188,7 +187,7 @@ RESUMABLE = frozenset(
 )
 
 # Defaults that the first start replaces by what they stand for then, so that --resume does not change it.
-RESOLVED_AT_START = {"warmup_steps": None, "precision": "auto", "batch_size": None, "q_weight": "auto"}
+RESOLVED_AT_START = {"warmup_steps": None, "precision": "auto", "batch_size": None}
 
 # Where a run's options come from and go to; not what the run is.
 _WHERE = frozenset(("config", "resume", "run_dir"))

@@ -23,7 +23,7 @@ from flowrl.signals import StopSignals
 from flowrl.training.callbacks import Callback
 from flowrl.training.config import FINETUNE_FILE, TrainConfig, dataset_folder, method_name, parse_train_config
 from flowrl.training.metrics import METRICS_FILE
-from flowrl.training.setup import batch_size, load_dataset, q_weight
+from flowrl.training.setup import batch_size, load_dataset
 from flowrl.training.trainer import Trainer
 
 _OWN_FILES = ("config.yaml", FINETUNE_FILE, METRICS_FILE, "nonfinite.json", "environment-error.txt")
@@ -111,7 +111,7 @@ def run_training(
         device = pick_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
         dataset = load_dataset(config, episodes)
     with joined_ranks() as ranks, open(os.devnull, "w") as nowhere:
-        config = replace(config, batch_size=batch_size(config, dataset), q_weight=q_weight(config, dataset))
+        config = replace(config, batch_size=batch_size(config, dataset))
         if batch_size(config, dataset) < ranks.size:
             raise UserError(f"--batch-size {config.batch_size}: fewer windows than {ranks.size} processes")
         with nullcontext() if ranks.is_first else redirect_stdout(nowhere):

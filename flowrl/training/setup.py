@@ -26,7 +26,6 @@ _TENSORS_PER_PARAMETER = 4  # itself, its gradient, and AdamW's two moments; one
 _HIDDEN_STD = 1e20  # scales what the agent must not see to less than float32 adds to anything
 _WITHOUT_OTHER_VELOCITIES = {"skipped_qpos", "qpos", "qvel", "cfrc_ext"}  # Humanoid has more, in "cvel"
 DEFAULT_BATCH_SIZE = 64
-AUTO_Q_WEIGHT = 0.1
 _CPU = torch.device("cpu")
 
 
@@ -78,17 +77,6 @@ def batch_size(config: TrainConfig, dataset: EpisodeDataset) -> int:
     if isinstance(config.context_length, int):
         windows = np.minimum(lengths, config.context_length)
     return max(1, round(config.timesteps_per_update / np.average(windows, weights=lengths)))
-
-
-def q_weight(config: TrainConfig, dataset: EpisodeDataset) -> float:
-    """The weight of value guidance, ``auto`` filled in.
-
-    Critics tell actions apart by the falls that follow; where no episode ends early they have learned little
-    but which policy acts (``results/guidance.md``).
-    """
-    if config.q_weight != "auto":
-        return config.q_weight
-    return AUTO_Q_WEIGHT if dataset.terminated.any() and not dataset.action_choices else 0.0
 
 
 def load_dataset(config: TrainConfig, episodes: EpisodeDataset | None = None) -> EpisodeDataset:

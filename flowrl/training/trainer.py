@@ -42,15 +42,7 @@ from flowrl.training.cuda_graph import CapturedStep
 from flowrl.training.guidance import Guidance, learn_guidance
 from flowrl.training.metrics import METRICS_FILE, MetricsLog, has_figures, rewind
 from flowrl.training.run_state import RunState, guidance_tensors
-from flowrl.training.setup import (
-    Stream,
-    batch_size,
-    build_agent,
-    evaluation_seed,
-    q_weight,
-    resolve,
-    stream_seed,
-)
+from flowrl.training.setup import Stream, batch_size, build_agent, evaluation_seed, resolve, stream_seed
 from flowrl.window import Window
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
@@ -105,7 +97,7 @@ class Trainer:
         agent = agent or build_agent(config, dataset, device)
         started = config.resume is not None and (has_checkpoint(run_dir) or has_figures(run_dir))
         saved = load_checkpoint(run_dir, for_training=True) if started else None
-        guidance = self._learn_guidance(dataset, agent, saved)
+        guidance = self._learn_guidance(dataset, agent, saved) if config.q_weight > 0 else None
         context, seed = agent.config.context_length, stream_seed(config.seed, Stream.BATCHES)
         sampler = WindowSampler(dataset, context, batch_size(config, dataset), seed, device, ranks)
         self.validation: WindowSampler | None = None
@@ -131,19 +123,14 @@ class Trainer:
             self._captured = CapturedStep(self._gradient_step)
         self._last_log = time.perf_counter()
 
-    def _learn_guidance(
-        self, dataset: EpisodeDataset, agent: Agent, saved: Checkpoint | None
-    ) -> Guidance | None:
-        """Learn critics, or take those of the checkpoint; None without guidance."""
-        weight = q_weight(self.config, dataset)
-        if weight == 0:
-            return None
+    def _learn_guidance(self, dataset: EpisodeDataset, agent: Agent, saved: Checkpoint | None) -> Guidance:
+        """Learn critics, or take those of the checkpoint."""
         seed = stream_seed(self.config.seed, Stream.CRITICS)
         weights = None if saved is None else guidance_tensors(saved)
         if weights is None:
             self._say("value guidance: learning critics first")
         with self.signals.interruptible():
-            guidance = learn_guidance(dataset, agent.model, weight, seed, weights)
+            guidance = learn_guidance(dataset, agent.model, self.config.q_weight, seed, weights)
         self._say(
             f"value guidance: mean cosine between the gradients of two critics {guidance.agreement:.2f}"
         )
