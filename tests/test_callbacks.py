@@ -144,7 +144,9 @@ def test_a_best_checkpoint_whose_evaluation_was_lost_in_a_kill_is_dropped(tiny_d
     assert (agent.checkpoint_step, agent.config.chosen_by.split()[1]) == (25, "3")
 
 
-def test_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_path):
+def test_an_unknown_option_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_path):
+    with pytest.raises(UserError, match=r"^train: setps: unknown option; did you mean 'steps'"):
+        flowrl.train(env="hopper-medium", setps=3)
     with pytest.raises(UserError, match="--keep-best success_rate: evaluations of this environment have no"):
         train_here(tiny_dataset, tmp_path / "run", keep_best="success_rate", steps=3)
     with pytest.raises(UserError, match=r"--checkpoint best: .* has none; --keep-best keeps it"):

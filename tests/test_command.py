@@ -38,7 +38,7 @@ def test_an_environment_of_a_module_in_the_current_folder(tiny_dataset, tmp_path
     assert main(["info", str(tiny_dataset), "--env", "mine:Mine-v0"]) == 0
     with pytest.raises(SystemExit, match="2"):
         main(["info", str(tiny_dataset), "--env", "yours:Mine-v0"])
-    assert "module 'yours' of --env or --env-import cannot be imported" in capsys.readouterr().err
+    assert "module 'yours' cannot be imported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train", "finetune", "evaluate", "collect", "info", "sweep", "report"])
@@ -113,6 +113,5 @@ def test_a_dataset_is_described(tiny_dataset, capsys):
     middle = f"median {np.median(returns):.6g}, mean {returns.mean():.6g}"
     assert lines["returns"] == f"from {returns.min():.6g} to {returns.max():.6g}, {middle}"
     assert lines["observations"].endswith("1 of them constant")
-    assert lines["environment"] == "Hopper-v4"
     assert lines["normalised"].endswith("returns of -20.2723 and 3234.3 are 0 and 100")
-    assert "refused" not in lines
+    assert (lines["environment"], "refused" in lines) == ("Hopper-v4", False)

@@ -141,10 +141,11 @@ def test_what_an_agent_returns_becomes_an_action_of_the_environment():
     for space, returned, taken in (
         (spaces.MultiDiscrete([2, 3], start=[0, 1]), np.array([1, 2]), [1, 3]),
         (spaces.MultiDiscrete([[2], [3]]), np.array([1, 2]), [[1], [2]]),
+        (spaces.MultiDiscrete([3], start=[4]), np.int64(1), [5]),
+        (spaces.Box(-3, 3, (1,), np.float64), np.float32([-1.5]), [-1.5]),
         (spaces.Discrete(3, start=-1), np.int64(2), 1),
         (spaces.MultiBinary(2), np.array([1, 0]), [1, 0]),
         (spaces.Box(-3, 3, (1, 1), np.int8), np.float32([-1.6]), [[-2]]),
-        (spaces.Box(-3, 3, (1,)), np.float32([-1.5]), [-1.5]),
     ):
         env = Locks()
         env.action_space = space

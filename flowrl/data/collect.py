@@ -111,8 +111,9 @@ class UniformPolicy:
         """Return float32 actions (batch, action_dim) from standard normals of that shape."""
         low, high = self.facts.action_bounds
         uniform = torch.special.ndtr(torch.from_numpy(normals)).numpy()
-        actions = np.clip(low + (high - low) * uniform + noise, low, high)
         whole = np.issubdtype(self.facts.action_space.dtype, np.integer)
+        drawn = np.floor((high - low + 1) * uniform) if whole else (high - low) * uniform
+        actions = np.clip(low + drawn + noise, low, high)
         return (np.rint(actions) if whole else actions).astype(np.float32)
 
 

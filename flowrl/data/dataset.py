@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from reprlib import repr as short_repr
 
 import numpy as np
 
@@ -363,7 +364,7 @@ def _check_finite(where: str, key: str, array: np.ndarray) -> None:
 
 
 def _check_one_hot(where: str, actions: np.ndarray, choices: tuple[int, ...]) -> None:
-    if actions.shape[1] != sum(choices):
+    if min(choices) < 1 or actions.shape[1] != sum(choices):
         raise UserError(
             f"{where}: 'actions' has {actions.shape[1]} numbers a row, one-hot vectors of choices of "
             f"{choices} have {sum(choices)}"
@@ -375,7 +376,8 @@ def _check_one_hot(where: str, actions: np.ndarray, choices: tuple[int, ...]) ->
         )
         if wrong.any():
             row = int(np.argmax(wrong))
+            found = short_repr(rows[row].tolist())
             raise UserError(
-                f"{where}: 'actions'[{chunk.start + row}] is {rows[row].tolist()}: expected one-hot vectors "
-                f"of choices of {choices}"
+                f"{where}: 'actions'[{chunk.start + row}] is {found}: expected one-hot vectors of choices of "
+                f"{choices}"
             )

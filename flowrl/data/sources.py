@@ -100,7 +100,7 @@ def _load(
     suffix = path.suffix.lower()
     if source == SOURCE:
         if env is None:
-            raise UserError(f"--dataset {SOURCE}: give the name of the data, such as --env hopper-medium")
+            raise UserError(f"dataset '{SOURCE}': give its name too, such as --env hopper-medium")
         own = env
         return memory_dataset(own, memory_map) if memory_environment(own) else load_embedded(own, memory_map)
     if source.startswith(MINARI_PREFIX):
@@ -134,7 +134,7 @@ def unknown_dataset(source: str) -> UserError:
     known = did_you_mean(source, {*D4RL_ENVIRONMENTS, *EMBEDDED})
     forms = f"{MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)}"
     if source in gymnasium.registry:
-        return UserError(f"'{source}' is an environment, not data: give --dataset too ({forms})")
+        return UserError(f"'{source}' is an environment: name the data too ({forms})")
     return UserError(f"unknown dataset '{source}'{known} (or give {forms})")
 
 

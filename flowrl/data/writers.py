@@ -138,13 +138,17 @@ def _collect_into(recipe: Recipe, dataset_id: str, folder: Path, aside: Path) ->
     with closing(make_env(recipe.acts_in)) as env:
         spec = env.spec
         assert spec is not None
-        spec.additional_wrappers = ()  # make_env applies its own anew
+        wrappers = {wrapper.name: wrapper for wrapper in spec.additional_wrappers}
+        if "WithoutText" in wrappers:  # beneath the flattening
+            wrappers.clear()
+        wrappers.pop("FlatActions", None)  # these two are flowrl's, and make_env applies all of them anew
+        spec.additional_wrappers = tuple(wrappers.values())
         try:
             spec.to_json()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(
-                f"environment {recipe.acts_in.env_id}: Minari cannot record it: {one_line(error)} Register "
-                "it by name, as module:Class, or collect with --format d4rl"
+                f"environment {recipe.acts_in.env_id}: Minari cannot record it: {one_line(error)}: collect "
+                "with --format d4rl, or register it as module:Class with plain arguments"
             ) from error
     collection = collect(recipe)
     _check_space(aside / "space", collection)

@@ -161,9 +161,7 @@ def import_modules(modules: Iterable[str]) -> None:
         try:
             importlib.import_module(module)
         except Exception as error:  # a module may raise anything
-            raise UserError(
-                f"module '{module}' of --env or --env-import cannot be imported: {one_line(error)}"
-            ) from error
+            raise UserError(f"module '{module}' cannot be imported: {one_line(error)}") from error
 
 
 def check_registered(env_id: str, also_known: tuple[str, ...] = ()) -> None:

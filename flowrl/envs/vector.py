@@ -95,7 +95,7 @@ class FlatActions(gym.ActionWrapper[Any, Any, Any]):
     """Takes the actions that :meth:`flowrl.model.agent.Agent.act` returns, whatever the action space.
 
     Choices are counted from 0, in one row where there are several (Discrete, MultiDiscrete, MultiBinary);
-    of a Box, the action is one row of numbers, which are rounded where the space is of whole ones.
+    of a Box, the action is one row of float32 numbers, which are rounded where the space is of whole ones.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -118,8 +118,8 @@ def flat_actions(space: gym.Space[Any]) -> gym.Space[Any]:
     if isinstance(space, Discrete):
         return Discrete(space.n)
     if isinstance(space, MultiDiscrete):
-        return MultiDiscrete(space.nvec.ravel())
-    if isinstance(space, Box) and (len(space.shape) != 1 or np.issubdtype(space.dtype, np.integer)):
+        return Discrete(space.nvec.item()) if space.nvec.size == 1 else MultiDiscrete(space.nvec.ravel())
+    if isinstance(space, Box) and (len(space.shape) != 1 or space.dtype != np.float32):
         return Box(space.low.ravel().astype(np.float32), space.high.ravel().astype(np.float32))
     return space
 

@@ -94,8 +94,6 @@ def evaluate_run(config: EvaluateConfig) -> None:
     )
     torch.manual_seed(config.seed)  # of actions that are drawn
     environment = acting_environment(agent, config.run, config.env, config)
-    if config.video is not None:
-        check_rendering(environment)
     reference = config.reference() or agent.config.reference or reference_scores(environment.env_id)
     if config.targets == "sweep":
         targets = _swept_targets(agent.config.targets, reference)
@@ -109,6 +107,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
     if agent.config.chosen_by:
         print(f"this checkpoint was chosen by {agent.config.chosen_by}")
     with failures_kept(config.run if config.run.is_dir() else Path()):
+        if config.video is not None:
+            check_rendering(environment)
         results = evaluate(agent, environment, targets, config.episodes, config.seed, reference)
     print(format_table(results))
     if config.targets == "sweep":

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from flowrl.atomic import atomic_path
+from flowrl.envs.failures import named_failure
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_env
 from flowrl.errors import UserError
@@ -44,9 +45,11 @@ def check_rendering(environment: EnvironmentSpec) -> None:
 
     Raises:
         UserError: the environment cannot be rendered here.
+        EnvironmentFailure: it raised an exception.
     """
     with closing(make_rendered_env(environment)) as env:
-        env.reset(seed=0)
+        with named_failure(environment, "reset"):
+            env.reset(seed=0)
         _render(env)
 
 
@@ -161,7 +164,7 @@ def _render(env: gym.Env) -> np.ndarray:
         raise UserError(
             f"--video: the environment cannot be rendered here: {reason} (MUJOCO_GL=egl or osmesa may help)"
         ) from error
-    if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+    if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.shape[2] != 3:
         raise UserError("--video: the environment draws no pictures (render_mode rgb_array)")
     return frame.astype(np.uint8)
 

@@ -34,7 +34,7 @@ def check_ray(address: str | None) -> None:
 
     Ray itself would retry for minutes, or for ever at an address where another program listens.
     """
-    if importlib.util.find_spec("ray") is None:
+    if getattr(importlib.util.find_spec("ray"), "origin", None) is None:  # a folder of that name has none
         raise UserError("--on ray needs Ray: pip install 'flowrl[ray]'")
     if address is None:
         return

@@ -142,8 +142,8 @@ def run_folder(config: TrainConfig, run_dir: Path, ranks: Ranks) -> Iterator[Non
             try:
                 yield
             finally:
-                if is_new and ranks.is_first and [path.name for path in run_dir.iterdir()] == [".lock"]:
-                    with suppress(OSError):  # Windows keeps a file that is open
+                with suppress(OSError):  # Windows keeps a file that is open
+                    if is_new and ranks.is_first and [path.name for path in run_dir.iterdir()] == [".lock"]:
                         (run_dir / ".lock").unlink()
                         run_dir.rmdir()
     except BrokenPipeError:  # of the output, not of a file

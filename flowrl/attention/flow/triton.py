@@ -45,7 +45,7 @@ def is_available(device: torch.device, width: int) -> bool:
 
 @cache
 def _runs_on(device: torch.device, width: int) -> bool:
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+    if torch.version.cuda is None or getattr(importlib.util.find_spec("triton"), "origin", None) is None:
         return False
     return fits(torch.cuda.get_device_capability(device), width)
 
