@@ -129,9 +129,8 @@ def naive_cosformer_attention(
     positions = torch.arange(queries.shape[-2], dtype=queries.dtype, device=queries.device)
     positions = positions.clamp(max=max_tokens)
     distances = positions[:, None] - positions  # (length, length), i - j
-    return _weighted_mean(
-        queries.relu() @ keys.relu().mT * torch.cos(math.pi / 2 * distances / max_tokens), values
-    )
+    reweighted = torch.cos(math.pi / 2 * distances / max_tokens)
+    return _weighted_mean(queries.relu() @ keys.relu().mT * reweighted, values)
 
 
 def naive_softmax_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

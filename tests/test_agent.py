@@ -217,9 +217,8 @@ class Counter(gymnasium.Env):
 def test_episodes_start_anew_in_every_autoreset_mode(mode, acting):
     """Slots end after 3 and 4 timesteps; each of their episodes is acted in as by a fresh agent."""
     lengths, played = (3, 4), {}
-    envs = SyncVectorEnv(
-        [partial(Counter, slot, length) for slot, length in enumerate(lengths)], autoreset_mode=mode
-    )
+    makers = [partial(Counter, slot, length) for slot, length in enumerate(lengths)]
+    envs = SyncVectorEnv(makers, autoreset_mode=mode)
     agent = make_agent("fused", acting=acting)
     agent.reset(2, 300.0, autoreset_mode=envs.metadata["autoreset_mode"])
     observations, _ = envs.reset()

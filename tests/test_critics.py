@@ -238,7 +238,8 @@ def test_what_cannot_be_estimated_is_one_line(tiny_dataset, tmp_path):
     with pytest.raises(UserError, match="alone: names no data; give --dataset or --env"):
         estimate_run(EstimateConfig(tmp_path / "alone"))
     other = episodes_of_two(*np.zeros((3, 4, 2)))
-    with pytest.raises(UserError, match="toy: estimates need continuous actions and the agent's obs"):
+    message = "toy: estimates need continuous actions and the agent's observations"
+    with pytest.raises(UserError, match=message):
         estimate(agent, other, 0.0)
     with pytest.raises(UserError, match="toy: a single episode, so that none can be held out"):
         estimate(Shifted(0.0), episodes_of_two(*np.zeros((3, 1, 2))), 0.0)

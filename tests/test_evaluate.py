@@ -70,9 +70,8 @@ def test_every_target_has_the_same_starts_and_more_episodes_begin_with_the_same(
 
 
 def test_figures_are_those_of_the_textbook():
-    result = TargetResult(
-        3600.0, np.array([1.0, 2.0, 6.0]), np.array([10, 20, 60]), np.array([10.0, 20.0, 60.0])
-    )
+    scores = np.array([10.0, 20.0, 60.0])
+    result = TargetResult(3600.0, np.array([1.0, 2.0, 6.0]), np.array([10, 20, 60]), scores)
     assert result.to_dict() == {
         "target_return": 3600.0,
         "episodes": 3,

@@ -23,9 +23,8 @@ def test_datasets_of_flowrl_have_an_agent_with_a_score():
 @pytest.mark.parametrize("name", ["tmaze-500", "hopper-medium-expert"])
 def test_agents_score_from_their_8_bits(name):
     agent = load_agent(f"pretrained:{name}")
-    (result,) = evaluate(
-        agent, agent.environment, agent.config.targets[:1], 2, seed=3, reference=agent.config.reference
-    )
+    target, reference = agent.config.targets[:1], agent.config.reference
+    (result,) = evaluate(agent, agent.environment, target, 2, seed=3, reference=reference)
     assert result.normalized_scores.mean() >= 100
 
 

@@ -131,10 +131,7 @@ def test_a_finished_slot_is_never_stepped_and_sums_are_exact(faulty):
     np.testing.assert_array_equal(result.lengths, seeds)
     np.testing.assert_array_equal(result.returns, seeds * (1e8 + seeds / 1024))  # float32 would lose these
     assert result.terminated.all()
-    assert np.flatnonzero(result.successes).tolist() == [
-        2,
-        6,
-    ]  # not the second one, which ends after one step
+    assert np.flatnonzero(result.successes).tolist() == [2, 6]  # the second one ends after one step
 
 
 @pytest.mark.parametrize(("fault", "step"), [("observation", 3), ("reward", 2)])

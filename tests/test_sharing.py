@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -328,13 +329,7 @@ def test_the_folder_of_a_dry_run_has_a_card_and_nothing_of_this_machine(run, tmp
         values = {metric["type"]: metric["value"] for metric in result["metrics"]}
         assert values["mean_reward"] == f"{line['return_mean']:.1f} ± {line['return_std']:.1f}"
     config = load_agent(folder).config
-    for fact in (
-        config.dataset_id,
-        config.dataset_sha256,
-        "60 updates",
-        "hf:me/walker",
-        "`Hopper-v4`, at most",
-    ):
+    for fact in (config.dataset_id, config.dataset_sha256, "Hopper-v4", "60 updates", "hf:me/walker"):
         assert fact in body
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
@@ -361,6 +356,18 @@ def test_the_example_acts_a_whole_episode_as_evaluation_does(run, exported, tmp_
         onnx.save(step, path)
         with pytest.raises(SystemExit, match=r"step.onnx: not a step that flowrl exported in format 1"):
             act(path)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "line"),
+    [("Hopper-v4", "`Hopper-v4`, at most 1000 timesteps\n"), ("flowrl/TMaze-v0", "`flowrl/TMaze-v0`\n")],
+)
+def test_a_card_gives_the_registered_time_limit_if_there_is_one(env_id, line, tmp_path):
+    agent = small_perceptron()
+    agent.config = replace(agent.config, environment=EnvironmentSpec(env_id))
+    agent.save(tmp_path / "agent")
+    push(PushConfig(tmp_path / "agent", "me/x", dry_run=tmp_path / "folder"))
+    assert f"- Environment: {line}" in (tmp_path / "folder" / "README.md").read_text()
 
 
 def test_a_run_with_damaged_figures_is_not_pushed(run, tmp_path):

@@ -97,9 +97,8 @@ def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
         batch = sampler.sample()
         gradients = torch.autograd.grad(model.loss(batch.window), parameters)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
-        rate = (
-            0.01 * (step + 1) / 3 if step < 3 else 0.01 * (0.55 + 0.45 * math.cos(math.pi * (step - 3) / 9))
-        )
+        cosine = 0.01 * (0.55 + 0.45 * math.cos(math.pi * (step - 3) / 9))
+        rate = 0.01 * (step + 1) / 3 if step < 3 else cosine
         with torch.no_grad():
             for p, g, m, v in zip(parameters, gradients, first, second, strict=True):
                 g = g * min(1.0, 0.25 / (norm + 1e-6))

@@ -371,9 +371,8 @@ def _check_one_hot(where: str, actions: np.ndarray, choices: tuple[int, ...]) ->
         )
     starts = [sum(choices[:index]) for index in range(len(choices))]
     for chunk, rows in zip(chunks(len(actions)), row_chunks(actions), strict=True):
-        wrong = ((rows != 0) & (rows != 1)).any(axis=1) | (np.add.reduceat(rows, starts, axis=1) != 1).any(
-            axis=1
-        )
+        sums = np.add.reduceat(rows, starts, axis=1)  # (rows, components)
+        wrong = ((rows != 0) & (rows != 1)).any(axis=1) | (sums != 1).any(axis=1)
         if wrong.any():
             row = int(np.argmax(wrong))
             found = short_repr(rows[row].tolist())

@@ -13,6 +13,7 @@ import gymnasium
 import h5py
 import mujoco
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 import flowrl
 from flowrl.atomic import atomic_path, publish, sync
@@ -136,20 +137,7 @@ def _provenance(collection: Collection, sha256: str) -> dict[str, Any]:
 def _collect_into(recipe: Recipe, dataset_id: str, folder: Path, aside: Path) -> None:
     """Collect and write in ``aside``, then move the dataset to ``folder``, replacing one that is there."""
     with closing(make_env(recipe.acts_in)) as env:
-        spec = env.spec
-        assert spec is not None
-        wrappers = {wrapper.name: wrapper for wrapper in spec.additional_wrappers}
-        if "WithoutText" in wrappers:  # beneath the flattening
-            wrappers.clear()
-        wrappers.pop("FlatActions", None)  # these two are flowrl's, and make_env applies all of them anew
-        spec.additional_wrappers = tuple(wrappers.values())
-        try:
-            spec.to_json()
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"environment {recipe.acts_in.env_id}: Minari cannot record it: {one_line(error)}: collect "
-                "with --format d4rl, or register it as module:Class with plain arguments"
-            ) from error
+        spec = _recorded_spec(env)
     collection = collect(recipe)
     _check_space(aside / "space", collection)
     with minari_folder(aside):
@@ -160,10 +148,29 @@ def _collect_into(recipe: Recipe, dataset_id: str, folder: Path, aside: Path) ->
     publish(aside / dataset_id, folder)
 
 
+def _recorded_spec(env: gymnasium.Env) -> EnvSpec:
+    """How Minari and others make this environment again; a UserError where that cannot be written down."""
+    spec = env.spec
+    assert spec is not None
+    wrappers = {wrapper.name: wrapper for wrapper in spec.additional_wrappers}
+    if "WithoutText" in wrappers:  # beneath the flattening
+        wrappers.clear()
+    wrappers.pop("FlatActions", None)  # these two are flowrl's, and make_env applies all of them anew
+    spec.additional_wrappers = tuple(wrappers.values())
+    try:
+        spec.to_json()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"environment {spec.id}: Minari cannot record it: {one_line(error)}: collect with --format d4rl, "
+            "or register it as module:Class with plain arguments"
+        ) from error
+    return spec
+
+
 def _write_minari(
     collection: Collection,
     dataset_id: str,
-    spec: gymnasium.envs.registration.EnvSpec,
+    spec: EnvSpec,
     observation_space: gymnasium.Space[Any],
     action_space: gymnasium.Space[Any],
 ) -> None:
