@@ -159,7 +159,7 @@ def test_what_an_agent_returns_becomes_an_action_of_the_environment():
 def test_whole_numbers_in_a_matrix_are_collected_as_they_were_taken(monkeypatch):
     monkeypatch.setattr(Binary, "action_space", spaces.Box(0, 1, (1, 3), np.int8))
     environment = EnvironmentSpec("flowrl-test/Binary-v0", {}, STEPS)
-    recipe = Recipe(environment.env_id, (Part("uniform"),), steps=9, spec=environment)
+    recipe = Recipe(environment.env_id, (Part("uniform", noise=0.3),), steps=9, spec=environment)
     collect_minari(recipe, "test/toy-v0")
     dataset = read_minari("test/toy-v0")
     assert dataset.environment == environment
