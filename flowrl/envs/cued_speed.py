@@ -5,7 +5,6 @@ memory of it: the gait is one.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from flowrl.envs.robot_task import ENV_IDS, RobotTask, RobotTaskVectorEnv
 CUE_TIMESTEPS = 10  # at whose observations the target is shown
 RUN_UP = 100  # timesteps before the target speed should be taken up
 SPEED_TIMESTEPS = 50  # over which speed is averaged: longer than a stride
-EPISODE_TIMESTEPS = 400
 CUE_SIZE = 3
 
 
@@ -51,30 +49,13 @@ class CuedSpeed(RobotTask):
 class CuedSpeedVectorEnv(RobotTaskVectorEnv):
     """``num_envs`` robots with cues; each is what :class:`CuedSpeed` is alone."""
 
-    max_episode_steps = EPISODE_TIMESTEPS
+    max_episode_steps = 400
 
     def __init__(self, num_envs: int, robot: str = "halfcheetah") -> None:
         super().__init__(num_envs, robot, CUE_SIZE)
         self._speeds = SPEEDS[robot]
         self._variant_count = len(self._speeds.targets)
         self._positions = np.zeros((num_envs, SPEED_TIMESTEPS))  # of the last timesteps
-
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step the slots whose episode is under way; the actions of others are ignored."""
-        running = ~(self._finished[0] | self._finished[1])
-        self._envs.still(~running)
-        own, _, terminated, _, _ = self._envs.step(actions)
-        self._timesteps[running] += 1
-        slots, places = np.arange(self.num_envs), self._timesteps % SPEED_TIMESTEPS
-        positions = self._envs.x
-        speeds = (positions - self._positions[slots, places]) / (SPEED_TIMESTEPS * self._envs.dt)
-        self._positions[slots[running], places[running]] = positions[running]
-        nearness = np.maximum(0.0, 1 - np.abs(speeds - self._targets) / self._speeds.tolerance)
-        rewards = np.where(running & (self._timesteps >= RUN_UP + SPEED_TIMESTEPS), nearness, 0.0)
-        self._finished[:, running] = terminated[running], self._timesteps[running] >= EPISODE_TIMESTEPS
-        return self._observe(own), rewards, *self._finished.copy(), {}
 
     def behavior_actions(self, opening: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """The opening policy's actions in the run-up, then the other's."""
@@ -84,9 +65,21 @@ class CuedSpeedVectorEnv(RobotTaskVectorEnv):
     def _targets(self) -> np.ndarray:
         return np.array(self._speeds.targets)[self._variants]
 
-    def _observe(self, own: np.ndarray) -> np.ndarray:
+    def _advance(self, running: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        self._envs.still(~running)
+        _, _, self._terminated, _, _ = self._envs.step(actions)
+        self._truncated = self._timesteps >= self.max_episode_steps
+        slots, places = np.flatnonzero(running), self._timesteps[running] % SPEED_TIMESTEPS
+        positions = self._envs.x[running]
+        speeds = (positions - self._positions[slots, places]) / (SPEED_TIMESTEPS * self._envs.dt)
+        self._positions[slots, places] = positions
+        self._observe()
+        nearness = np.maximum(0.0, 1 - np.abs(speeds - self._targets[running]) / self._speeds.tolerance)
+        return np.where(self._timesteps[running] >= RUN_UP + SPEED_TIMESTEPS, nearness, 0.0)
+
+    def _observe(self) -> None:
         """The robots' own, then their target speed, whether it is shown, and whether it counts."""
         shown, counts = self._timesteps < CUE_TIMESTEPS, self._timesteps >= RUN_UP
         slowest, fastest = self._speeds.targets[0], self._speeds.targets[-1]
         speeds = 2 * (self._targets - slowest) / (fastest - slowest) - 1  # in m/s they hardly differ
-        return np.column_stack((own, speeds * shown, shown, counts))
+        self.observations = np.column_stack((self._envs.observations, speeds * shown, shown, counts))

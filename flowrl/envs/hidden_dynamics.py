@@ -13,7 +13,6 @@ from flowrl.envs.robot_task import ENV_IDS, RobotTask, RobotTaskVectorEnv
 
 TRIAL = 20  # timesteps
 START = 50  # timestep at which the run begins
-EPISODE_TIMESTEPS = 300
 HIDDEN_IDS = {robot: f"flowrl/{env_id.removesuffix('-v5')}Hidden-v0" for robot, env_id in ENV_IDS.items()}
 
 
@@ -36,7 +35,7 @@ class HiddenDynamics(RobotTask):
 class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
     """``num_envs`` robots, each what :class:`HiddenDynamics` is alone; info holds (num_envs,) worlds."""
 
-    max_episode_steps = EPISODE_TIMESTEPS
+    max_episode_steps = 300
 
     def __init__(self, num_envs: int, robot: str = "halfcheetah") -> None:
         super().__init__(num_envs, robot, added=1)
@@ -46,32 +45,30 @@ class HiddenDynamicsVectorEnv(RobotTaskVectorEnv):
         self._wirings = np.concatenate((np.ones_like(signs[:1]), 1 - 2 * signs))
         self._variant_count = len(self._wirings)
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step the slots whose episode is under way; the actions of others are ignored."""
-        running = ~(self._finished[0] | self._finished[1])
-        in_run = running & (self._timesteps >= START)
-        self._envs.still(~in_run & (self._timesteps >= TRIAL))
-        own, rewards, fallen, _, _ = self._envs.step(actions * self._wirings[self._variants])
-        self._timesteps[running] += 1
-        at_start = running & (self._timesteps == START)
-        if at_start.any():
-            own, _ = self._envs.reset(options={"reset_mask": at_start})
-        self._finished[:, in_run] = fallen[in_run], self._timesteps[in_run] >= EPISODE_TIMESTEPS
-        return self._observe(own), rewards * in_run, *self._finished.copy(), self._info()
-
     def behavior_actions(self, opening: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """The opening policy's in the trial, none while off, then the other's with the wiring made good."""
         timesteps = self._timesteps[:, None]
         made_good = actions * self._wirings[self._variants]
         return np.where(timesteps < TRIAL, opening, np.where(timesteps < START, 0, made_good))
 
-    def _observe(self, own: np.ndarray) -> np.ndarray:
+    def _advance(self, running: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        timesteps = self._timesteps - 1  # at which the actions are taken
+        in_run = running & (timesteps >= START)
+        self._envs.still(~in_run & (timesteps >= TRIAL))
+        _, rewards, fallen, _, _ = self._envs.step(actions * self._wirings[self._variants])
+        at_start = running & (self._timesteps == START)
+        if at_start.any():
+            self._envs.reset(options={"reset_mask": at_start})
+        self._terminated[in_run] = fallen[in_run]
+        self._truncated = self._timesteps >= self.max_episode_steps
+        self._observe()
+        return (rewards * in_run)[running]
+
+    def _observe(self) -> None:
         """The robots' own, zeros while they are off, then whether it is the run."""
         in_run = self._timesteps >= START
         is_on = in_run | (self._timesteps < TRIAL)
-        return np.column_stack((own * is_on[:, None], in_run))
+        self.observations = np.column_stack((self._envs.observations * is_on[:, None], in_run))
 
     def _info(self) -> dict[str, Any]:
         return {"world": self._variants.copy()}

@@ -6,8 +6,6 @@ Transformers Shine in RL?" (2023). Here the one action is continuous, and walkin
 """
 
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -48,47 +46,30 @@ class TMazeVectorEnv(SlotVectorEnv):
         self.length, self.arms, self.distractors = length, arms, distractors
         self._arm = np.zeros(num_envs, dtype=np.int64)
         self._false_cues: list[dict[int, int]] = [{}] * num_envs
-        self._timestep = np.zeros(num_envs, dtype=np.int64)
         self._noise = np.zeros((num_envs, _NOISE_BLOCK))
-        self._observations = np.zeros((num_envs, cue_size(self.arms) + 3), dtype=np.float32)
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start every slot anew, or those of ``options["reset_mask"]``, (num_envs,) bool.
-
-        ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others.
-        """
-        slots, generators = self._restarted(seed, options)
-        for slot, generator in zip(slots.tolist(), generators, strict=True):
+    def _start(self, slots: np.ndarray) -> None:
+        for slot in slots.tolist():
             self._arm[slot], self._false_cues[slot] = draw_cues(
-                generator, self.length, self.arms, self.distractors
+                self._generators[slot], self.length, self.arms, self.distractors
             )
-        self._timestep[slots] = 0
         self._observe(slots)
-        return self._observations.copy(), {}
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step the slots whose episode is under way; the actions (num_envs, 1) of others are ignored."""
-        running, at_junction = self._timestep < self.length, self._timestep == self.length - 1
+    def _advance(self, running: np.ndarray, actions: np.ndarray) -> np.ndarray:
         places = (np.asarray(actions, dtype=np.float32)[:, 0].clip(-1, 1) + 1) / 2 * (self.arms - 1)
         right = np.floor(places + 0.5) == self._arm  # the nearest arm
-        rewards = (at_junction & right).astype(np.float64)
-        self._timestep[running] += 1
-        self._observations[at_junction] = 0
-        self._observe(np.flatnonzero(running & ~at_junction))
-        finished = self._timestep == self.length
-        return self._observations.copy(), rewards, finished, np.zeros_like(finished), {}
+        self._terminated = self._timesteps == self.length
+        self.observations[self._terminated] = 0
+        self._observe(np.flatnonzero(~self._terminated))
+        return (self._terminated & right)[running]
 
     def _observe(self, slots: np.ndarray) -> None:
         """Write the observations of these slots, (slots,)."""
-        timesteps, places = self._timestep[slots], self._timestep[slots] % _NOISE_BLOCK
+        timesteps, places = self._timesteps[slots], self._timesteps[slots] % _NOISE_BLOCK
         for slot in slots[places == 0].tolist():
-            count = min(_NOISE_BLOCK, self.length - int(self._timestep[slot]))
-            self._noise[slot, :count] = self._generator(slot).uniform(-1, 1, count)
-        observations = np.zeros((len(timesteps), self._observations.shape[1]), dtype=np.float32)
+            count = min(_NOISE_BLOCK, self.length - int(self._timesteps[slot]))
+            self._noise[slot, :count] = self._generators[slot].uniform(-1, 1, count)
+        observations = np.zeros((len(timesteps), self.observations.shape[1]), dtype=np.float32)
         first = timesteps == 0
         observations[first, :-3] = cue_vector(self._arm[slots][first], self.arms)
         if self.distractors:
@@ -99,7 +80,7 @@ class TMazeVectorEnv(SlotVectorEnv):
         observations[:, -3] = timesteps == self.length - 1
         observations[:, -2] = timesteps / self.length
         observations[:, -1] = self._noise[slots, places]
-        self._observations[slots] = observations
+        self.observations[slots] = observations
 
 
 def tmaze_environment(name: str) -> EnvironmentSpec | None:

@@ -10,7 +10,7 @@ MuJoCo times the stages of each step, a fifth of what Hopper's takes; :func:`sto
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +20,6 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.spaces import Box
 
 from flowrl.envs.slots import SlotVectorEnv
 from flowrl.machine import available_cores
@@ -97,7 +96,8 @@ class MujocoVectorEnv(SlotVectorEnv):
             raise ValueError("the template must come from gymnasium.make")
         self._task = _TASKS[template.spec.id]
         self._max_episode_steps = template.spec.max_episode_steps or np.inf
-        self._model, self._frame_skip, self._dt = base.model, base.frame_skip, base.dt
+        self._model, self._frame_skip = base.model, base.frame_skip
+        self.dt: float = base.dt  # seconds of an environment step
         self._init_qpos, self._init_qvel = base.init_qpos, base.init_qvel
         super().__init__(num_envs, template.observation_space, template.action_space, template.metadata)
         template.close()
@@ -110,84 +110,47 @@ class MujocoVectorEnv(SlotVectorEnv):
         self._body = [data.xpos[1] for data in self.simulations]
         self._forces = [data.cfrc_ext for data in self.simulations]
 
-        assert isinstance(self.observation_space, Box)
-        self._observations = np.zeros(self.observation_space.shape)
-        self._x = np.zeros(num_envs)  # position along the track that speed is computed from
-        self._elapsed = np.zeros(num_envs, dtype=np.int64)
-        self._terminations = np.zeros(num_envs, dtype=bool)
-        self._truncations = np.zeros(num_envs, dtype=bool)
-
+        self.x = np.zeros(num_envs)  # position along the track that speed is computed from, m
         self._threads = max(1, min(available_cores(), num_envs // SLOTS_PER_THREAD))
         self._pool = ThreadPoolExecutor(self._threads)
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start every slot anew, or those of ``options["reset_mask"]``, (num_envs,) bool.
-
-        ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others;
-        without one a slot draws from its current generator, as Gymnasium's environments do.
-        """
-        slots, generators = self._restarted(seed, options)
-        for slot, generator in zip(slots.tolist(), generators, strict=True):
-            self._reset_slot(slot, generator)
-        self._elapsed[slots] = 0
-        self._terminations[slots] = self._truncations[slots] = False
-        self._observe(slots)
-        return self._observations.copy(), {}
-
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step the slots that are in an episode; the actions (num_envs, action_dim) of others are ignored."""
-        task = self._task
-        rewards = np.zeros(self.num_envs)
-        slots = np.flatnonzero(~(self._terminations | self._truncations))
-        if len(slots) > 0:
-            x_before = self._x[slots]
-            self._simulate(slots, actions)
-            qpos, qvel = self._observe(slots)
-            gains = (self._x[slots] - x_before) / self._dt
-            # In the actions' own precision, as Gymnasium computes it.
-            costs = task.control_cost_weight * np.square(actions[slots]).sum(axis=1)
-            if task.contact_cost_weight is not None:
-                costs = costs + task.contact_cost_weight * np.square(self._contact_forces(slots)).sum(axis=1)
-            if task.healthy is not None:
-                healthy = task.healthy(qpos, qvel)
-                gains = gains + (healthy | task.pays_when_unhealthy)
-                self._terminations[slots] = ~healthy
-            rewards[slots] = gains - costs
-            self._elapsed[slots] += 1
-            self._truncations[slots] = self._elapsed[slots] >= self._max_episode_steps
-        return self._observations.copy(), rewards, self._terminations.copy(), self._truncations.copy(), {}
-
-    @property
-    def x(self) -> np.ndarray:
-        """Each slot's position along the track, m, (num_envs,)."""
-        return self._x.copy()
-
-    @property
-    def dt(self) -> float:
-        """Seconds of an environment step."""
-        return self._dt
-
     def still(self, slots: np.ndarray) -> None:
         """End the episodes of these slots, a (num_envs,) bool mask: they are stepped no more."""
-        self._truncations |= slots & ~self._terminations
+        self._truncated |= slots & ~self._terminated
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads."""
         self._pool.shutdown()
 
-    def _reset_slot(self, slot: int, generator: np.random.Generator) -> None:
-        scale, model, data = self._task.reset_noise_scale, self._model, self.simulations[slot]
-        mujoco.mj_resetData(model, data)
-        self._qpos[slot][:] = self._init_qpos + generator.uniform(-scale, scale, model.nq)
-        if self._task.gaussian_velocity_noise:
-            self._qvel[slot][:] = self._init_qvel + scale * generator.standard_normal(model.nv)
-        else:
-            self._qvel[slot][:] = self._init_qvel + generator.uniform(-scale, scale, model.nv)
-        mujoco.mj_forward(model, data)
+    def _start(self, slots: np.ndarray) -> None:
+        scale, model = self._task.reset_noise_scale, self._model
+        for slot in slots.tolist():
+            generator = self._generators[slot]
+            mujoco.mj_resetData(model, self.simulations[slot])
+            self._qpos[slot][:] = self._init_qpos + generator.uniform(-scale, scale, model.nq)
+            if self._task.gaussian_velocity_noise:
+                self._qvel[slot][:] = self._init_qvel + scale * generator.standard_normal(model.nv)
+            else:
+                self._qvel[slot][:] = self._init_qvel + generator.uniform(-scale, scale, model.nv)
+            mujoco.mj_forward(model, self.simulations[slot])
+        self._observe(slots)
+
+    def _advance(self, running: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        task, slots = self._task, np.flatnonzero(running)
+        x_before = self.x[slots]
+        self._simulate(slots, actions)
+        qpos, qvel = self._observe(slots)
+        gains = (self.x[slots] - x_before) / self.dt
+        # In the actions' own precision, as Gymnasium computes it.
+        costs = task.control_cost_weight * np.square(actions[slots]).sum(axis=1)
+        if task.contact_cost_weight is not None:
+            costs = costs + task.contact_cost_weight * np.square(self._contact_forces(slots)).sum(axis=1)
+        if task.healthy is not None:
+            healthy = task.healthy(qpos, qvel)
+            gains = gains + (healthy | task.pays_when_unhealthy)
+            self._terminated[slots] = ~healthy
+        self._truncated[slots] = self._timesteps[slots] >= self._max_episode_steps
+        return gains - costs
 
     def _simulate(self, slots: np.ndarray, actions: np.ndarray) -> None:
         """Advance the physics of these slots by one environment step, on as many threads as pay off."""
@@ -211,11 +174,11 @@ class MujocoVectorEnv(SlotVectorEnv):
         task, chosen = self._task, slots.tolist()
         qpos = np.array([self._qpos[slot] for slot in chosen])  # (slots, nq)
         qvel = np.array([self._qvel[slot] for slot in chosen])  # (slots, nv)
-        self._x[slots] = [self._body[slot][0] for slot in chosen] if task.tracks_body else qpos[:, 0]
+        self.x[slots] = [self._body[slot][0] for slot in chosen] if task.tracks_body else qpos[:, 0]
         parts = [qpos[:, task.hidden_positions :], np.clip(qvel, -task.velocity_limit, task.velocity_limit)]
         if task.contact_cost_weight is not None:
             parts.append(self._contact_forces(slots)[:, 6:])  # without the world's
-        self._observations[slots] = np.concatenate(parts, axis=1)
+        self.observations[slots] = np.concatenate(parts, axis=1)
         return qpos, qvel
 
     def _contact_forces(self, slots: np.ndarray) -> np.ndarray:

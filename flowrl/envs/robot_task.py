@@ -62,32 +62,22 @@ class RobotTaskVectorEnv(SlotVectorEnv):
         observation_space = Box(-np.inf, np.inf, (own.shape[0] + added,), np.float64)
         super().__init__(num_envs, observation_space, self._envs.single_action_space, self._envs.metadata)
         self._variants = np.zeros(num_envs, dtype=np.int64)
-        self._timesteps = np.zeros(num_envs, dtype=np.int64)
-        self._finished = np.zeros((2, num_envs), dtype=bool)  # terminated, truncated
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start every slot anew, or those of ``options["reset_mask"]``; see :class:`MujocoVectorEnv`."""
-        own, _ = self._envs.reset(seed=seed, options=options)
-        slots, generators = self._restarted(seed, options)
-        self._variants[slots] = [generator.integers(self._variant_count) for generator in generators]
-        self._timesteps[slots], self._finished[:, slots] = 0, False
-        return self._observe(own), self._info()
-
-    def behavior_actions(self, opening: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """What is done in data, (num_envs, action_dim), from the actions of two policies.
-
-        ``opening`` are those of the policy of every episode's beginning, ``actions`` those of the other.
-        """
-        raise NotImplementedError
+        """The robots first, each with a generator of its own from the same seed."""
+        self._envs.reset(seed=seed, options=options)
+        return super().reset(seed=seed, options=options)
 
     def close_extras(self, **kwargs: Any) -> None:
         self._envs.close()
 
-    def _observe(self, own: np.ndarray) -> np.ndarray:
-        """Observations from the robots' own."""
-        raise NotImplementedError
+    def _start(self, slots: np.ndarray) -> None:
+        for slot in slots.tolist():
+            self._variants[slot] = self._generators[slot].integers(self._variant_count)
+        self._observe()
 
-    def _info(self) -> dict[str, Any]:
-        return {}
+    def _observe(self) -> None:
+        """Write observations from the robots' own."""
+        raise NotImplementedError

@@ -10,11 +10,16 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+Outcome = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
+"""Of a step of many environments: observations, rewards, terminations, truncations, info."""
+
 
 class SlotVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """``num_envs`` slots, reseeded as Gymnasium's environments are, which stay still after their episode.
 
-    See :func:`flowrl.envs.vector.make_vector_env` for what ``step`` and ``reset`` promise.
+    See :func:`flowrl.envs.vector.make_vector_env` for what ``step`` and ``reset`` promise. A subclass's
+    ``_start`` and ``_advance`` write ``observations``, and ``_advance`` sets ``_terminated`` and
+    ``_truncated``.
     """
 
     def __init__(
@@ -26,17 +31,20 @@ class SlotVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.single_observation_space, self.single_action_space = observation_space, action_space
         self.observation_space = batch_space(observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
-        self._generators: list[np.random.Generator | None] = [None] * num_envs
+        assert self.observation_space.shape is not None
+        self.observations = np.zeros(self.observation_space.shape, self.observation_space.dtype)
+        self._generators = [seeding.np_random()[0] for _ in range(num_envs)]
+        self._timesteps = np.zeros(num_envs, dtype=np.int64)  # taken in the episode
+        self._terminated = np.zeros(num_envs, dtype=bool)
+        self._truncated = np.zeros(num_envs, dtype=bool)
 
-    def _restarted(
-        self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None
-    ) -> tuple[np.ndarray, list[np.random.Generator]]:
-        """Return the slots that start anew, (slots,) rising, and the generator of each.
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start every slot anew, or those of ``options["reset_mask"]``, (num_envs,) bool.
 
-        Args:
-            seed: one seed per slot, or one number for slot 0 with the following ones for the others; without
-                one a slot keeps its generator.
-            options: its ``reset_mask``, (num_envs,) bool, names the slots; by default all start anew.
+        ``seed`` is one seed per slot, or one number for slot 0 with the following ones for the others;
+        without one a slot keeps its generator.
 
         Raises:
             ValueError: another number of seeds, or a mask of another shape.
@@ -51,14 +59,38 @@ class SlotVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         slots = np.flatnonzero(mask)
         for slot in slots.tolist():
             own = seeds[slot]
-            if own is not None or self._generators[slot] is None:
-                self._generators[slot] = seeding.np_random(None if own is None else int(own))[0]
-        return slots, [self._generator(slot) for slot in slots.tolist()]
+            if own is not None:
+                self._generators[slot] = seeding.np_random(int(own))[0]
+        self._timesteps[slots] = 0
+        self._terminated[slots] = self._truncated[slots] = False
+        self._start(slots)
+        return self.observations.copy(), self._info()
 
-    def _generator(self, slot: int) -> np.random.Generator:
-        generator = self._generators[slot]
-        assert generator is not None, "reset comes first"
-        return generator
+    def step(self, actions: np.ndarray) -> Outcome:
+        """Step the slots that are in an episode; the actions (num_envs, ...) of others are ignored."""
+        running = ~(self._terminated | self._truncated)
+        rewards = np.zeros(self.num_envs)
+        if running.any():
+            self._timesteps[running] += 1
+            rewards[running] = self._advance(running, actions)
+        return (
+            self.observations.copy(),
+            rewards,
+            self._terminated.copy(),
+            self._truncated.copy(),
+            self._info(),
+        )
+
+    def _start(self, slots: np.ndarray) -> None:
+        """Begin an episode in these slots, (slots,) rising."""
+        raise NotImplementedError
+
+    def _advance(self, running: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Step the slots that are running, (num_envs,) bool; return their rewards, (running,)."""
+        raise NotImplementedError
+
+    def _info(self) -> dict[str, Any]:
+        return {}
 
 
 class OneSlot(gym.Env[np.ndarray, np.ndarray]):
