@@ -1,12 +1,9 @@
-"""Data for flowrl's memory tasks: made or derived on first use from the name that ``--env`` gives."""
-
-from pathlib import Path
+"""Data for the T-Maze: made from its name, and compared with the corridor of the environment."""
 
 import numpy as np
 
 from flowrl.data.dataset import EpisodeDataset, build_episodes
-from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, load_embedded
-from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, cue_size, tmaze_environment
+from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, cue_size
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import check_limit
@@ -18,40 +15,20 @@ LONGEST_DATA = 100_000  # timesteps of a corridor: 256 of them take 1 GB
 WALKING_NOISE = 0.1  # standard deviation of the actions in the corridor, which do nothing
 
 
-def memory_environment(name: str) -> EnvironmentSpec | None:
-    """Return the environment of the memory task ``name``, None if it is none's.
+def tmaze_dataset(name: str, environment: EnvironmentSpec) -> EpisodeDataset:
+    """Return the data of the T-Maze ``name``; the same for the same name, everywhere.
+
+    Its episodes take a random arm, so that the return is 1 where it happened to be the right one.
 
     Raises:
-        UserError: a memory task's name with numbers that are out of range.
+        UserError: a corridor too long to hold its data.
     """
-    if name in ROBOT_TASKS:
-        return EMBEDDED[name].acts_in
-    return tmaze_environment(name)
-
-
-def memory_dataset(name: str, memory_map: Path | None = None) -> EpisodeDataset:
-    """Return the data of the memory task ``name``; the same for the same name, everywhere.
-
-    Raises:
-        UserError: no such task, or a corridor too long to hold its data.
-    """
-    environment = memory_environment(name)
-    if environment is None:
-        raise UserError(f"no memory task '{name}'")
-    if name in ROBOT_TASKS:
-        return load_embedded(name, memory_map)
-    length = environment.kwargs["length"]
+    length, arms, distractors = (environment.kwargs[key] for key in ("length", "arms", "distractors"))
     if length > LONGEST_DATA:
         raise UserError(
             f"{name}: data is made for corridors of up to {LONGEST_DATA} timesteps; train on a shorter one, "
             f"then evaluate with --env {name}"
         )
-    return _tmaze_dataset(name, environment)
-
-
-def _tmaze_dataset(name: str, environment: EnvironmentSpec) -> EpisodeDataset:
-    """Episodes that take a random arm, so that the return is 1 where it happened to be the right one."""
-    length, arms, distractors = (environment.kwargs[key] for key in ("length", "arms", "distractors"))
     episodes = min(max(TRANSITIONS // length, FEWEST_EPISODES), MOST_EPISODES)
     generator = np.random.default_rng([length, arms, distractors])
     envs = TMazeVectorEnv(episodes, length, arms, distractors)

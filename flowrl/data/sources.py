@@ -12,8 +12,9 @@ from flowrl.data.d4rl import D4RL_ENVIRONMENTS, facts_of, find_d4rl_file, read_d
 from flowrl.data.dataset import EpisodeDataset, concatenate, joined_about
 from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, SOURCE, load_embedded
 from flowrl.data.mapped import read_or_map
-from flowrl.data.memory import memory_dataset, memory_environment
+from flowrl.data.memory import tmaze_dataset
 from flowrl.data.minari import D4RLS_SCORES, load_minari
+from flowrl.envs.memory import tmaze_environment
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment, recorded_or_named
@@ -81,9 +82,9 @@ def environment_named(env: str, imports: Sequence[str] = ()) -> EnvironmentSpec:
     Raises:
         UserError: see :func:`flowrl.envs.specs.named_environment`.
     """
-    memory_task = memory_environment(env)
-    if memory_task is not None:
-        return memory_task
+    tmaze = tmaze_environment(env)
+    if tmaze is not None:
+        return tmaze
     tasks = {name: EMBEDDED[name].acts_in for name in ROBOT_TASKS}
     return named_environment(env, imports, {**D4RL_ENVIRONMENTS, **tasks})
 
@@ -98,15 +99,16 @@ def _load(
 ) -> EpisodeDataset:
     path = Path(os.path.expanduser(source))  # unlike pathlib's, keeps the tilde of an unknown user
     suffix = path.suffix.lower()
-    if source == SOURCE:
-        if env is None:
-            raise UserError(f"dataset '{SOURCE}': give its name too, such as --env hopper-medium")
-        own = env
-        return memory_dataset(own, memory_map) if memory_environment(own) else load_embedded(own, memory_map)
+    own = env if source == SOURCE else source  # the name of flowrl's own data, if it is that
+    if own is None:
+        raise UserError(f"dataset '{SOURCE}': give its name too, such as --env hopper-medium")
+    tmaze = tmaze_environment(own)
+    if tmaze is not None:
+        return tmaze_dataset(own, tmaze)
+    if source == SOURCE or source in ROBOT_TASKS:
+        return load_embedded(own, memory_map)
     if source.startswith(MINARI_PREFIX):
         return load_minari(source.removeprefix(MINARI_PREFIX), memory_map)
-    if memory_environment(source) is not None:
-        return memory_dataset(source, memory_map)
     if source in D4RL_ENVIRONMENTS:
         return _d4rl_or_embedded(source, options.max_episode_steps, split_at_timeouts, memory_map)
     if suffix in FILE_SUFFIXES:

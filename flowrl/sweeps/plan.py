@@ -15,8 +15,8 @@ from typing import Any
 from flowrl.atomic import write_text
 from flowrl.data.d4rl import D4RL_ENVIRONMENTS
 from flowrl.data.embedded import EMBEDDED, SOURCE, embedded_recipe
-from flowrl.data.memory import memory_environment
 from flowrl.data.sources import FILE_SUFFIXES, MINARI_PREFIX, unknown_dataset
+from flowrl.envs.memory import tmaze_environment
 from flowrl.errors import UserError, did_you_mean
 from flowrl.options import Seed, checked
 from flowrl.plain_yaml import read_yaml_mapping
@@ -173,7 +173,7 @@ def _cell_config(
 
 def _data_options(dataset: str) -> dict[str, Any]:
     """The option of training that names the dataset: ``env`` or ``dataset``."""
-    if dataset in D4RL_ENVIRONMENTS or dataset in EMBEDDED or memory_environment(dataset) is not None:
+    if dataset in D4RL_ENVIRONMENTS or dataset in EMBEDDED or tmaze_environment(dataset) is not None:
         return {"env": dataset}
     if dataset.startswith(MINARI_PREFIX) or Path(dataset).suffix.lower() in FILE_SUFFIXES:
         return {"dataset": (dataset,)}
