@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from flowrl.behavior.policy import BehaviorPolicy
-from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, load_behavior
+from flowrl.behavior.shipped import behavior_assets, load_behavior
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.envs.cued_speed import CUED_IDS
 from flowrl.envs.failures import named_failure
@@ -72,7 +73,7 @@ class Recipe:
             return self.spec
         if self.opening:
             return EnvironmentSpec(CUED_IDS[self.environment])
-        return EnvironmentSpec(next(iter(behavior_assets(self.environment, ASSETS_DIR).values())).env_id)
+        return EnvironmentSpec(next(iter(behavior_assets(self.environment).values())).env_id)
 
     @property
     def policies(self) -> list[str]:
@@ -86,7 +87,7 @@ class Recipe:
         Raises:
             UserError: an unknown environment or policy.
         """
-        assets = behavior_assets(self.environment, ASSETS_DIR) if self.policies else {}
+        assets = behavior_assets(self.environment) if self.policies else {}
         hashes = {name: assets[name].sha256 for name in self.policies}
         recipe = json.loads(json.dumps(asdict(self)))
         for name in ("opening", "spec"):  # absent in older data
@@ -152,7 +153,7 @@ def collect(recipe: Recipe) -> Collection:
         UserError: unknown environment or policy, a policy file that is not the shipped one, or an environment
             without a time limit or with unbounded actions.
     """
-    shipped = {name: load_behavior(recipe.environment, name, ASSETS_DIR) for name in recipe.policies}
+    shipped = {name: load_behavior(recipe.environment, name) for name in recipe.policies}
     environment = recipe.acts_in
     facts = environment_facts(environment)
     if facts.max_episode_steps is None:
@@ -200,8 +201,7 @@ class _Running:
         self.number, self.limit = number, limit
         generator = np.random.default_rng([seed, part_index, number])
         self.seed = int(generator.integers(2**31))
-        self.normals = generator.standard_normal((limit, action_dim))  # of the policy
-        self.noise = generator.standard_normal((limit, action_dim))  # of the exploration, for scale 1
+        self.drawn = generator.standard_normal((2, limit, action_dim))  # of the policy; of the exploration
         self.observations: list[np.ndarray] = []
         self.actions: list[np.ndarray] = []
         self.rewards: list[float] = []
@@ -228,23 +228,18 @@ def _collect_part(
 
     A slot whose episode is over starts the next one, until the steps already taken suffice.
     """
-    finished: list[Episode | None] = []  # by number; None: still running
+    finished: dict[int, Episode] = {}  # by number
     whole, whole_steps, all_steps = 0, 0, 0  # finished without a gap; their steps; all steps taken
-
-    def begin() -> _Running:
-        finished.append(None)
-        return start(len(finished) - 1)
-
-    slots = [begin() for _ in range(SLOTS)]
+    episodes = map(start, count())
+    slots = list(islice(episodes, SLOTS))
     with named_failure(environment, "reset"):
         observations, _ = envs.reset(seed=[slot.seed for slot in slots])  # (SLOTS, observation_dim)
     for slot, observation in zip(slots, observations, strict=True):
         slot.observations.append(observation)
     active = np.ones(SLOTS, dtype=bool)
     while whole_steps < target:
-        steps = [min(len(slot.rewards), slot.limit - 1) for slot in slots]
-        normals = np.stack([slot.normals[step] for slot, step in zip(slots, steps, strict=True)])
-        noise = np.stack([slot.noise[step] for slot, step in zip(slots, steps, strict=True)])
+        drawn = [slot.drawn[:, min(len(slot.rewards), slot.limit - 1)] for slot in slots]
+        normals, noise = np.stack(drawn, axis=1)  # (SLOTS, action_dim) each
         seen = observations[:, : policy.observation_dim]
         actions = policy.act(seen, normals, part.noise * noise)
         if opening is not None:
@@ -261,20 +256,16 @@ def _collect_part(
         ended = active & (terminations | truncations)
         for i in np.flatnonzero(ended).tolist():
             finished[slots[i].number] = slots[i].episode(part.policy, bool(terminations[i]))
-        while whole < len(finished) and whole_steps < target:
-            episode = finished[whole]
-            if episode is None:
-                break
-            whole, whole_steps = whole + 1, whole_steps + len(episode.rewards)
-        if not ended.any():
-            continue
+        while whole in finished and whole_steps < target:
+            whole, whole_steps = whole + 1, whole_steps + len(finished[whole].rewards)
         if all_steps >= target:
             active &= ~ended
-            continue
-        for i in np.flatnonzero(ended).tolist():
-            slots[i] = begin()
-        with named_failure(environment, "reset"):
-            observations, _ = envs.reset(seed=[slot.seed for slot in slots], options={"reset_mask": ended})
-        for i in np.flatnonzero(ended).tolist():
-            slots[i].observations.append(observations[i])
-    return [episode for episode in finished[:whole] if episode is not None]
+        elif ended.any():
+            for i in np.flatnonzero(ended).tolist():
+                slots[i] = next(episodes)
+            with named_failure(environment, "reset"):
+                seeds = [slot.seed for slot in slots]
+                observations, _ = envs.reset(seed=seeds, options={"reset_mask": ended})
+            for i in np.flatnonzero(ended).tolist():
+                slots[i].observations.append(observations[i])
+    return [finished[number] for number in range(whole)]
