@@ -22,7 +22,7 @@ from flowrl.data.sources import environment_named
 from flowrl.envs.cued_speed import SPEEDS
 from flowrl.envs.memory import TMazeVectorEnv
 from flowrl.envs.specs import EnvironmentSpec
-from flowrl.envs.vector import StayFinished, make_env, make_vector_env
+from flowrl.envs.vector import StillVectorEnv, make_env, make_vector_env
 from flowrl.errors import UserError
 from flowrl.evaluation.evaluate import episode_seeds, evaluate, format_table
 from flowrl.evaluation.rollout import rollout
@@ -144,19 +144,17 @@ def test_data_of_another_corridor_and_a_limit_before_the_junction_are_refused():
 )
 def test_many_robots_equal_single_ones(robot, task, strength):
     environment, seeds = EnvironmentSpec(f"flowrl/{robot}{task}-v0"), [1, 2, 3]
-    envs, singles = make_vector_env(environment, 3), [StayFinished(make_env(environment)) for _ in seeds]
+    envs, singles = make_vector_env(environment, 3), StillVectorEnv(environment, 3)
     observations, info = envs.reset(seed=seeds)
-    expected = [single.env.reset(seed=seed) for single, seed in zip(singles, seeds, strict=True)]
-    np.testing.assert_array_equal(observations, [observation for observation, _ in expected])
-    worlds = [shown.get("world") for _, shown in expected]
+    np.testing.assert_array_equal(observations, singles.reset(seed=seeds)[0])
+    worlds = [make_env(environment).reset(seed=seed)[1].get("world") for seed in seeds]
     assert list(info.get("world", [None] * 3)) == worlds
     generator = np.random.default_rng(0)
     for _ in range(400):
         actions = strength * generator.uniform(-1, 1, envs.action_space.shape).astype(np.float32)
         *outcome, info = envs.step(actions)
         assert list(info.get("world", [None] * 3)) == worlds
-        expected = [single.step(action)[:4] for single, action in zip(singles, actions, strict=True)]
-        for got, want in zip(outcome, zip(*expected, strict=True), strict=True):
+        for got, want in zip(outcome, singles.step(actions)[:4], strict=True):
             np.testing.assert_array_equal(got, want)
     assert (outcome[2] | outcome[3]).all()
 

@@ -6,6 +6,7 @@ Transformers Shine in RL?" (2023). Here the one action is continuous, and walkin
 """
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -45,14 +46,18 @@ class TMazeVectorEnv(SlotVectorEnv):
         super().__init__(num_envs, observation_space, Box(-1.0, 1.0, (1,), np.float32), {})
         self.length, self.arms, self.distractors = length, arms, distractors
         self._arm = np.zeros(num_envs, dtype=np.int64)
-        self._false_cues: list[dict[int, int]] = [{}] * num_envs
+        self._false_cues: list[dict[int, int]] = [{}] * num_envs  # arms by the timestep that shows them
         self._noise = np.zeros((num_envs, _NOISE_BLOCK))
 
-    def _start(self, slots: np.ndarray) -> None:
+    def _start(self, mask: np.ndarray, seeds: Sequence[int | None]) -> None:
+        slots = np.flatnonzero(mask)
         for slot in slots.tolist():
-            self._arm[slot], self._false_cues[slot] = draw_cues(
-                self._generators[slot], self.length, self.arms, self.distractors
-            )
+            generator = self._generators[slot]
+            self._arm[slot] = generator.integers(self.arms)
+            if self.distractors:
+                timesteps = 1 + generator.choice(self.length - 2, self.distractors, replace=False)
+                arms = generator.integers(self.arms, size=self.distractors)
+                self._false_cues[slot] = dict(zip(timesteps.tolist(), arms.tolist(), strict=True))
         self._observe(slots)
 
     def _advance(self, running: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -127,13 +132,3 @@ def cue_vector(arm: int | np.ndarray, arms: int) -> np.ndarray:
 def arm_action(arm: np.ndarray, arms: int) -> np.ndarray:
     """Return the action in the middle of an arm."""
     return 2 * arm / (arms - 1) - 1
-
-
-def draw_cues(
-    generator: np.random.Generator, length: int, arms: int, distractors: int
-) -> tuple[int, dict[int, int]]:
-    """Draw an episode's arm, and the arms that false cues name, by the timestep at which they appear."""
-    arm = int(generator.integers(arms))
-    timesteps = 1 + generator.choice(length - 2, distractors, replace=False) if distractors else np.array([])
-    false_arms = generator.integers(arms, size=distractors)
-    return arm, dict(zip(map(int, timesteps), map(int, false_arms), strict=True))

@@ -10,7 +10,7 @@ MuJoCo times the stages of each step, a fifth of what Hopper's takes; :func:`sto
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -122,8 +122,8 @@ class MujocoVectorEnv(SlotVectorEnv):
         """End the threads."""
         self._pool.shutdown()
 
-    def _start(self, slots: np.ndarray) -> None:
-        scale, model = self._task.reset_noise_scale, self._model
+    def _start(self, mask: np.ndarray, seeds: Sequence[int | None]) -> None:
+        scale, model, slots = self._task.reset_noise_scale, self._model, np.flatnonzero(mask)
         for slot in slots.tolist():
             generator = self._generators[slot]
             mujoco.mj_resetData(model, self.simulations[slot])

@@ -63,18 +63,12 @@ class RobotTaskVectorEnv(SlotVectorEnv):
         super().__init__(num_envs, observation_space, self._envs.single_action_space, self._envs.metadata)
         self._variants = np.zeros(num_envs, dtype=np.int64)
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The robots first, each with a generator of its own from the same seed."""
-        self._envs.reset(seed=seed, options=options)
-        return super().reset(seed=seed, options=options)
-
     def close_extras(self, **kwargs: Any) -> None:
         self._envs.close()
 
-    def _start(self, slots: np.ndarray) -> None:
-        for slot in slots.tolist():
+    def _start(self, mask: np.ndarray, seeds: Sequence[int | None]) -> None:
+        self._envs.reset(seed=seeds, options={"reset_mask": mask})  # their generators are other ones
+        for slot in np.flatnonzero(mask).tolist():
             self._variants[slot] = self._generators[slot].integers(self._variant_count)
         self._observe()
 

@@ -56,14 +56,13 @@ class SlotVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         if len(seeds) != self.num_envs or mask.shape != (self.num_envs,):
             raise ValueError(f"expected {self.num_envs} seeds and a mask of that length")
-        slots = np.flatnonzero(mask)
-        for slot in slots.tolist():
+        for slot in np.flatnonzero(mask).tolist():
             own = seeds[slot]
             if own is not None:
                 self._generators[slot] = seeding.np_random(int(own))[0]
-        self._timesteps[slots] = 0
-        self._terminated[slots] = self._truncated[slots] = False
-        self._start(slots)
+        self._timesteps[mask] = 0
+        self._terminated[mask] = self._truncated[mask] = False
+        self._start(mask, seeds)
         return self.observations.copy(), self._info()
 
     def step(self, actions: np.ndarray) -> Outcome:
@@ -81,8 +80,8 @@ class SlotVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._info(),
         )
 
-    def _start(self, slots: np.ndarray) -> None:
-        """Begin an episode in these slots, (slots,) rising."""
+    def _start(self, mask: np.ndarray, seeds: Sequence[int | None]) -> None:
+        """Begin an episode in these slots, (num_envs,) bool, whose generators have these seeds already."""
         raise NotImplementedError
 
     def _advance(self, running: np.ndarray, actions: np.ndarray) -> np.ndarray:

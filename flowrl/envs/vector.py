@@ -1,7 +1,7 @@
 """Gymnasium environments from a spec: one at a time, or many whose finished slots stay still."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,13 +9,15 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
+from gymnasium.vector.utils import concatenate
 from gymnasium.wrappers import FlattenObservation
 
 from flowrl.envs.cued_speed import CUED_IDS, CuedSpeedVectorEnv
 from flowrl.envs.hidden_dynamics import HIDDEN_IDS, HiddenDynamicsVectorEnv
 from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv
 from flowrl.envs.mujoco_vector import MUJOCO_VECTOR_IDS, MujocoVectorEnv
+from flowrl.envs.slots import SlotVectorEnv
 from flowrl.envs.specs import EnvironmentSpec, check_registered, import_modules
 from flowrl.errors import UserError, one_line
 
@@ -169,7 +171,7 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
 
     Gymnasium's planar robots and Ant with default arguments, and flowrl's tasks on them, run on all cores
     (:class:`flowrl.envs.mujoco_vector.MujocoVectorEnv`), T-Mazes as arrays
-    (:class:`flowrl.envs.memory.TMazeVectorEnv`), everything else in Gymnasium's SyncVectorEnv.
+    (:class:`flowrl.envs.memory.TMazeVectorEnv`), everything else one after another.
 
     Raises:
         UserError: see :func:`make_env`.
@@ -182,7 +184,7 @@ def make_vector_env(environment: EnvironmentSpec, num_envs: int) -> VectorEnv:
         return _OWN_TASKS[environment.env_id](num_envs, **one.spec.kwargs)
     if environment.env_id in MUJOCO_VECTOR_IDS and not environment.kwargs and not environment.wrappers:
         return MujocoVectorEnv(make_env(environment), num_envs)
-    return StillVectorEnv([lambda: StayFinished(make_env(environment))] * num_envs)
+    return StillVectorEnv(environment, num_envs)
 
 
 def check_limit(environment: EnvironmentSpec, timesteps: int) -> None:
@@ -213,36 +215,6 @@ def no_deprecations() -> Iterator[None]:
         mujoco.set_mju_user_warning(previous)
 
 
-class StayFinished(gym.Wrapper[Any, Any, Any, Any]):
-    """After the last step of an episode, repeat its outcome with reward 0 until the next reset.
-
-    Info dictionaries are emptied, as vector environments merge only some kinds of values.
-    """
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self._outcome: tuple[Any, float, bool, bool, dict[str, Any]] | None = None
-        self.succeeded: bool | None = None  # in this episode so far; None: the environment never reports it
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        self._outcome = self.succeeded = None
-        observation, _ = self.env.reset(seed=seed, options=options)
-        return observation, {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        if self._outcome is not None:
-            return self._outcome
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        reported = reported_success(info)
-        if reported is not None:
-            self.succeeded = reported or bool(self.succeeded)
-        if terminated or truncated:
-            self._outcome = (observation, 0.0, terminated, truncated, {})
-        return observation, np.asarray(reward, dtype=np.float64).item(), terminated, truncated, {}
-
-
 def reported_success(info: Any) -> bool | None:
     """Return whether a step's info reports success, None where it reports nothing about it.
 
@@ -259,16 +231,39 @@ def reported_success(info: Any) -> bool | None:
     return value > 0 if isinstance(value, bool | int | float) else None
 
 
-class StillVectorEnv(SyncVectorEnv):
-    """A SyncVectorEnv over :class:`StayFinished` slots, steppable while some of them have finished."""
+class StillVectorEnv(SlotVectorEnv):
+    """Copies of any environment, stepped one after another."""
 
-    def __init__(self, env_fns: list[Any]) -> None:
-        super().__init__(env_fns, autoreset_mode=AutoresetMode.DISABLED)
+    def __init__(self, environment: EnvironmentSpec, num_envs: int) -> None:
+        self._envs = [make_env(environment) for _ in range(num_envs)]
+        one = self._envs[0]
+        super().__init__(num_envs, one.observation_space, one.action_space, one.metadata)
+        self._last_observations: list[Any] = [None] * num_envs
+        self._succeeded: list[bool | None] = [None] * num_envs  # in the episode; None: nothing was reported
 
-    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        # SyncVectorEnv refuses to step past the end of an episode; StayFinished handles it.
-        self._autoreset_envs[:] = False
-        *outcome, _ = super().step(actions)
-        successes = [env.get_wrapper_attr("succeeded") for env in self.envs]
-        reported = any(success is not None for success in successes)
-        return *outcome, {"success": np.array(successes, dtype=bool)} if reported else {}
+    def close_extras(self, **kwargs: Any) -> None:
+        for env in self._envs:
+            env.close()
+
+    def _start(self, mask: np.ndarray, seeds: Sequence[int | None]) -> None:
+        for slot in np.flatnonzero(mask).tolist():
+            self._last_observations[slot], _ = self._envs[slot].reset(seed=seeds[slot])
+            self._succeeded[slot] = None
+        concatenate(self.single_observation_space, self._last_observations, self.observations)
+
+    def _advance(self, running: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        rewards = []
+        for slot in np.flatnonzero(running).tolist():
+            observation, reward, terminated, truncated, info = self._envs[slot].step(actions[slot])
+            self._last_observations[slot] = observation
+            self._terminated[slot], self._truncated[slot] = terminated, truncated
+            rewards.append(np.asarray(reward, dtype=np.float64).item())
+            reported = reported_success(info)
+            if reported is not None:
+                self._succeeded[slot] = reported or bool(self._succeeded[slot])
+        concatenate(self.single_observation_space, self._last_observations, self.observations)
+        return np.array(rewards)
+
+    def _info(self) -> dict[str, Any]:
+        reported = any(success is not None for success in self._succeeded)
+        return {"success": np.array(self._succeeded, dtype=bool)} if reported else {}
