@@ -34,17 +34,10 @@ COLUMNS = {
 }
 
 # D4RL's data follows the dynamics of Gymnasium's -v4 environments; -v5 changed some (Walker2d's friction).
-_ENVIRONMENT_IDS = {
-    "hopper": "Hopper-v4",
-    "halfcheetah": "HalfCheetah-v4",
-    "walker2d": "Walker2d-v4",
-    "ant": "Ant-v4",
-}
-_LEVELS = ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
 D4RL_ENVIRONMENTS = {
-    f"{name}-{level}": EnvironmentSpec(env_id)
-    for name, env_id in _ENVIRONMENT_IDS.items()
-    for level in _LEVELS
+    f"{robot.lower()}-{level}": EnvironmentSpec(f"{robot}-v4")
+    for robot in ("Hopper", "HalfCheetah", "Walker2d", "Ant")
+    for level in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay")
 }
 
 # Tried in order: D4RL's own server, then a mirror of its files on Hugging Face.

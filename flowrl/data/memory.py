@@ -3,7 +3,7 @@
 import numpy as np
 
 from flowrl.data.dataset import EpisodeDataset, build_episodes
-from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, arm_action, cue_size
+from flowrl.envs.memory import TMAZE_ID, TMazeVectorEnv, cue_size
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import check_limit
@@ -34,7 +34,7 @@ def tmaze_dataset(name: str, environment: EnvironmentSpec) -> EpisodeDataset:
     envs = TMazeVectorEnv(episodes, length, arms, distractors)
     observations = np.empty((episodes, length, cue_size(arms) + 3), dtype=np.float32)
     actions = generator.normal(0, WALKING_NOISE, (episodes, length, 1)).clip(-1, 1).astype(np.float32)
-    actions[:, -1, 0] = arm_action(generator.integers(arms, size=episodes), arms)
+    actions[:, -1, 0] = 2 * generator.integers(arms, size=episodes) / (arms - 1) - 1  # the middle of an arm
     rewards = np.zeros((episodes, length), dtype=np.float32)
     seeds = generator.integers(2**31, size=episodes).tolist()
     observations[:, 0], _ = envs.reset(seed=seeds)

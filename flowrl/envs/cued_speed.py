@@ -13,7 +13,6 @@ from flowrl.envs.robot_task import ENV_IDS, RobotTask, RobotTaskVectorEnv
 CUE_TIMESTEPS = 10  # at whose observations the target is shown
 RUN_UP = 100  # timesteps before the target speed should be taken up
 SPEED_TIMESTEPS = 50  # over which speed is averaged: longer than a stride
-CUE_SIZE = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class CuedSpeedVectorEnv(RobotTaskVectorEnv):
     max_episode_steps = 400
 
     def __init__(self, num_envs: int, robot: str = "halfcheetah") -> None:
-        super().__init__(num_envs, robot, CUE_SIZE)
+        super().__init__(num_envs, robot, added=3)
         self._speeds = SPEEDS[robot]
         self._variant_count = len(self._speeds.targets)
         self._positions = np.zeros((num_envs, SPEED_TIMESTEPS))  # of the last timesteps

@@ -127,8 +127,3 @@ def cue_vector(arm: int | np.ndarray, arms: int) -> np.ndarray:
     if arms == FEWEST_ARMS:
         return np.asarray(2 * np.asarray(arm) - 1, dtype=np.float32)[..., None]
     return np.eye(arms, dtype=np.float32)[arm]
-
-
-def arm_action(arm: np.ndarray, arms: int) -> np.ndarray:
-    """Return the action in the middle of an arm."""
-    return 2 * arm / (arms - 1) - 1
