@@ -138,7 +138,6 @@ class Collection:
     """Episodes, part after part, and what they came from."""
 
     recipe: Recipe
-    environment: EnvironmentSpec
     episodes: tuple[Episode, ...]
 
 
@@ -175,12 +174,12 @@ def collect(recipe: Recipe) -> Collection:
                 episodes += _collect_part(start, part, policy, opening, target, envs, environment, bar)
     finally:
         envs.close()
-    return Collection(recipe, environment, tuple(episodes))
+    return Collection(recipe, tuple(episodes))
 
 
 def to_dataset(collection: Collection, dataset_id: str) -> EpisodeDataset:
     """Return the collection in flowrl's in-memory form."""
-    episodes = collection.episodes
+    episodes, environment = collection.episodes, collection.recipe.acts_in
     return build_episodes(
         observations=np.concatenate([episode.observations[:-1] for episode in episodes]),
         actions=np.concatenate([episode.actions for episode in episodes]),
@@ -189,8 +188,8 @@ def to_dataset(collection: Collection, dataset_id: str) -> EpisodeDataset:
         terminated=np.array([episode.terminated for episode in episodes]),
         dataset_id=dataset_id,
         where=dataset_id,
-        environment=collection.environment,
-        reference=reference_scores(collection.environment.env_id),
+        environment=environment,
+        reference=reference_scores(environment.env_id),
     )
 
 

@@ -127,7 +127,7 @@ def _write_d4rl(dataset: EpisodeDataset, provenance: dict[str, Any], path: Path)
 def _provenance(collection: Collection, sha256: str) -> dict[str, Any]:
     return {
         **collection.recipe.provenance(),
-        "environment": asdict(collection.environment),
+        "environment": asdict(collection.recipe.acts_in),
         "sha256": sha256,
         "flowrl_version": flowrl.__version__,
         "mujoco_version": mujoco.__version__,
@@ -176,7 +176,7 @@ def _write_minari(
 ) -> None:
     import minari  # here: it takes a while to import
 
-    reference = reference_scores(collection.environment.env_id)
+    reference = reference_scores(collection.recipe.acts_in.env_id)
     with no_deprecations(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # missing permalink, code and so on
         dataset = minari.create_dataset_from_buffers(
