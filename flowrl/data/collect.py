@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, islice
@@ -42,13 +43,11 @@ class Part:
     def parse(cls, text: str, noise: float = 0.0) -> "Part":
         """Build from NAME or NAME=SHARE, such as ``medium=3``; a UserError unless the share is positive."""
         name, _, share = text.partition("=")
-        try:
+        with suppress(ValueError):
             part = cls(name, float(share or 1), noise)
-        except ValueError:
-            part = cls(name, 0.0)
-        if not 0 < part.share < np.inf:
-            raise UserError(f"--policies {text}: expected NAME or NAME=SHARE, such as medium=3")
-        return part
+            if 0 < part.share < np.inf:
+                return part
+        raise UserError(f"--policies {text}: expected NAME or NAME=SHARE, such as medium=3")
 
 
 @dataclass(frozen=True)

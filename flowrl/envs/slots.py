@@ -10,9 +10,6 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-Outcome = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
-"""Of a step of many environments: observations, rewards, terminations, truncations, info."""
-
 
 class SlotVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """``num_envs`` slots, reseeded as Gymnasium's environments are, which stay still after their episode.
@@ -65,20 +62,17 @@ class SlotVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._start(mask, seeds)
         return self.observations.copy(), self._info()
 
-    def step(self, actions: np.ndarray) -> Outcome:
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step the slots that are in an episode; the actions (num_envs, ...) of others are ignored."""
         running = ~(self._terminated | self._truncated)
         rewards = np.zeros(self.num_envs)
         if running.any():
             self._timesteps[running] += 1
             rewards[running] = self._advance(running, actions)
-        return (
-            self.observations.copy(),
-            rewards,
-            self._terminated.copy(),
-            self._truncated.copy(),
-            self._info(),
-        )
+        ended = (self._terminated.copy(), self._truncated.copy())
+        return self.observations.copy(), rewards, *ended, self._info()
 
     def _start(self, mask: np.ndarray, seeds: Sequence[int | None]) -> None:
         """Begin an episode in these slots, (num_envs,) bool, whose generators have these seeds already."""
