@@ -2,21 +2,18 @@
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flowrl.data import EpisodeDataset
 from flowrl.data.dataset import held_out, select_episodes
-from flowrl.data.returns import lambda_returns, observed_returns, with_known_return
+from flowrl.data.returns import lambda_returns, observed_returns
 from flowrl.errors import UserError
 from flowrl.model.agent import Agent
 from flowrl.model.critic import CriticLearner
 
 MEMBERS = 2  # critics of different initial weights, whose mean counts
-BATCH_SIZE = 256
 TRACE = 0.95  # lambda: about twenty timesteps of the data enter a target
 ROUNDS = 8  # of targets of fitted Q evaluation
 
@@ -64,22 +61,22 @@ def estimate(
     dataset = select_episodes(dataset, np.sort(shuffled[: max(int(fitting), 2)]))
     known, unseen = held_out(dataset, share)
     assert unseen is not None
-    learned, tested = (_transitions(agent, part, target) for part in (known, unseen))
+    chosen, tested = (agent_actions(agent, part, target) for part in (known, unseen))
     returns = observed_returns(known, known.rewards)
-    learner = _Learner(learned, known, returns, updates, seed)
+    model = copy.deepcopy(agent.model).cpu()
+    learner = CriticLearner(known, model, returns, MEMBERS, updates, seed)
 
     def with_agent() -> np.ndarray:
-        added = learner.values(tested.observations, tested.chosen)
-        added -= learner.values(tested.observations, tested.taken)
+        added = _values(learner, unseen.observations, tested)
+        added -= _values(learner, unseen.observations, unseen.actions)
         return unseen.episode_returns + np.add.reduceat(added, unseen.episode_starts)
 
-    learner.fit(returns, updates // 2)
+    _fit(learner, returns, updates // 2)
     first_order = with_agent()
     for _ in range(ROUNDS):
-        taken = learner.values(learned.observations, learned.taken)
-        chosen = learner.values(learned.observations, learned.chosen)
-        targets = lambda_returns(known, known.rewards, taken, chosen, TRACE)
-        learner.fit(targets, updates // (2 * ROUNDS))
+        of_taken, of_chosen = (_values(learner, known.observations, a) for a in (known.actions, chosen))
+        targets = lambda_returns(known, known.rewards, of_taken, of_chosen, TRACE)
+        _fit(learner, targets, updates // (2 * ROUNDS))
     return Estimates(unseen.episode_returns, first_order, with_agent())
 
 
@@ -106,47 +103,18 @@ def agent_actions(agent: Agent, dataset: EpisodeDataset, target: float) -> np.nd
     return actions
 
 
-class _Transitions(NamedTuple):
-    """Normalised, (transitions, ...)."""
-
-    observations: Tensor
-    taken: Tensor  # the data's actions
-    chosen: Tensor  # the agent's
-
-
-def _transitions(agent: Agent, dataset: EpisodeDataset, target: float) -> _Transitions:
-    arrays = (dataset.observations, dataset.actions, agent_actions(agent, dataset, target))
-    observations, taken, chosen = (torch.from_numpy(array) for array in arrays)
-    model = copy.deepcopy(agent.model).cpu()
-    actions = (model.normalize_actions(taken), model.normalize_actions(chosen))
-    return _Transitions(model.normalize_observations(observations), *actions)
+def _fit(learner: CriticLearner, targets: np.ndarray, updates: int) -> None:
+    """Regress on ``targets``, (transitions,), at the data's actions."""
+    for _ in range(updates):
+        _, observations, actions, wanted = learner.draw(targets)
+        values = learner.critics.action_values(observations, actions)
+        learner.update((values - wanted).square().mean(dim=1).sum())
 
 
-class _Learner:
-    """Critics in the units of returns."""
-
-    def __init__(
-        self, data: _Transitions, dataset: EpisodeDataset, returns: np.ndarray, updates: int, seed: int
-    ) -> None:
-        self.data = data
-        self.mean, self.scale = float(returns.mean()), max(float(returns.std()), 1e-6)
-        self.choices = torch.from_numpy(with_known_return(dataset))
-        self.generator = torch.Generator().manual_seed(seed)
-        sizes = (data.observations.shape[1], data.taken.shape[1])
-        self.learner = CriticLearner(*sizes, MEMBERS, updates, seed)
-
-    def fit(self, targets: np.ndarray, updates: int) -> None:
-        """Regress on ``targets``, (transitions,), at the data's actions."""
-        wanted = torch.from_numpy((targets - self.mean) / self.scale)
-        for _ in range(updates):
-            batch = self.choices[torch.randint(len(self.choices), (BATCH_SIZE,), generator=self.generator)]
-            pair = self.data.observations[batch], self.data.taken[batch]
-            values = self.learner.critics.action_values(*pair)
-            self.learner.update((values - wanted[batch]).square().mean(dim=1).sum())
-
-    @torch.no_grad()
-    def values(self, observations: Tensor, actions: Tensor) -> np.ndarray:
-        """The members' mean, in units of returns, (transitions,)."""
-        pairs = zip(observations.split(8192), actions.split(8192), strict=True)
-        members = torch.cat([self.learner.averaged.action_values(*pair) for pair in pairs], dim=1)
-        return (members.mean(dim=0) * self.scale + self.mean).numpy()
+def _values(learner: CriticLearner, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """The members' mean, in units of returns, (transitions,)."""
+    states = learner.model.normalize_observations(torch.from_numpy(observations))
+    choices = learner.model.normalize_actions(torch.from_numpy(actions))
+    pairs = zip(states.split(8192), choices.split(8192), strict=True)
+    members = torch.cat([learner.averaged.action_values(*pair) for pair in pairs], dim=1)
+    return (members.mean(dim=0) * learner.scale + learner.mean).numpy()

@@ -3,11 +3,18 @@
 import copy
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowrl.data import EpisodeDataset
+from flowrl.data.arrays import release
+from flowrl.data.returns import with_known_return
+from flowrl.model.action_model import ActionModel
+
 WIDTH, HIDDEN_LAYERS = 256, 2
+BATCH_SIZE = 256
 LEARNING_RATE = 1e-3
 AVERAGING = 0.005  # share of the current weights that the averaged ones take up at each update
 
@@ -61,13 +68,28 @@ class Directions(NamedTuple):
 
 
 class CriticLearner:
-    """Critics that learn, and the average of their weights, which is what to use."""
+    """Critics that learn from a dataset, and the average of their weights, which is what to use."""
 
-    def __init__(self, observation_dim: int, action_dim: int, members: int, updates: int, seed: int) -> None:
-        """``updates`` is how many there will be: the learning rate falls to a twentieth along a cosine."""
+    def __init__(
+        self,
+        dataset: EpisodeDataset,
+        model: ActionModel,
+        returns: np.ndarray,
+        members: int,
+        updates: int,
+        seed: int,
+    ) -> None:
+        """``model`` normalises, on the CPU; ``returns``, (transitions,), have the unit of targets.
+
+        ``updates`` is how many there will be: the learning rate falls to a twentieth along a cosine.
+        """
+        self.dataset, self.model = dataset, model
+        self.mean, self.scale = float(returns.mean()), max(float(returns.std()), 1e-12)
+        self._choices = with_known_return(dataset)
+        self._generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
-            self.critics = Critics(observation_dim, action_dim, members)
+            self.critics = Critics(dataset.observation_dim, dataset.action_dim, members)
         self.averaged = copy.deepcopy(self.critics).requires_grad_(False)
         self._optimizer = torch.optim.AdamW(
             self.critics.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True
@@ -76,6 +98,13 @@ class CriticLearner:
             self._optimizer, updates, LEARNING_RATE / 20
         )
         self._updates = 0
+
+    def draw(self, targets: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        """Random transitions, (batch,): their observations, actions and ``targets``, normalised."""
+        drawn = torch.randint(len(self._choices), (BATCH_SIZE,), generator=self._generator)
+        batch = self._choices[drawn.numpy()]
+        wanted = torch.from_numpy((targets[batch] - self.mean) / self.scale)
+        return batch, *transitions(self.dataset, self.model, batch), wanted
 
     def update(self, loss: Tensor) -> None:
         """One step down the gradient of a loss of :attr:`critics`."""
@@ -87,6 +116,17 @@ class CriticLearner:
         share = max(AVERAGING, 1 / self._updates)
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.critics.parameters()), share)
+
+
+def transitions(
+    dataset: EpisodeDataset, model: ActionModel, index: np.ndarray | slice
+) -> tuple[Tensor, Tensor]:
+    """Normalised observations and actions, (transitions, ...), of the data at ``index``."""
+    observations = torch.from_numpy(dataset.observations[index])
+    actions = torch.from_numpy(dataset.actions[index])
+    for array in (dataset.observations, dataset.actions):
+        release(array)
+    return model.normalize_observations(observations), model.normalize_actions(actions)
 
 
 def _perceptron(inputs: int) -> nn.Sequential:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from flowrl.data import EpisodeDataset
-from flowrl.data.arrays import chunks, release
-from flowrl.data.returns import DISCOUNT, lambda_returns, observed_returns, with_known_return
+from flowrl.data.arrays import chunks
+from flowrl.data.returns import DISCOUNT, lambda_returns, observed_returns
 from flowrl.errors import UserError, one_line
 from flowrl.model.action_model import ActionModel
-from flowrl.model.critic import CriticLearner, Critics
+from flowrl.model.critic import CriticLearner, Critics, transitions
 
 MEMBERS = 4
-UPDATES, BATCH_SIZE = 3_000, 256
+UPDATES = 3_000
 TRACE = 0.9  # lambda: 1 for the returns in the data, 0 for one reward and the value of the next state
 EXPECTILE = 0.7  # of the smallest Q, for V: above 0.5, nearer to the data's better actions
 UPDATES_PER_TARGET = 250
@@ -85,7 +85,7 @@ def learn_guidance(
     guidance = Guidance(learn_critics(dataset, model, seed), q_weight)
     slopes = agreement = 0.0  # sums over transitions
     for rows in chunks(dataset.num_transitions):
-        directions = guidance.critics.directions(*_transitions(dataset, model, rows))
+        directions = guidance.critics.directions(*transitions(dataset, model, rows))
         slopes += float(directions.norms.sum())
         agreement += float(directions.agreement.sum())
     guidance.mean_slope.fill_(max(slopes / dataset.num_transitions, 1e-12))
@@ -101,23 +101,19 @@ def learn_critics(dataset: EpisodeDataset, model: ActionModel, seed: int) -> Cri
     have the scale of returns from the start, where one-step targets take many more updates to get there.
     Source: the expectile is IQL's (arXiv 2110.06169, Eq. 5).
     """
-    generator = torch.Generator().manual_seed(seed)
-    learner = CriticLearner(dataset.observation_dim, dataset.action_dim, MEMBERS, UPDATES, seed)
-    critics = learner.critics
     rewards = dataset.rewards * ((1 - DISCOUNT) / max(float(np.abs(dataset.rewards).mean()), 1e-12))
-    choices = torch.from_numpy(with_known_return(dataset))
+    targets = observed_returns(dataset, rewards)
+    learner = CriticLearner(dataset, model, targets, MEMBERS, UPDATES, seed)
+    critics = learner.critics
     episodes = np.repeat(np.arange(dataset.num_episodes), dataset.episode_lengths)  # of each transition
     learns = torch.from_numpy(halves(dataset, seed))
-    targets = observed_returns(dataset, rewards)
-    mean, scale = float(targets.mean()), max(float(targets.std()), 1e-12)
     for update in range(UPDATES):
         if update > 0 and update % UPDATES_PER_TARGET == 0:
-            values = _state_values(dataset, model, learner.averaged) * scale + mean
+            parts = (transitions(dataset, model, rows)[0] for rows in chunks(dataset.num_transitions))
+            values = np.concatenate([learner.averaged.state_values(part).numpy() for part in parts])
+            values = values * learner.scale + learner.mean
             targets = lambda_returns(dataset, rewards, values, values, TRACE)
-        drawn = torch.randint(len(choices), (BATCH_SIZE,), generator=generator)
-        batch = choices[drawn].numpy()
-        observations, actions = _transitions(dataset, model, batch)
-        target = torch.from_numpy((targets[batch] - mean) / scale)
+        batch, observations, actions, target = learner.draw(targets)
         action_values = critics.action_values(observations, actions)
         error = action_values.detach().amin(dim=0) - critics.state_values(observations)
         weight = torch.where(error < 0, 1 - EXPECTILE, EXPECTILE)
@@ -134,23 +130,3 @@ def halves(dataset: EpisodeDataset, seed: int) -> np.ndarray:
     """
     ranks = np.random.default_rng(seed).random((MEMBERS, dataset.num_episodes)).argsort(axis=1)
     return ranks < (dataset.num_episodes + 1) // 2
-
-
-def _transitions(
-    dataset: EpisodeDataset, model: ActionModel, index: np.ndarray | slice
-) -> tuple[Tensor, Tensor]:
-    """Normalised observations and actions, (transitions, ...), of the data at ``index``."""
-    observations = torch.from_numpy(dataset.observations[index])
-    actions = torch.from_numpy(dataset.actions[index])
-    for array in (dataset.observations, dataset.actions):
-        release(array)
-    return model.normalize_observations(observations), model.normalize_actions(actions)
-
-
-@torch.no_grad()
-def _state_values(dataset: EpisodeDataset, model: ActionModel, critics: Critics) -> np.ndarray:
-    """Of all transitions, (transitions,)."""
-    values = np.empty(dataset.num_transitions, dtype=np.float32)
-    for rows in chunks(dataset.num_transitions):
-        values[rows] = critics.state_values(_transitions(dataset, model, rows)[0])
-    return values
