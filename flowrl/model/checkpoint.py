@@ -9,7 +9,8 @@ An agent saved alone (:func:`save_agent`) has the first two files and a manifest
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +30,7 @@ MANIFEST = "manifest.json"
 _AGENT_FILES = frozenset((AGENT_JSON, MODEL_TENSORS))
 _FILES = _AGENT_FILES | {TRAINING_JSON, TRAINING_TENSORS}
 AGENT_FILES = _AGENT_FILES | {MANIFEST}  # all of an agent's own folder
-_REPLACED_SUFFIX = (
-    ".replaced"  # of a checkpoint whose step is being saved anew; still good until that is done
-)
+_REPLACED_SUFFIX = ".replaced"  # of a checkpoint whose step is being saved anew; good until that is done
 _FOLDER_NAME = re.compile(rf"step-([0-9]+)({re.escape(_REPLACED_SUFFIX)})?")
 
 
@@ -59,25 +58,16 @@ def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
         UserError: the folder cannot be written (full disk, no permission); earlier checkpoints are untouched.
     """
     final = run_dir / CHECKPOINTS / f"step-{checkpoint.step:08d}"
-    temporary = final.with_name(f".{final.name}{TEMPORARY_SUFFIX}")
     replaced = final.with_name(f"{final.name}{_REPLACED_SUFFIX}")
-    try:
-        for unfinished in final.parent.glob(f".step-*{TEMPORARY_SUFFIX}"):  # of a process that was killed
-            shutil.rmtree(unfinished)
-        temporary.mkdir(parents=True)
-        _write_json(temporary / TRAINING_JSON, checkpoint.training)
-        save_file(checkpoint.training_tensors, temporary / TRAINING_TENSORS)
-        _write_agent(temporary, checkpoint.agent, checkpoint.model)
-        _write_manifest(temporary, checkpoint.step, _FILES)
+    for unfinished in final.parent.glob(f".step-*{TEMPORARY_SUFFIX}"):  # of a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with _new_folder(final, "checkpoint") as folder:
+        _write_json(folder / TRAINING_JSON, checkpoint.training)
+        save_file(checkpoint.training_tensors, folder / TRAINING_TENSORS)
+        _write_agent(folder, checkpoint.step, checkpoint.agent, checkpoint.model)
         if final.exists():  # saved before: at the same moment, or damaged and now reached again
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-        publish(temporary, final)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise UserError(f"{final}: cannot save the checkpoint: {error}") from error
-        raise
     shutil.rmtree(replaced, ignore_errors=True)
     older = [folder for folder in _folders(run_dir) if _step_of(folder) < checkpoint.step]
     for folder in older[keep - 1 :]:
@@ -93,16 +83,8 @@ def save_agent(folder: Path, step: int, agent: dict[str, Any], model: dict[str, 
     """
     if folder.exists():
         raise UserError(f"{folder}: already there; give the name of a new folder")
-    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_agent(temporary, agent, model)
-        _write_manifest(temporary, step, _AGENT_FILES)
-        publish(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder}: cannot save the agent: {error}") from error
+    with _new_folder(folder, "agent") as temporary:
+        _write_agent(temporary, step, agent, model)
 
 
 def delete_later_checkpoints(run_dir: Path, step: int) -> None:
@@ -194,13 +176,28 @@ def _load(folder: Path, for_training: bool) -> Checkpoint:
     )
 
 
-def _write_agent(folder: Path, agent: dict[str, Any], model: dict[str, Tensor]) -> None:
+@contextmanager
+def _new_folder(final: Path, what: str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``final``, which gets its name once it is written and synced."""
+    temporary = final.with_name(f".{final.name}{TEMPORARY_SUFFIX}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish(temporary, final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise UserError(f"{final}: cannot save the {what}: {error}") from error
+        raise
+
+
+def _write_agent(folder: Path, step: int, agent: dict[str, Any], model: dict[str, Tensor]) -> None:
+    """Write an agent, and last the manifest of all that the folder holds."""
     _write_json(folder / AGENT_JSON, agent)
     save_file(model, folder / MODEL_TENSORS)
-
-
-def _write_manifest(folder: Path, step: int, names: Iterable[str]) -> None:
-    _write_json(folder / MANIFEST, {"step": step, "files": {n: _describe(folder / n) for n in sorted(names)}})
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    _write_json(folder / MANIFEST, {"step": step, "files": files})
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
