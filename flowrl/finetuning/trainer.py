@@ -165,11 +165,11 @@ def saved_replay(checkpoint: Checkpoint, agent: Agent, where: str) -> tuple[Epis
     Raises:
         UserError: the checkpoint is not one of a fine-tuning.
     """
-    about, tensors = agent.config, checkpoint.training_tensors
+    about, tensors = agent.config, checkpoint.part(_PREFIX)
     timesteps = checkpoint.training.get(_TIMESTEPS)
-    if any(f"{_PREFIX}{name}" not in tensors for name in _SAVED) or type(timesteps) is not int:
+    if tensors.keys() != set(_SAVED) or type(timesteps) is not int:
         raise UserError(f"{where}: its checkpoint holds no replay: it is not one of a fine-tuning")
-    arrays: dict[str, Any] = {name: tensors[f"{_PREFIX}{name}"].numpy() for name in _SAVED}
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     replay = build_episodes(
         **arrays,
         dataset_id=about.dataset_id,

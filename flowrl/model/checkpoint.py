@@ -47,6 +47,11 @@ class Checkpoint:
     training: dict[str, Any]
     training_tensors: dict[str, Tensor]
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The training tensors whose names begin with ``prefix``, by the rest of their names."""
+        tensors = self.training_tensors.items()
+        return {name.removeprefix(prefix): value for name, value in tensors if name.startswith(prefix)}
+
 
 def save_checkpoint(run_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write the checkpoint, then delete older ones so that ``keep`` are left; return its folder.

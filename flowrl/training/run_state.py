@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import defaultdict
 from reprlib import repr as short_repr
 from typing import Any
 
@@ -18,7 +19,7 @@ from flowrl.ranks import Ranks
 from flowrl.training.config import TrainConfig
 from flowrl.training.guidance import Guidance
 
-_GUIDANCE = "guidance."
+GUIDANCE = "guidance."  # begins the names of its tensors in a checkpoint
 
 
 class RunState:
@@ -84,9 +85,12 @@ class RunState:
 
     def checkpoint(self) -> Checkpoint:
         """This very moment; all ranks must call it together."""
-        tensors = {f"optimizer.{name}": value for name, value in self._optimizer_tensors().items()}
-        tensors["random.sampler"] = self.sampler.generator.get_state()
-        tensors["random.torch"] = torch.stack(self.ranks.gather(torch.get_rng_state()))
+        tensors = {
+            "random.sampler": self.sampler.generator.get_state(),
+            "random.torch": torch.stack(self.ranks.gather(torch.get_rng_state())),
+        }
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.stack(self.ranks.gather(torch.cuda.get_rng_state(self.device)))
         if self.pending:
@@ -95,7 +99,7 @@ class RunState:
             weights = self.model.named_parameters()
             tensors |= {f"model.{name}": value.detach().contiguous() for name, value in weights}
         if self.guidance is not None:
-            tensors |= {f"{_GUIDANCE}{name}": value for name, value in self.guidance.state_dict().items()}
+            tensors |= {f"{GUIDANCE}{name}": value for name, value in self.guidance.state_dict().items()}
         training = {"evaluated_step": self.evaluated_step, "best_scores": self.best_scores}
         model = {name: value.contiguous() for name, value in self.agent.model.state_dict().items()}
         return Checkpoint(self.step, self.agent.config.to_dict(), model, training, tensors)
@@ -114,9 +118,8 @@ class RunState:
             )
         _load(self.agent, self.agent.model, saved.model, f"{where}: model")
         if self.averaged:  # checkpoints of runs without an average hold no other weights
-            names = [name for name in saved.training_tensors if name.startswith("model.")]
-            weights = {name.removeprefix("model."): saved.training_tensors[name] for name in names}
-            _load(self.agent, self.model, {**saved.model, **weights}, f"{where}: {TRAINING_TENSORS}")
+            weights = saved.model | saved.part("model.")
+            _load(self.agent, self.model, weights, f"{where}: {TRAINING_TENSORS}")
         states = saved.training_tensors.get("random.torch")
         if states is not None and states.ndim == 2 and len(states) != self.ranks.size:
             raise UserError(
@@ -141,24 +144,19 @@ class RunState:
         if pending.shape[1:] != (2,) or pending.dtype != torch.float32 or not pending.isfinite().all():
             raise ValueError("'pending' must hold pairs of finite numbers")
         self.pending = list(pending.to(self.device))
-        state = _optimizer_state(tensors, self.model, started=saved.step > 0)
+        state = _optimizer_state(saved, self.model)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = saved.step
         self.evaluated_step = saved.training["evaluated_step"]
         if type(self.evaluated_step) is not int or not -1 <= self.evaluated_step <= self.step:
             raise ValueError(f"'evaluated_step' cannot be {short_repr(self.evaluated_step)}")
-        self.best_scores = _scores(saved.training.get("best_scores", {}))
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state_dict()["state"]
-        return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
-
-
-def guidance_tensors(saved: Checkpoint) -> dict[str, Tensor]:
-    """The state of value guidance in a checkpoint."""
-    tensors = saved.training_tensors.items()
-    return {name.removeprefix(_GUIDANCE): value for name, value in tensors if name.startswith(_GUIDANCE)}
+        scores = saved.training.get("best_scores", {})
+        if not isinstance(scores, dict) or not all(
+            isinstance(score, float) and math.isfinite(score) for score in scores.values()
+        ):
+            raise ValueError(f"'best_scores' cannot be {short_repr(scores)}")
+        self.best_scores = scores
 
 
 def _load(agent: Agent, model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -166,33 +164,19 @@ def _load(agent: Agent, model: nn.Module, tensors: dict[str, Tensor], where: str
     model.load_state_dict(build_model(agent.config.model, tensors, where).state_dict())
 
 
-def _scores(values: object) -> dict[str, float]:
-    if isinstance(values, dict) and all(isinstance(x, float) and math.isfinite(x) for x in values.values()):
-        return values
-    raise ValueError(f"'best_scores' cannot be {short_repr(values)}")
-
-
-def _optimizer_state(
-    tensors: dict[str, Tensor], model: nn.Module, started: bool
-) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state from the ``optimizer.<parameter>.<name>`` tensors of a checkpoint.
+def _optimizer_state(saved: Checkpoint, model: nn.Module) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state in a checkpoint.
 
     Raises:
         ValueError: it is not that of this model's parameters, which torch itself does not check.
     """
-    state: dict[int, dict[str, Tensor]] = {}
-    for full_name, value in tensors.items():
-        if full_name.startswith("optimizer."):
-            _, index, name = full_name.split(".")
-            state.setdefault(int(index), {})[name] = value
-    shapes = {
-        index: {name: x.shape for name, x in entry.items() if x.dtype == torch.float32}
-        for index, entry in state.items()
-    }
-    fitting = {
-        index: {"step": torch.Size(()), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-        for index, parameter in enumerate(model.parameters())
-    }
-    if shapes != (fitting if started else {}):
+    tensors, state = saved.part("optimizer."), defaultdict[int, dict[str, Tensor]](dict)
+    for index, parameter in enumerate(model.parameters() if saved.step > 0 else ()):
+        for name, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+            value = tensors.pop(f"{index}.{name}", None)
+            if value is None or value.shape != shape or value.dtype != torch.float32:
+                raise ValueError("the optimizer's tensors do not fit the model")
+            state[index][name] = value
+    if tensors:
         raise ValueError("the optimizer's tensors do not fit the model")
     return state

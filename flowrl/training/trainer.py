@@ -41,7 +41,7 @@ from flowrl.training.config import TrainConfig, to_yaml
 from flowrl.training.cuda_graph import CapturedStep
 from flowrl.training.guidance import Guidance, learn_guidance
 from flowrl.training.metrics import METRICS_FILE, MetricsLog, has_figures, rewind
-from flowrl.training.run_state import RunState, guidance_tensors
+from flowrl.training.run_state import GUIDANCE, RunState
 from flowrl.training.setup import Stream, batch_size, build_agent, evaluation_seed, resolve, stream_seed
 from flowrl.window import Window
 
@@ -126,7 +126,7 @@ class Trainer:
     def _learn_guidance(self, dataset: EpisodeDataset, agent: Agent, saved: Checkpoint | None) -> Guidance:
         """Learn critics, or take those of the checkpoint."""
         seed = stream_seed(self.config.seed, Stream.CRITICS)
-        weights = None if saved is None else guidance_tensors(saved)
+        weights = None if saved is None else saved.part(GUIDANCE)
         if weights is None:
             self._say("value guidance: learning critics first")
         with self.signals.interruptible():
