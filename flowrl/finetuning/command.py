@@ -56,11 +56,8 @@ def run_finetune(arguments: Sequence[str] | None = None) -> Run:
             write_text(run_dir / FINETUNE_FILE, to_yaml(replace(options, run_dir=run_dir)))
             describe(replay, tqdm.write)
             trainer = OnlineTrainer(options, training, run_dir, agent, replay, timesteps, device, signals)
-            try:
-                results = trainer.run()
-                return Run(run_dir, trainer.step, results)
-            finally:
-                trainer.close()
+            results = trainer.run()
+            return Run(run_dir, trainer.step, results)
 
 
 def _default_folder(run: Path, seed: int) -> Path:

@@ -121,11 +121,8 @@ def run_training(
                 trainer = Trainer(
                     config, run_dir, dataset, device, signals, ranks, callbacks, say, progress_bar
                 )
-                try:
-                    results = trainer.run()
-                    return Run(run_dir, trainer.step, results)
-                finally:
-                    trainer.close()
+                results = trainer.run()
+                return Run(run_dir, trainer.step, results)
 
 
 @contextmanager

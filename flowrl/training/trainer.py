@@ -5,7 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -146,14 +146,13 @@ class Trainer:
         return self.step >= self.config.steps
 
     def run(self) -> list[TargetResult]:
-        """Train to the last update, or until a callback returns True; return the last evaluation.
+        """Train to the last update, or until a callback returns True, then close; return the last evaluation.
 
         Raises:
             Stopped: after SIGINT or SIGTERM, once a checkpoint is saved.
         """
-        with tqdm(
-            total=self.config.steps, initial=self.step, unit="update", disable=self._no_bar
-        ) as progress:
+        progress = tqdm(total=self.config.steps, initial=self.step, unit="update", disable=self._no_bar)
+        with closing(self), progress:
             self._call("on_start", self.run_dir, asdict(self.config))
             self._evaluate_if_due()  # as it was when the run was stopped
             stopped = self._save_if_due()  # a new run's first checkpoint
