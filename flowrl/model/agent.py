@@ -145,7 +145,7 @@ class Agent:
         self._timesteps = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self._ended = np.zeros(slots, dtype=bool)  # and not restarted yet
         self._state = self.model.start(slots)
-        self._history = self._empty_history(slots) if self.acting == "window" else None
+        self._history: Window | None = None  # in window acting, the last timesteps of each slot
         self.set_target(target_return)
 
     @torch.inference_mode()
@@ -200,12 +200,12 @@ class Agent:
                 self._returns_to_go -= torch.where(self._timesteps > 0, earned, 0)
             elif bool((self._timesteps > 0).any()):
                 raise ValueError("rewards of the last actions are needed after an episode's first timestep")
-        if self._history is None:
+        if self.acting == "window":
+            actions = self._act_window(observed, self._state.previous_actions)
+        else:
             arguments = (observed, self._returns_to_go, self._timesteps)
             outputs, self._state = self.model.step(*arguments, self._state)
             actions = self._chosen(outputs)
-        else:
-            actions = self._act_window(observed, self._state.previous_actions, self._history)
         self._timesteps += 1
         self._state = self._state._replace(previous_actions=actions)
         if choices := self.model.action_choices:
@@ -269,32 +269,29 @@ class Agent:
             outputs = outputs + self.noise * torch.randn_like(outputs)
         return self.model.to_actions(outputs, self.temperature)
 
-    def _act_window(self, observed: Tensor, previous: Tensor, history: Window) -> Tensor:
+    def _act_window(self, observed: Tensor, previous: Tensor) -> Tensor:
         """Append a timestep to each slot's window, dropping the oldest of a full one, and predict from it."""
+        valid = torch.ones_like(self._timesteps, dtype=torch.bool)
+        entry = Window(
+            observed, torch.zeros_like(previous), previous, self._returns_to_go, self._timesteps, valid
+        )
+        if self._history is None:
+            length = self.config.context_length
+            self._history = Window(*(x.new_zeros(len(x), length, *x.shape[1:]) for x in entry))
+        history = self._history
         full = history.valid.all(dim=1)
         for tensor in history:  # without a wait for the device
             rows = full.view(-1, *(1,) * (tensor.ndim - 1))
             tensor.copy_(torch.where(rows, tensor.roll(-1, dims=1), tensor))
         place = history.valid.sum(dim=1) - full.long()
         row = torch.arange(len(place), device=place.device)
-        entries = (observed, torch.zeros_like(previous), previous, self._returns_to_go, self._timesteps)
-        for tensor, entry in zip(history, (*entries, torch.ones_like(full)), strict=True):
-            tensor[row, place] = entry
+        for tensor, value in zip(history, entry, strict=True):
+            tensor[row, place] = value
         longest = int(place.max()) + 1
         outputs = self.model(Window(*(tensor[:, :longest] for tensor in history)))
         actions = self._chosen(outputs[row, place])
         history.actions[row, place] = actions
         return actions
-
-    def _empty_history(self, slots: int) -> Window:
-        config, shape = self.config.model, (slots, self.config.context_length)
-
-        def zeros(*width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(*shape, *width, dtype=dtype, device=self.device)
-
-        actions, previous = zeros(config.action_dim), zeros(config.action_dim)
-        timesteps, valid = zeros(dtype=torch.int64), zeros(dtype=torch.bool)
-        return Window(zeros(config.observation_dim), actions, previous, zeros(), timesteps, valid)
 
     def _checked(self, name: str, array: np.ndarray | float, width: tuple[int, ...]) -> Tensor:
         values = np.asarray(array, dtype=np.float32)
