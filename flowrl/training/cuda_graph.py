@@ -7,7 +7,6 @@ by, what the same step run eagerly would. Steps of either kind may therefore fol
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,13 +14,6 @@ from torch import Tensor
 from flowrl.window import Window
 
 WARM_UPS = 3  # eager steps of each length on the graph's stream first: kernels get chosen and compiled
-
-
-@dataclass(frozen=True)
-class _Recording:
-    graph: torch.cuda.CUDAGraph
-    window: Window  # where the graph reads
-    result: Tensor  # where it writes
 
 
 class CapturedStep:
@@ -34,7 +26,8 @@ class CapturedStep:
     def __init__(self, step: Callable[[Window], Tensor]) -> None:
         self._step = step
         self._calls: Counter[int] = Counter()  # by length
-        self._recordings: dict[int, _Recording] = {}
+        # By length: the graph, where it reads, where it writes.
+        self._recordings: dict[int, tuple[torch.cuda.CUDAGraph, Window, Tensor]] = {}
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()  # one memory for all lengths: no two replay at a time
 
@@ -43,25 +36,17 @@ class CapturedStep:
         length = window.timesteps.shape[1]
         self._calls[length] += 1
         if self._calls[length] <= WARM_UPS:
-            return self._on_stream(window)
-        if length not in self._recordings:
-            self._recordings[length] = self._record(window)
-        recording = self._recordings[length]
-        for place, tensor in zip(recording.window, window, strict=True):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                result = self._step(window)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return result
+        if length not in self._recordings:  # nothing is computed while it is recorded
+            graph, inputs = torch.cuda.CUDAGraph(), Window(*(tensor.clone() for tensor in window))
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                self._recordings[length] = (graph, inputs, self._step(inputs))
+        graph, inputs, result = self._recordings[length]
+        for place, tensor in zip(inputs, window, strict=True):
             place.copy_(tensor)
-        recording.graph.replay()
-        return recording.result.clone()
-
-    def _record(self, window: Window) -> _Recording:
-        """Record the step; nothing is computed."""
-        graph, inputs = torch.cuda.CUDAGraph(), Window(*(tensor.clone() for tensor in window))
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = self._step(inputs)
-        return _Recording(graph, inputs, result)
-
-    def _on_stream(self, window: Window) -> Tensor:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            result = self._step(window)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return result
+        graph.replay()
+        return result.clone()
