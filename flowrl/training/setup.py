@@ -226,6 +226,4 @@ def _bounds(dataset: EpisodeDataset) -> tuple[np.ndarray, np.ndarray]:
             env_low, env_high = environment_facts(dataset.environment).action_bounds
             low, high = (np.where(np.isfinite(e), e, d) for e, d in ((env_low, low), (env_high, high)))
     constant = high <= low  # nothing to scale by: give it a unit range
-    return np.where(constant, low - 1, low).astype(np.float32), np.where(constant, low + 1, high).astype(
-        np.float32
-    )
+    return np.where(constant, low - 1, low), np.where(constant, low + 1, high)
