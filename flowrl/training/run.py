@@ -92,7 +92,7 @@ def train(
     options |= {name: value for name, value in given.items() if value is not None and value != ()}
     options = checked(TrainConfig, options, lambda name: f"train: {name}")
     config = parse_train_config([], options)
-    return run_training(config, StopSignals(), episodes, callbacks, lambda line: None, progress_bar)
+    return run_training(config, StopSignals(), episodes, callbacks, lambda line: None, not progress_bar)
 
 
 def run_training(
@@ -101,7 +101,7 @@ def run_training(
     episodes: EpisodeDataset | None = None,
     callbacks: Sequence[Callback] = (),
     say: Callable[[str], None] = tqdm.write,
-    progress_bar: bool | None = None,
+    no_bar: bool | None = None,  # None: no bar but on a terminal
 ) -> Run:
     """Run or continue a training, its options checked; only the first process writes and calls back."""
     prepare_process()
@@ -118,9 +118,7 @@ def run_training(
             describe(dataset, say)
             run_dir = ranks.first(run_dir)
             with run_folder(config, run_dir, ranks):
-                trainer = Trainer(
-                    config, run_dir, dataset, device, signals, ranks, callbacks, say, progress_bar
-                )
+                trainer = Trainer(config, run_dir, dataset, device, signals, ranks, callbacks, say, no_bar)
                 results = trainer.run()
                 return Run(run_dir, trainer.step, results)
 

@@ -77,7 +77,7 @@ class Trainer:
         ranks: Ranks = ALONE,
         callbacks: Sequence[Callback] = (),
         say: Callable[[str], None] = tqdm.write,
-        progress_bar: bool | None = None,  # None: on a terminal
+        no_bar: bool | None = None,  # None: no bar but on a terminal
         agent: Agent | None = None,  # trained before; None: a new one for the data
     ) -> None:
         if device.index is not None:
@@ -88,9 +88,7 @@ class Trainer:
         self.callbacks, self.stop_wanted = callbacks, False
         self._new_best = False  # kept since the last checkpoint
         self._say = say
-        self._no_bar = (
-            None if progress_bar is None and ranks.is_first else not (progress_bar and ranks.is_first)
-        )
+        self._no_bar = no_bar if ranks.is_first else True
         self.results: list[TargetResult] = []
         dataset, validation = held_out(dataset, config.validation_fraction)
         torch.manual_seed(stream_seed(config.seed, Stream.WEIGHTS))
