@@ -97,7 +97,6 @@ class CriticLearner:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self._optimizer, updates, LEARNING_RATE / 20
         )
-        self._updates = 0
 
     def draw(self, targets: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
         """Random transitions, (batch,): their observations, actions and ``targets``, normalised."""
@@ -112,8 +111,7 @@ class CriticLearner:
         loss.backward()
         self._optimizer.step()
         self._schedule.step()
-        self._updates += 1
-        share = max(AVERAGING, 1 / self._updates)
+        share = max(AVERAGING, 1 / self._schedule.last_epoch)  # by the updates so far
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.critics.parameters()), share)
 
