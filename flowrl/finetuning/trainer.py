@@ -15,7 +15,6 @@ import torch
 
 from flowrl.data import EpisodeDataset
 from flowrl.data.dataset import build_episodes, concatenate, top_episodes
-from flowrl.envs.failures import failures_kept
 from flowrl.envs.spaces import one_hot
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
@@ -86,19 +85,14 @@ class OnlineTrainer(Trainer):
         target = self.replay.episode_returns.max() if options.target is None else options.target
         explorer = Agent(agent.model, agent.config, acting=agent.acting, temperature=1.0, noise=options.noise)
         started = time.perf_counter()
-        try:
-            with (
-                self.signals.interruptible(),
-                failures_kept(self.run_dir),
-                torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
-            ):
-                torch.manual_seed(seed)
-                targets = np.full(options.episodes_per_round, float(target))
-                collected = collect_episodes(explorer, agent.environment, targets, seed)
-        except BaseException as error:  # stopped, or an environment that fails; resuming collects it anew
-            self.save()
-            self._say_if_stopped(error)
-            raise
+        with (
+            self._saved_at_a_failure(),  # resuming collects the round anew
+            self.signals.interruptible(),
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+        ):
+            torch.manual_seed(seed)
+            targets = np.full(options.episodes_per_round, float(target))
+            collected = collect_episodes(explorer, agent.environment, targets, seed)
         self.timesteps += collected.num_transitions
         joined = concatenate([self.replay, collected])
         self.replay = replace(

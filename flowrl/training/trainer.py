@@ -4,8 +4,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,6 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Updates so far."""
         return self.state.step
 
     @property
@@ -253,8 +252,8 @@ class Trainer:
         seed, started = evaluation_seed(config), time.perf_counter()
         # Several processes finish an evaluation together, and stop after it.
         interruptible = self.signals.interruptible() if self.ranks.size == 1 else nullcontext()
-        try:
-            with interruptible, failures_kept(self.run_dir):
+        with self._saved_at_a_failure():
+            with interruptible:
                 results = evaluate(
                     agent,
                     agent.environment,
@@ -275,14 +274,21 @@ class Trainer:
             where = f"step {self.step}, {agent.environment.env_id}, acting {agent.acting}, {seconds:.1f} s"
             where += "" if new else f"; {METRICS_FILE} keeps its first evaluation"
             self._say(f"{where}\n{format_table(results)}")
-        except BaseException as error:  # stopped, an environment that fails, a closed pipe: lose no update
+        if new:
+            self._call("on_evaluation", self.step, results)
+        self._last_log += time.perf_counter() - started  # speeds count training alone
+
+    @contextmanager
+    def _saved_at_a_failure(self) -> Iterator[None]:
+        """Lose no update where the process is stopped, an environment fails, or a pipe is closed."""
+        try:
+            with failures_kept(self.run_dir):
+                yield
+        except BaseException as error:
             if self.ranks.size == 1:  # several cannot meet any more
                 self.save()
             self._say_if_stopped(error)
             raise
-        if new:
-            self._call("on_evaluation", self.step, results)
-        self._last_log += time.perf_counter() - started  # speeds count training alone
 
     def _keep_if_best(self, result: TargetResult) -> None:
         """Save a checkpoint to the folder of the best one, labelled, if no earlier evaluation was as high."""
