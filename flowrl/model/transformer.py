@@ -107,11 +107,9 @@ class GRU(nn.Module):
         self.gru = nn.GRU(config.embed_dim, config.embed_dim, batch_first=True)
 
     def forward(self, x: Tensor, read: slice) -> Tensor:
-        """See :meth:`SelfAttention.forward`."""
         return self.step(x, None, read)[0]
 
     def step(self, x: Tensor, state: GRUState | None, read: slice) -> tuple[Tensor, GRUState]:
-        """See :meth:`SelfAttention.step`."""
         with without_autocast(x):  # which would compute in float16 on CUDA, whatever its dtype
             x = x.to(next(self.gru.parameters()).dtype)
             outputs, hidden = self.gru(x, None if state is None else state.hidden[None])
@@ -250,7 +248,6 @@ class SequenceModel(ActionModel):
     # One timestep at a time -------------------------------------------------------------------------------
 
     def start(self, batch: int) -> ActingState:
-        """The state before the first timestep of ``batch`` episodes."""
         parts = self.config.num_layers + (self.config.convolution_width > 0)
         return super().start(batch)._replace(layers=(None,) * parts)
 

@@ -51,7 +51,6 @@ class MetricsLog:
         self._events.flush()
 
     def close(self) -> None:
-        """Close both files."""
         try:
             self._file.close()
             self._events.close()
