@@ -1,11 +1,9 @@
 """Critics: how much return an action brings, by the data alone."""
 
 import copy
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowrl.data import EpisodeDataset
@@ -40,15 +38,6 @@ class Critics(nn.Module):
         """Of (..., observation_dim): (...)."""
         return self.state_value(observations).squeeze(-1)
 
-    def directions(self, observations: Tensor, actions: Tensor) -> "Directions":
-        """Where actions (..., action_dim) are to move for more return, and how sure that is."""
-        slopes = self.slopes(observations, actions)
-        members = len(slopes)
-        together = F.normalize(slopes, dim=-1).sum(dim=0).square().sum(dim=-1)
-        agreement = (together - members) / (members * (members - 1))
-        moves = 2 * agreement.clamp(min=0)[..., None] * slopes.mean(dim=0)
-        return Directions(moves, agreement, slopes.norm(dim=-1).mean(dim=0))
-
     def slopes(self, observations: Tensor, actions: Tensor) -> Tensor:
         """The gradient of each member by the action: (members, ..., action_dim)."""
         actions = actions.expand(len(self.members), *actions.shape).clone().requires_grad_()
@@ -57,14 +46,6 @@ class Critics(nn.Module):
             total = sum(member(torch.cat((observations, taken), dim=-1)).sum() for member, taken in pairs)
             assert isinstance(total, Tensor)
             return torch.autograd.grad(total, actions)[0]
-
-
-class Directions(NamedTuple):
-    """By how much transitions' actions are to move, up to a factor, and what that comes from."""
-
-    moves: Tensor  # (..., action_dim) the mean gradient times 2 max(agreement, 0)
-    agreement: Tensor  # (...) mean cosine between the gradients of two members
-    norms: Tensor  # (...) mean norm of a member's gradient
 
 
 class CriticLearner:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowrl.data import EpisodeDataset
@@ -51,9 +52,17 @@ class Guidance(nn.Module):
         actions, moves = actions.clamp(-1, 1), torch.zeros_like(actions)
         rows = valid if actions.device.type == "cpu" else ...  # a CUDA graph has fixed shapes
         with torch.autocast(actions.device.type, enabled=False):
-            moves[rows] = self.critics.directions(observations[rows], actions[rows]).moves
+            slopes = self.critics.slopes(observations[rows], actions[rows])
+            moves[rows] = 2 * mean_cosine(slopes).clamp(min=0)[..., None] * slopes.mean(dim=0)
         moves *= self.q_weight / self.mean_slope
         return (actions + moves).clamp(-1, 1) - actions
+
+
+def mean_cosine(slopes: Tensor) -> Tensor:
+    """Of two members' gradients, over all pairs: (members, ..., action_dim) -> (...)."""
+    members = len(slopes)
+    together = F.normalize(slopes, dim=-1).sum(dim=0).square().sum(dim=-1)
+    return (together - members) / (members * (members - 1))
 
 
 def learn_guidance(
@@ -83,12 +92,12 @@ def learn_guidance(
         return guidance
     model = copy.deepcopy(model).cpu()
     guidance = Guidance(learn_critics(dataset, model, seed), q_weight)
-    slopes = agreement = 0.0  # sums over transitions
+    norms = agreement = 0.0  # sums over transitions
     for rows in chunks(dataset.num_transitions):
-        directions = guidance.critics.directions(*transitions(dataset, model, rows))
-        slopes += float(directions.norms.sum())
-        agreement += float(directions.agreement.sum())
-    guidance.mean_slope.fill_(max(slopes / dataset.num_transitions, 1e-12))
+        slopes = guidance.critics.slopes(*transitions(dataset, model, rows))
+        norms += float(slopes.norm(dim=-1).mean(dim=0).sum())
+        agreement += float(mean_cosine(slopes).sum())
+    guidance.mean_slope.fill_(max(norms / dataset.num_transitions, 1e-12))
     guidance.agreement.fill_(agreement / dataset.num_transitions)
     return guidance
 
