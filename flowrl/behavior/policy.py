@@ -72,9 +72,8 @@ def load_policy(path: Path) -> BehaviorPolicy:
         metadata, names = file.metadata(), file.keys()
         tensors = {name: file.get_tensor(name).astype(np.float64) for name in names}
     depth = sum(name.startswith("hidden.") for name in tensors) // 2
-    layers = [
+    *hidden, mean, log_std = [
         (tensors[f"{name}.weight"], tensors[f"{name}.bias"])
         for name in (*(f"hidden.{index}" for index in range(depth)), "mean", "log_std")
     ]
-    *hidden, mean, log_std = layers
     return BehaviorPolicy(metadata["env_id"], int(metadata["steps"]), tuple(hidden), mean, log_std)

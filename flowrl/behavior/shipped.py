@@ -40,18 +40,16 @@ def behavior_assets(environment: str, assets_dir: Path = ASSETS_DIR) -> dict[str
     Raises UserError for an environment that has none and for an index that is damaged.
     """
     path = assets_dir / environment / INDEX_NAME
-    if environment not in behavior_names(assets_dir):
-        known = behavior_names(assets_dir)
+    known = behavior_names(assets_dir)
+    if environment not in known:
         raise UserError(
             f"no behaviour policies for environment '{environment}'{did_you_mean(environment, known)}"
         )
     try:
-        entries = [
-            BehaviorAsset(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["policies"]
-        ]
+        entries = json.loads(path.read_text(encoding="utf-8"))["policies"]
+        return {entry["name"]: BehaviorAsset(**entry) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a readable index of behaviour policies ({error})") from None
-    return {entry.name: entry for entry in entries}
 
 
 def load_behavior(environment: str, name: str, assets_dir: Path = ASSETS_DIR) -> BehaviorPolicy:

@@ -45,9 +45,7 @@ def preset_options(name: str | None, env: str | None) -> dict[str, Any]:
 
 def _datasets() -> dict[str, dict[str, Any]]:
     """The options of each dataset in the table, and by name of a recipe those that lie over its own."""
-    rows = read_yaml_mapping(PRESET_FOLDER / "datasets.yaml").values()
-    return {
-        name: {option: value for option, value in row.items() if option != "datasets"}
-        for row in rows
-        for name in row["datasets"]
-    }
+    table: dict[str, dict[str, Any]] = {}
+    for row in read_yaml_mapping(PRESET_FOLDER / "datasets.yaml").values():
+        table |= dict.fromkeys(row.pop("datasets"), row)
+    return table
