@@ -118,7 +118,7 @@ def _measure_shape(
 
 
 def _growth_rows(section: Section, timings: dict[str, Timing]) -> list[Row]:
-    memory = {m.size: m.peak_memory for m in section.measurements if m.contender == "flow"}
+    memory = {m.size: m.peak_memory_bytes for m in section.measurements if m.contender == "flow"}
     short, long = memory[3_072], memory[49_152]
     assert short is not None
     assert long is not None

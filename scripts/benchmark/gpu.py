@@ -56,11 +56,11 @@ def _measure_updates(section: Section, sizes: Sizes, repetitions: int) -> None:
         case = f"GPU update, {windows} x {timesteps:,} timesteps"
         for form, timing in timings.items():
             section.measurements.append(Measurement(form, case, windows * timesteps, timing))
-        section.rows.append(Row(case, "time", "ms", timings["flow"].spread.scaled(1e3), goal))
+        section.rows.append(Row(case, "time", "ms", timings["flow"].scaled(1e3), goal))
         faster = timings["softmax"].ratio_to(timings["flow"])
         section.rows.append(Row(case, "the same model with softmax", "x", faster))
         if not full_episodes:
-            minutes = timings["flow"].spread.scaled(RUN_UPDATES / 60).median
+            minutes = timings["flow"].scaled(RUN_UPDATES / 60).median
             section.notes.append(
                 f"{RUN_UPDATES:,} such updates take {minutes:.1f} minutes; the goal for a run on "
                 f"hopper-medium with five evaluations is {RUN_MINUTES:g}."
@@ -86,7 +86,7 @@ def _measure_attention(section: Section, sizes: Sizes, repetitions: int) -> None
         faster = timings["softmax"].ratio_to(timings["flow"])
         section.rows.append(Row(case, "flash attention", "x", faster, Goal(goal)))
         moved = TENSORS_MOVED * inputs[0].numel() * inputs[0].element_size()
-        seconds = timings["flow"].spread
+        seconds = timings["flow"]
         share = 100 * moved / bandwidth
         part = Spread(share / seconds.median, share / seconds.high, share / seconds.low)
         section.rows.append(Row(case, "bandwidth bound of its bytes", "%", part, Goal(50.0)))
@@ -105,4 +105,4 @@ def _copy_bandwidth(repetitions: int) -> float:
     timing = interleaved({"copy": partial(target.copy_, source)}, repetitions, wait=torch.cuda.synchronize)[
         "copy"
     ]
-    return 2 * COPIED_BYTES / timing.spread.median
+    return 2 * COPIED_BYTES / timing.median

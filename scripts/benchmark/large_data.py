@@ -72,8 +72,8 @@ def train(
                 times = interleaved({"disk": disk, "memory": memory}, rounds)
                 ratio = times["disk"].ratio_to(times["memory"])
                 print(
-                    f"{name}: {1e3 * times['disk'].spread.median:.3g} ms from the disk, "
-                    f"{1e3 * times['memory'].spread.median:.3g} ms in memory; "
+                    f"{name}: {1e3 * times['disk'].median:.3g} ms from the disk, "
+                    f"{1e3 * times['memory'].median:.3g} ms in memory; "
                     f"ratio {ratio.median:.3g} ({ratio.low:.3g} to {ratio.high:.3g})"
                 )
 

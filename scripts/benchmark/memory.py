@@ -191,7 +191,7 @@ def measure_training(length: int) -> str:
     config = paper_config(sizes, full_episodes=True, token_layout="fused")
     memory = peak_memory(update_twice, sizes, config, warm_up=(replace(sizes, episode_length=30), config))
     with open_trainer(config, training_data(sizes, config)) as trainer:
-        timing = interleaved({"update": trainer.update}, 3)["update"].spread
+        timing = interleaved({"update": trainer.update}, 3)["update"]
     return (
         f"{length:,} timesteps: {timing.median:.2f} s an update ({timing.low:.2f} to {timing.high:.2f}), "
         f"{1e6 * timing.median / length:.1f} us a timestep, peak memory {memory / 2**20:,.0f} MiB"

@@ -37,9 +37,9 @@ def draw_report(path: Path, sections: list[Section]) -> bool:
 def _draw_lengths(time_axes: "Axes", memory_axes: "Axes", measurements: list[Measurement]) -> None:
     for form, color in COLORS.items():
         of_form = [m for m in measurements if m.contender == form]
-        times = [(m.size, m.timing.spread.median) for m in of_form if m.timing]
+        times = [(m.size, m.seconds.median) for m in of_form]
         # tiny inputs add no page to the process: nothing that a logarithmic axis could show
-        memory = [(m.size, m.peak_memory / 2**20) for m in of_form if m.peak_memory]
+        memory = [(m.size, m.peak_memory_bytes / 2**20) for m in of_form if m.peak_memory_bytes]
         for axes, points in ((time_axes, times), (memory_axes, memory)):
             if points:
                 axes.loglog(*zip(*points, strict=True), "o-", color=color, label=form)
@@ -54,14 +54,14 @@ def _draw_lengths(time_axes: "Axes", memory_axes: "Axes", measurements: list[Mea
 
 def _draw_bars(axes: "Axes", measurements: list[Measurement], unit: str) -> None:
     """Rates as horizontal bars with their quartiles, the first measurement on top."""
-    timed = [(m, m.size, m.timing.spread) for m in reversed(measurements) if m.timing]
-    names = [f"{m.contender}\n{m.case.removeprefix('update, ').split(',')[0]}" for m, _, _ in timed]
-    rates = [size / seconds.median for _, size, seconds in timed]
+    upwards = measurements[::-1]
+    names = [f"{m.contender}\n{m.case.removeprefix('update, ').split(',')[0]}" for m in upwards]
+    rates = [m.size / m.seconds.median for m in upwards]
     errors = [
-        [rate - size / seconds.high for rate, (_, size, seconds) in zip(rates, timed, strict=True)],
-        [size / seconds.low - rate for rate, (_, size, seconds) in zip(rates, timed, strict=True)],
+        [rate - m.size / m.seconds.high for rate, m in zip(rates, upwards, strict=True)],
+        [m.size / m.seconds.low - rate for rate, m in zip(rates, upwards, strict=True)],
     ]
-    colors = [COLORS.get(m.contender, "tab:green") for m, _, _ in timed]
-    axes.barh(names, rates, xerr=errors if timed else None, color=colors, capsize=3)
+    colors = [COLORS.get(m.contender, "tab:green") for m in upwards]
+    axes.barh(names, rates, xerr=errors if upwards else None, color=colors, capsize=3)
     axes.set(xlabel=f"{unit} per second")
     axes.grid(alpha=0.3, axis="x")

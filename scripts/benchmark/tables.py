@@ -42,6 +42,11 @@ class Row:
     skipped: str = ""
     """Why nothing was measured."""
 
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal was met; None without a goal or a measurement."""
+        return self.goal.is_met(self.measured.median) if self.goal and self.measured else None
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -51,9 +56,9 @@ class Measurement:
     case: str
     size: int
     """What the call processes: tokens of attention, timesteps of an update, windows, environment steps."""
-    timing: Timing | None
-    peak_memory: int | None = None
-    """Bytes, where it was measured."""
+    seconds: Timing
+    peak_memory_bytes: int | None = None
+    """None where it was not measured."""
 
 
 @dataclass
@@ -61,14 +66,14 @@ class Section:
     """What one part of the benchmark found, filled while it runs."""
 
     name: str
+    seconds: float = 0.0
+    """Wall time of this section."""
     rows: list[Row] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Notes for reading the figures."""
     profiles: dict[str, str] = field(default_factory=dict)
     """Plain-text tables that say where the time goes, by title."""
-    seconds: float = 0.0
-    """Wall time of this section."""
 
 
 def describe_machine() -> dict[str, Any]:
@@ -85,11 +90,13 @@ def describe_machine() -> dict[str, Any]:
 
 def to_json(sections: list[Section], machine: dict[str, Any], repetitions: int) -> str:
     """Return everything, samples included, as a JSON document."""
-    document = {
-        "machine": machine,
-        "repetitions": repetitions,
-        "sections": {section.name: _section_to_dict(section) for section in sections},
-    }
+    by_name = {}
+    for section in sections:
+        entry = asdict(section)
+        by_name[entry.pop("name")] = entry
+        for row, row_entry in zip(section.rows, entry["rows"], strict=True):
+            row_entry["met"] = row.met
+    document = {"machine": machine, "repetitions": repetitions, "sections": by_name}
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
@@ -121,7 +128,7 @@ def to_markdown(sections: list[Section], machine: dict[str, Any], repetitions: i
 
 def row_cells(row: Row) -> list[str]:
     """Return the row's cells of the Markdown table."""
-    goal, verdict = "", ""
+    goal = ""
     if row.goal is not None:
         goal = f"{'≥' if row.goal.at_least else '≤'} {row.goal.value:g}{_suffix(row.unit)}"
     if row.measured is None:
@@ -130,9 +137,7 @@ def row_cells(row: Row) -> list[str]:
         value = row.measured
         measured = f"{_number(value.median)}{_suffix(row.unit)}"
         measured += f" ({_number(value.low)} to {_number(value.high)})"
-        if row.goal is not None:
-            verdict = "met" if row.goal.is_met(value.median) else "missed"
-    return [row.what, row.against, goal, measured, verdict]
+    return [row.what, row.against, goal, measured, {None: "", True: "met", False: "missed"}[row.met]]
 
 
 def write_report(path: Path, sections: list[Section], machine: dict[str, Any], repetitions: int) -> None:
@@ -141,48 +146,16 @@ def write_report(path: Path, sections: list[Section], machine: dict[str, Any], r
     write_text(path.with_name(path.name + ".md"), to_markdown(sections, machine, repetitions))
 
 
-def _section_to_dict(section: Section) -> dict[str, Any]:
-    rows = []
-    for row in section.rows:
-        met = row.goal.is_met(row.measured.median) if row.goal and row.measured else None
-        rows.append({**asdict(row), "met": met})
-    measurements = []
-    for measurement in section.measurements:
-        seconds = None
-        if measurement.timing is not None:
-            seconds = {**asdict(measurement.timing.spread), "samples": measurement.timing.samples}
-        measurements.append(
-            {
-                "contender": measurement.contender,
-                "case": measurement.case,
-                "size": measurement.size,
-                "seconds": seconds,
-                "peak_memory_bytes": measurement.peak_memory,
-            }
-        )
-    return {
-        "seconds": section.seconds,
-        "rows": rows,
-        "measurements": measurements,
-        "notes": section.notes,
-        "profiles": section.profiles,
-    }
-
-
 def _measurement_cells(measurement: Measurement) -> list[str]:
-    seconds, rate, memory = "", "", ""
-    if measurement.timing is not None:
-        value = measurement.timing.spread
-        seconds = " ".join(
-            (
-                f"{_number(1e3 * value.median)} ms",
-                f"({_number(1e3 * value.low)} to {_number(1e3 * value.high)})",
-            )
-        )
-        rate = _rate(measurement.size / value.median)
-    if measurement.peak_memory is not None:
-        memory = f"{measurement.peak_memory / 2**20:,.1f} MiB"
-    return [measurement.case, measurement.contender, seconds, rate, memory]
+    value, memory = measurement.seconds, measurement.peak_memory_bytes
+    seconds = f"{_number(1e3 * value.median)} ms ({_number(1e3 * value.low)} to {_number(1e3 * value.high)})"
+    return [
+        measurement.case,
+        measurement.contender,
+        seconds,
+        _rate(measurement.size / value.median),
+        "" if memory is None else f"{memory / 2**20:,.1f} MiB",
+    ]
 
 
 def _number(value: float) -> str:

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,10 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds of one call, a sample per round."""
+class Timing(Spread):
+    """Seconds of one call, with a sample per round."""
 
     samples: tuple[float, ...]
-
-    @property
-    def spread(self) -> Spread:
-        return spread(self.samples)
 
     def ratio_to(self, other: "Timing", *, factor: float = 1.0) -> Spread:
         """How many times longer this took than ``other`` did, round by round, times ``factor``."""
@@ -82,7 +78,7 @@ def interleaved(
     for _ in range(repetitions):
         for name, contender in contenders.items():
             samples[name].append(_seconds(contender, calls[name], wait))
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    return {name: Timing(**asdict(spread(values)), samples=tuple(values)) for name, values in samples.items()}
 
 
 def peak_memory(
