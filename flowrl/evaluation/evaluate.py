@@ -42,16 +42,12 @@ class TargetResult:
         figures: dict[str, Any] = {"target_return": self.target_return, "episodes": len(self.returns)}
         figures |= _figures("return", self.returns)
         figures["length_mean"] = float(self.lengths.mean())
-        episodes = {"returns": self.returns.tolist(), "lengths": self.lengths.tolist()}
         if self.normalized_scores is not None:
             figures |= _figures("normalized_score", self.normalized_scores)
-            episodes["normalized_scores"] = self.normalized_scores.tolist()
         if self.successes is not None:
             figures["success_rate"] = float(self.successes.mean())
-            episodes["successes"] = self.successes.tolist()
-        if self.worlds is not None:
-            episodes["worlds"] = self.worlds.tolist()
-        return figures | episodes
+        arrays = {name: values for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        return figures | {name: values.tolist() for name, values in arrays.items()}
 
 
 def evaluate(
@@ -82,21 +78,18 @@ def evaluate(
     prepare_process()
     target_returns = np.repeat(targets, episodes)  # (slots,)
     seeds = np.tile(episode_seeds(seed, episodes), len(targets))  # (slots,)
-    # Returns, lengths; successes, whether those are reported; worlds, likewise. Each rank fills in its own.
-    outcomes = np.zeros((6, len(seeds)))
+    outcomes = np.zeros((4, len(seeds)))  # each rank fills in its own; NaN is what is not reported
     if len(seeds[ranks.mine]):
-        rollouts = rollout(agent, environment, target_returns[ranks.mine], seeds[ranks.mine])
-        outcomes[:2, ranks.mine] = rollouts.returns, rollouts.lengths
-        for row, reported in ((2, rollouts.successes), (4, rollouts.worlds)):
-            if reported is not None:
-                outcomes[row, ranks.mine], outcomes[row + 1, ranks.mine] = reported, 1
+        own = rollout(agent, environment, target_returns[ranks.mine], seeds[ranks.mine])
+        for row, values in enumerate((own.returns, own.lengths, own.successes, own.worlds)):
+            outcomes[row, ranks.mine] = np.nan if values is None else values
     outcomes = ranks.sum(torch.from_numpy(outcomes)).numpy()
     results = []
     for target, its_outcomes in zip(targets, np.split(outcomes, len(targets), axis=1), strict=True):
-        returns, lengths, successes, with_success, worlds, with_world = its_outcomes
+        returns, lengths, successes, worlds = its_outcomes
         scores = None if reference is None else reference.normalized_score(returns)
-        succeeded = successes > 0 if with_success.any() else None
-        its_worlds = worlds.astype(np.int64) if with_world.any() else None
+        succeeded = None if np.isnan(successes).all() else successes > 0
+        its_worlds = None if np.isnan(worlds).all() else worlds.astype(np.int64)
         results.append(TargetResult(target, returns, lengths.astype(np.int64), scores, succeeded, its_worlds))
     return results
 
