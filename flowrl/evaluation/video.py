@@ -147,13 +147,9 @@ def _frames(
 def _side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Lay pictures of one size out in rows of at most four, the rest of the last row black."""
     columns = min(len(pictures), 4)
-    rows = -(-len(pictures) // columns)
-    height, width, channels = pictures[0].shape
-    laid_out = np.zeros((rows * height, columns * width, channels), dtype=np.uint8)
-    for index, picture in enumerate(pictures):
-        row, column = divmod(index, columns)
-        laid_out[row * height : (row + 1) * height, column * width : (column + 1) * width] = picture
-    return laid_out
+    filled = [*pictures, *[np.zeros_like(pictures[0])] * (-len(pictures) % columns)]
+    rows = [np.hstack(filled[start : start + columns]) for start in range(0, len(filled), columns)]
+    return np.vstack(rows)
 
 
 def _render(env: gym.Env) -> np.ndarray:
