@@ -179,18 +179,9 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
         if not identity or not evaluations or evaluations[-1]["step"] < config["steps"]:
             done = max((line["step"] for line in train), default=0)
             return f"{path}: partial, {done} of {config['steps']} updates"
-        result = RunResult(
-            path=path,
-            dataset=_dataset_name(identity[0], config),
-            sha256=identity[0]["dataset_sha256"],
-            environment=_environment(identity[0]),
-            method=method or method_name(config),
-            seed=config["seed"],
-            config=config,
-            train=tuple(train),
-            evaluations=tuple(evaluations),
-            final=tuple(line for line in evaluations if line["step"] == config["steps"]),
-        )
+        last = [line for line in evaluations if line["step"] == config["steps"]]
+        result = _result(path, identity[0], config, method, last)
+        result = replace(result, train=tuple(train), evaluations=tuple(evaluations))
         _ = result.last_score(RETURN), result.curve(RETURN)[config["steps"]], result.achieved
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
@@ -226,16 +217,7 @@ def _read_evaluation(path: Path) -> RunResult:
                     'run folder, or write "method": NAME and "config": {"seed": 0} into the file'
                 )
             config = _DEFAULTS | config
-        result = RunResult(
-            path=path,
-            dataset=_dataset_name(document, config),
-            sha256=document["dataset_sha256"],
-            environment=_environment(document),
-            method=method or method_name(config),
-            seed=config["seed"],
-            config=config,
-            final=tuple(document["targets"]),
-        )
+        result = _result(path, document, config, method, document["targets"])
         if document.get("chosen_by"):
             return replace(result, method=f"{result.method}{CHOSEN}")
         if document["checkpoint_step"] not in (None, config.get("steps")):
@@ -246,15 +228,23 @@ def _read_evaluation(path: Path) -> RunResult:
     return result
 
 
-def _dataset_name(identity: dict[str, Any], config: dict[str, Any]) -> str:
-    """The dataset's id; its best episodes are a method's choice, not another dataset."""
-    return identity["dataset_id"].removesuffix(f" top {config.get('top_fraction', 1):g}")
-
-
-def _environment(identity: dict[str, Any]) -> str:
-    """The environment with what differs from it as registered."""
+def _result(
+    path: Path, identity: dict[str, Any], config: dict[str, Any], method: str | None, final: Iterable[Figures]
+) -> RunResult:
+    """The result without its curves; ``identity`` names dataset and environment."""
+    # Its best episodes are a method's choice, not another dataset.
+    dataset = identity["dataset_id"].removesuffix(f" top {config.get('top_fraction', 1):g}")
     environment = TypeAdapter(EnvironmentSpec).validate_json(json.dumps(identity["environment"]))
-    return str(environment.without_registered_options())
+    return RunResult(
+        path=path,
+        dataset=dataset,
+        sha256=identity["dataset_sha256"],
+        environment=str(environment.without_registered_options()),
+        method=method or method_name(config),
+        seed=config["seed"],
+        config=config,
+        final=tuple(final),
+    )
 
 
 def _score(figures: Figures, unit: Unit) -> float:
