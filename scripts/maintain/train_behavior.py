@@ -23,6 +23,7 @@ from tqdm import tqdm
 from flowrl.atomic import atomic_path, sole_user, write_text
 from flowrl.behavior.policy import BehaviorPolicy, Layer
 from flowrl.errors import UserError, exit_on_user_error
+from flowrl.options import PositiveCount, checked, flag
 from flowrl.signals import StopSignals
 
 EVALUATION_SEED = 1_000_000  # far from the training seeds, the same for every snapshot
@@ -36,17 +37,17 @@ class BehaviorTraining:
     env: Literal["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"]
     run_dir: Path
     """Folder of the run; an existing run of the same environment and seed is continued."""
-    steps: int = 1_000_000
+    steps: PositiveCount = 1_000_000
     """Environment steps in all; raising it continues a finished run."""
     seed: int = 0
-    snapshot_every: int = 25_000
+    snapshot_every: PositiveCount = 25_000
     """Environment steps between snapshots, each measured and followed by a checkpoint."""
-    evaluation_episodes: int = 10
-    hidden_width: int = 128
-    batch_size: int = 256
-    environment_steps_per_update: int = 40
+    evaluation_episodes: PositiveCount = 10
+    hidden_width: PositiveCount = 128
+    batch_size: PositiveCount = 256
+    environment_steps_per_update: PositiveCount = 40
     """Environment steps between two rounds of gradient steps."""
-    gradient_steps_per_update: int = 20
+    gradient_steps_per_update: PositiveCount = 20
     learning_starts: int = 10_000
     """Environment steps with uniform random actions before learning starts."""
     actor_learning_rate: float = 3e-4
@@ -56,20 +57,10 @@ class BehaviorTraining:
 def train_behavior(training: BehaviorTraining) -> int:
     """Run ``training`` to its end, or until SIGINT or SIGTERM; return the exit code 0, 130 or 143.
 
-    Raises UserError when sbx-rl is not installed, when the folder belongs to a different run or is in use,
-    or when its files are damaged.
+    Raises UserError when an option is out of its bounds, when sbx-rl is not installed, when the folder
+    belongs to a different run or is in use, or when its files are damaged.
     """
-    for name in (
-        "steps",
-        "snapshot_every",
-        "evaluation_episodes",
-        "hidden_width",
-        "batch_size",
-        "environment_steps_per_update",
-        "gradient_steps_per_update",
-    ):
-        if getattr(training, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(training, name)}: want at least 1")
+    checked(BehaviorTraining, asdict(training), flag)
     model = _make_model(training)
     training.run_dir.mkdir(parents=True, exist_ok=True)
     in_use = f"--run-dir {training.run_dir}: another process is training there"
