@@ -15,6 +15,7 @@ import json
 import logging
 import warnings
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,15 @@ class ExportedStep(nn.Module):
         super().__init__()
         model = copy.deepcopy(agent.model).cpu().eval().requires_grad_(False)
         model.__dict__.pop("read", None)  # torch's operations, where the agent acted in C++
-        self.layer_types: list[Any] = []
         self.state_shapes: dict[str, tuple[int, ...]] = {}
         if isinstance(model, SequenceModel) and model.config.attention == "softmax":
             raise UserError("softmax attention cannot be exported: its state grows with the episode")
         self.model = model
         self.pending = isinstance(model, SequenceModel) and model.config.token_layout == "interleaved"
         with torch.inference_mode():
-            _, state = self._step(self._inputs(2), model.start(2).layers)
+            _, state = self._step(self.inputs(2), model.start(2).layers)
+        self.layer_types: list[Any] = [type(layer) for layer in state.layers]
         for index, layer in enumerate(state.layers):
-            self.layer_types.append(type(layer))
             for name, tensor in layer._asdict().items():
                 self.state_shapes[f"layer{index}_{name}"] = tuple(tensor.shape[1:])
 
@@ -81,10 +81,13 @@ class ExportedStep(nn.Module):
         """Names of the outputs, in order."""
         return ["actions", *(f"next_{name}" for name in self.input_names[2:])]
 
-    def start(self, batch: int) -> list[Tensor]:
-        """Timesteps, previous actions and state before the first timestep of ``batch`` episodes."""
+    def inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """Zeros for every input: of ``batch`` episodes before their first timestep."""
+        observations = torch.zeros(batch, len(self.model.observation_mean))
+        timesteps = torch.zeros(batch, dtype=torch.int64)
+        previous_actions = torch.zeros(batch, len(self.model.action_low))
         state = [torch.zeros(batch, *shape) for shape in self.state_shapes.values()]
-        return [*self._inputs(batch)[2:], *state]
+        return observations, torch.zeros(batch), timesteps, previous_actions, *state
 
     def forward(
         self,
@@ -95,27 +98,20 @@ class ExportedStep(nn.Module):
         *state: Tensor,
     ) -> tuple[Tensor, ...]:
         """(batch, observation_dim), (batch,), (batch,) int64, (batch, action_dim), state -> see above."""
-        fields, layers = iter(state), []
-        for layer_type in self.layer_types:
-            layers.append(layer_type(*(next(fields) for _ in layer_type._fields)))
-        inputs = [observations, returns_to_go, timesteps, previous_actions]
-        outputs, after = self._step(inputs, tuple(layers))
+        fields = iter(state)
+        layers = tuple(kind(*islice(fields, len(kind._fields))) for kind in self.layer_types)
+        inputs = (observations, returns_to_go, timesteps, previous_actions)
+        outputs, after = self._step(inputs, layers)
         actions = self.model.to_actions(outputs)
         layers_after = (tensor for layer in after.layers for tensor in layer)
         return actions, timesteps + 1, actions.clone(), *layers_after
 
-    def _step(self, inputs: list[Tensor], layers: tuple[Any, ...]) -> tuple[Tensor, ActingState]:
+    def _step(self, inputs: tuple[Tensor, ...], layers: tuple[Any, ...]) -> tuple[Tensor, ActingState]:
         observations, returns_to_go, timesteps, previous_actions = inputs
         state = ActingState(layers, previous_actions, pending=self.pending)
         # Reads the pending actions, and puts rows back to the start whose timestep is the first.
         state = self.model.restart(state, timesteps == 0, timesteps.clamp(min=1))
         return self.model.step(observations, returns_to_go, timesteps, state)
-
-    def _inputs(self, batch: int) -> list[Tensor]:
-        """The four inputs before the state, zeros."""
-        observations = torch.zeros(batch, len(self.model.observation_mean))
-        timesteps = torch.zeros(batch, dtype=torch.int64)
-        return [observations, torch.zeros(batch), timesteps, torch.zeros(batch, len(self.model.action_low))]
 
 
 def export_agent(agent: Agent, path: Path) -> float:
@@ -172,11 +168,10 @@ def _write_torch(step: ExportedStep, path: Path, metadata: str) -> Any:
 
 
 def _traced(step: ExportedStep) -> torch.export.ExportedProgram:
-    inputs = (*step._inputs(2)[:2], *step.start(2))
     batch = {0: torch.export.Dim("batch")}
     state = ((batch,) * len(step.state_shapes),) if step.state_shapes else ()  # of forward's *state
     shapes = (batch,) * 4 + state
-    return torch.export.export(step, inputs, dynamic_shapes=shapes, strict=False)
+    return torch.export.export(step, step.inputs(2), dynamic_shapes=shapes, strict=False)
 
 
 def _write_onnx(step: ExportedStep, path: Path, metadata: str) -> Any:
@@ -214,7 +209,7 @@ def _largest_difference(agent: Agent, step: ExportedStep, run: Any) -> float:
     reference = Agent(copy.deepcopy(agent.model).cpu(), agent.config, acting="recurrent")
     random, episodes = np.random.default_rng(0), _CHECKED_EPISODES
     mean, std = step.model.observation_mean.numpy(), step.model.observation_std.numpy()
-    state: Any = step.start(episodes)
+    state: Any = step.inputs(episodes)[2:]
     scale: Any = 1.0
     if not agent.model.action_choices:
         scale = ((step.model.action_high - step.model.action_low) / 2).clamp(min=1).numpy()
