@@ -202,10 +202,9 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
         "license": config.license,
         "pipeline_tag": "reinforcement-learning",
         "tags": ["offline-reinforcement-learning", "decision-transformer", "flow-attention", environment],
-        "model-index": [{"name": config.repo, "results": [_result(line, dataset) for line in final]}],
     }
-    if not final:
-        del header["model-index"]
+    if final:
+        header["model-index"] = [{"name": config.repo, "results": [_result(line, dataset) for line in final]}]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
     parts = [
         card_header(header),
