@@ -29,11 +29,8 @@ class Slots:
         """Environment variables of the process in a slot (from 0)."""
         variables = {"OMP_NUM_THREADS": str(self.threads)}
         if self.gpus:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            number = slot % self.gpus
-            variables["CUDA_VISIBLE_DEVICES"] = (
-                visible[number] if number < len(visible) and visible[0] else str(number)
-            )
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
+            variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % self.gpus]
         return variables
 
 
