@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from signal import SIGTERM
 from typing import Any
 
@@ -105,7 +106,10 @@ def train_on_node(run: PlannedRun, threads: int) -> str | None:
 
     Another node may have begun the run, or even finished it.
     """
-    wait_until_free(run)
+    if run.run_dir.is_dir():
+        # A lost process may still save its last checkpoint; training reports a folder that stays in use.
+        with suppress(Timeout), FileLock(run.run_dir / ".lock", timeout=_STOP_SECONDS):
+            pass
     if is_finished(run):
         return None
     process = start_training(run, {"OMP_NUM_THREADS": str(threads)})
@@ -117,17 +121,6 @@ def train_on_node(run: PlannedRun, threads: int) -> str | None:
         process.wait()
         raise
     return failure_of(run, process.returncode)
-
-
-def wait_until_free(run: PlannedRun) -> None:
-    """Wait for a process that is still saving its last checkpoint in the run's folder; at most a minute."""
-    if not run.run_dir.is_dir():
-        return
-    try:
-        with FileLock(run.run_dir / ".lock", timeout=_STOP_SECONDS):
-            return
-    except Timeout:
-        return  # training will report that the folder is in use
 
 
 def _connect(address: str | None, slots: Slots) -> Any:
