@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from ctypes import CDLL
+from functools import partial
 from pathlib import Path
 from signal import SIGTERM
 
@@ -54,12 +55,9 @@ def start_training(run: PlannedRun, environment: Mapping[str, str]) -> subproces
     """
     log = log_path(run)
     log.parent.mkdir(parents=True, exist_ok=True)
-    libc = CDLL(None) if sys.platform == "linux" else None
-
-    def stop_with_parent() -> None:
-        assert libc is not None
-        libc.prctl(_PR_SET_PDEATHSIG, SIGTERM)
-
+    stop_with_parent = None
+    if sys.platform == "linux":
+        stop_with_parent = partial(CDLL(None).prctl, _PR_SET_PDEATHSIG, SIGTERM)
     with log.open("ab") as output:
         return subprocess.Popen(
             # -P: a folder called flowrl in the working directory must not come before the package.
@@ -69,7 +67,7 @@ def start_training(run: PlannedRun, environment: Mapping[str, str]) -> subproces
             stderr=output,
             env={**os.environ, "PYTHONPATH": python_path(), **environment},
             start_new_session=True,
-            preexec_fn=None if libc is None else stop_with_parent,
+            preexec_fn=stop_with_parent,
         )
 
 
