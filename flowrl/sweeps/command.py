@@ -13,8 +13,9 @@ from flowrl.model.transformer import MixerName, TokenLayout
 from flowrl.signals import StopSignals
 from flowrl.sweeps.local import local_slots, run_local
 from flowrl.sweeps.plan import PlannedRun, Sweep, plan_runs, product_methods, read_sweep, write_plan
-from flowrl.sweeps.process import check_startable, is_finished
+from flowrl.sweeps.process import is_finished, train_arguments
 from flowrl.sweeps.ray_cluster import check_ray, run_on_ray
+from flowrl.training.config import parse_train_config
 from flowrl.training.setup import DEFAULT_BATCH_SIZE
 
 EXIT_FAILED_RUNS = 1
@@ -60,16 +61,16 @@ def run_sweep(arguments: list[str] | None = None) -> int:
         UserError: bad input, or another sweep at work in the same folder.
         Stopped: SIGINT or SIGTERM came; all runs have saved a checkpoint.
     """
-    config, train_arguments = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
+    config, train_options = tyro.cli(SweepConfig, args=arguments, return_unknown_args=True)
     runs_dir = config.runs_dir or Path("runs") / (Path(config.sweep).stem if config.sweep else "sweep")
     with StopSignals() as signals:
         with signals.interruptible():
             if config.on == "ray":
                 check_ray(config.address)
-            runs = plan_runs(_sweep_of(config), runs_dir.absolute(), train_arguments)
+            runs = plan_runs(_sweep_of(config), runs_dir.absolute(), train_options)
             unfinished = [run for run in runs if not is_finished(run)]
             for run in runs:
-                check_startable(run)
+                parse_train_config(train_arguments(run))  # refuses a folder of a run with other options
             if config.dry_run:
                 print(_format_plan(runs, unfinished))
                 return 0

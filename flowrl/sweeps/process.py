@@ -12,7 +12,7 @@ from signal import SIGTERM
 from flowrl.errors import UserError
 from flowrl.model.checkpoint import has_checkpoint, load_checkpoint
 from flowrl.sweeps.plan import PlannedRun
-from flowrl.training.config import parse_train_config, to_arguments
+from flowrl.training.config import to_arguments
 
 # The folder that this package was imported from: training processes import the same code.
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
@@ -23,11 +23,6 @@ def train_arguments(run: PlannedRun) -> list[str]:
     """Return the arguments of ``flowrl train`` that start the run, or resume it where it has begun."""
     started = (run.run_dir / "config.yaml").is_file()
     return ["--resume" if started else "--run-dir", str(run.run_dir), *to_arguments(run.config)]
-
-
-def check_startable(run: PlannedRun) -> None:
-    """Raise a UserError when the run's folder holds a run with other options than the planned ones."""
-    parse_train_config(train_arguments(run))
 
 
 def is_finished(run: PlannedRun) -> bool:
