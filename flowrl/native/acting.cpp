@@ -12,8 +12,7 @@ struct Acting {  // mirrors acting.py
 };
 
 // ``flow_steps`` of cpu.cpp: the attention of each layer, and its state.
-typedef void FlowSteps(const Layout*, const T* q, const T* k, const T* v, T* out, T* num_tokens, T* sum_k, T* sum_q,
-                       T* sum_wk, T* sum_wq, T* exps, T* memory);
+typedef void FlowSteps(const Layout*, const T* q, const T* k, const T* v, T* out, T* const* state, int64_t first);
 
 namespace {
 
@@ -42,8 +41,7 @@ void layer_norm(const T* x, int64_t rows, int64_t width, T eps, const T* weight,
 }
 
 // to (rows, columns) = from (rows, terms) weight + bias. The weight (terms, columns) comes as panels, (terms, PANEL)
-// each, which are read in order.
-constexpr int64_t PANEL = BYTES == 64 ? 32 : 16;
+// each, which are read in order; acting.py makes them and defines PANEL.
 void linear_layer(T* to, const T* from, int64_t rows, int64_t terms, int64_t columns, const T* weight,
                   const T* bias) {
     for (int64_t first = 0; first < columns; first += PANEL) {
@@ -61,10 +59,6 @@ void add_to(T* x, const T* more, int64_t size) {
 }
 
 }  // namespace
-
-// For acting.py, which makes the panels.
-extern "C" const int64_t panel_columns;
-extern "C" const int64_t panel_columns = PANEL;
 
 // x (tokens, batch, width) -> last (batch, width), the last tokens after all blocks; changes the states.
 extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weights, T* const* states, const T* x,
@@ -105,11 +99,8 @@ extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weight
                                    3 * width, head_dim, slots * 3 * width,
                                    width, head_dim, slots * width,
                                    0, 0, 0, at.flow_eps, at.clamp, 1};
-                T* state[STATES];
-                const int64_t sizes[STATES] = {1, head_dim, head_dim, head_dim, head_dim, 1, head_dim * head_dim};
-                for (int s = 0; s < STATES; s++) state[s] = states[layer * STATES + s] + begin * at.heads * sizes[s];
-                flow_steps(&where, qkv, qkv + width, qkv + 2 * width, gathered, state[0], state[1], state[2], state[3],
-                           state[4], state[5], state[6]);
+                flow_steps(&where, qkv, qkv + width, qkv + 2 * width, gathered, states + layer * STATES,
+                           begin * at.heads);
                 if (layer + 1 == at.layers) {  // only the last token is needed from here on
                     hidden += (rows - slots) * width;
                     gathered += (rows - slots) * width;

@@ -22,6 +22,7 @@ from flowrl.native.library import native_library
 
 SOURCE = Path(__file__).with_name("acting.cpp")
 WIDTH_MULTIPLE = 32  # which every panel's width divides
+PANEL = 32 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16  # columns stored together
 FLOW_EPS = 1e-6  # the default of flow_attention_step
 CHECK_BATCH, TOLERANCE = 3, 1e-4  # of an error relative to the largest number
 
@@ -29,7 +30,7 @@ CHECK_BATCH, TOLERANCE = 3, 1e-4  # of an error relative to the largest number
 @cache
 def acting_library() -> ctypes.CDLL | None:
     """The C++; None where it cannot be built."""
-    return native_library(SOURCE, ("act",), ("REAL=float",))
+    return native_library(SOURCE, ("act",), ("REAL=float", f"PANEL={PANEL}"))
 
 
 def can_pack(model: SequenceModel) -> bool:
@@ -130,11 +131,8 @@ def _packed(module: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a module, flat."""
     assert isinstance(module, nn.Linear | nn.LayerNorm)
     weight = module.weight.detach()
-    if isinstance(module, nn.Linear):  # (outputs, inputs) -> panels (inputs, columns)
-        library = acting_library()
-        assert library is not None
-        columns = ctypes.c_int64.in_dll(library, "panel_columns").value
-        weight = weight.unflatten(0, (-1, columns)).mT
+    if isinstance(module, nn.Linear):  # (outputs, inputs) -> panels (inputs, PANEL)
+        weight = weight.unflatten(0, (-1, PANEL)).mT
     return weight.flatten(), module.bias.detach()
 
 

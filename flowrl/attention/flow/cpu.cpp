@@ -371,13 +371,14 @@ extern "C" void flow_backward(const Layout* layout, const T* q, const T* k, cons
     }
 }
 
-extern "C" void flow_steps(const Layout* layout, const T* q, const T* k, const T* v, T* out, T* num_tokens, T* sum_k,
-                           T* sum_q, T* sum_wk, T* sum_wq, T* exps, T* memory) {
+// ``state`` are the tensors of a FlowState, in its order; ``first`` is their row of the first sequence.
+extern "C" void flow_steps(const Layout* layout, const T* q, const T* k, const T* v, T* out, T* const* state,
+                           int64_t first) {
     const Layout& at = *layout;
     for (int64_t s = 0; s < at.batch * at.heads; s++) {
-        const int64_t in = in_corner(at, s);
-        T* const sums[SUMS] = {sum_k + s * D, sum_q + s * D, sum_wk + s * D, sum_wq + s * D};
-        steps(at, q + in, k + in, v + in, out + out_corner(at, s), num_tokens + s, sums, exps + s,
-              memory + s * D * D);
+        const int64_t in = in_corner(at, s), r = first + s;
+        T* const sums[SUMS] = {state[1] + r * D, state[2] + r * D, state[3] + r * D, state[4] + r * D};
+        steps(at, q + in, k + in, v + in, out + out_corner(at, s), state[0] + r, sums, state[5] + r,
+              state[6] + r * D * D);
     }
 }
