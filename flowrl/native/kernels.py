@@ -42,34 +42,12 @@ def is_trusted(kernel: str, case: Hashable, check: Callable[[], float], toleranc
         try:
             error = in_clean_thread(check)
         except Exception as failure:  # whatever goes wrong in a kernel must not stop a run
-            _give_up(key, f"failed: {failure}")
+            give_up(key, f"failed: {failure}")
         else:
             _trusted[key] = error <= tolerance
             if not _trusted[key]:
-                _give_up(key, f"differs from torch by {error:.2g}")
+                give_up(key, f"differs from torch by {error:.2g}")
     return _trusted[key]
-
-
-def run_trusted(
-    kernel: str,
-    case: Hashable,
-    check: Callable[[], float],
-    tolerance: float,
-    fast: Callable[[], Result],
-    plain: Callable[[], Result],
-) -> Result:
-    """``fast()`` where :func:`is_trusted` holds; otherwise, and from its first exception on, ``plain()``.
-
-    Out-of-memory errors are raised.
-    """
-    if is_trusted(kernel, case, check, tolerance):
-        try:
-            return fast()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as failure:
-            _give_up((kernel, case), f"failed: {failure}")
-    return plain()
 
 
 def in_clean_thread(function: Callable[[], Result]) -> Result:
@@ -103,6 +81,7 @@ def largest_difference(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]
     return max(x if x == x else float("inf") for x in differences)
 
 
-def _give_up(key: tuple[str, Hashable], reason: str) -> None:
+def give_up(key: tuple[str, Hashable], reason: str) -> None:
+    """Trust a kernel no longer for a case, and warn."""
     _trusted[key] = False
     warnings.warn(f"{key[0]} {reason}; torch is used instead", stacklevel=4)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowrl.attention.flow import cpu, triton
 from flowrl.attention.flow.blocks import causal_flow_blocks
 from flowrl.attention.precision import accumulation_dtype, without_autocast
-from flowrl.native.kernels import in_clean_thread, largest_difference, run_trusted
+from flowrl.native.kernels import give_up, in_clean_thread, is_trusted, largest_difference
 
 CHECK_LENGTHS = (cpu.BLOCK - 4, 2 * cpu.BLOCK + 5)  # one block; several, the last of them cut short
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -85,10 +85,20 @@ def _gradient(ctx: Any, g_outputs: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 def _run(form: ModuleType, queries: Tensor, fast: Any, plain: Any) -> tuple[Tensor, ...]:
-    """What ``fast`` gives where this form is trusted, otherwise what ``plain`` gives."""
+    """``fast()`` where this form is trusted; otherwise, and from its first exception on, ``plain()``.
+
+    Out-of-memory errors are raised.
+    """
     case = (queries.device, queries.dtype, queries.shape[-1])
     check = partial(check_error, form, *case)
-    return run_trusted(form.NAME, case, check, TOLERANCE[queries.dtype], fast, plain)
+    if is_trusted(form.NAME, case, check, TOLERANCE[queries.dtype]):
+        try:
+            return fast()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:
+            give_up((form.NAME, case), f"failed: {failure}")
+    return plain()
 
 
 def _form(queries: Tensor) -> ModuleType:
