@@ -22,7 +22,6 @@ WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGE_SHARED_MEMORY = (9, 10)  # major compute capabilities
 MOST_WARPS = 8  # for kernels that would otherwise spill registers
-SUMS = "tf32x3"  # three products of TensorFloat-32 parts: as exact as float32
 
 
 def supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -90,35 +89,31 @@ def forward(
     results = outputs, flows, sums, memory = empty_results(queries, values, keep)
     inputs = same_strides(queries, keys, values)
     queries, keys, values = inputs
-    heads, length, sequences, blocks, sizes, precise, options = _plan(inputs)
+    heads, length, sequences, blocks, launch, precise = _plan(inputs)
     sources, targets = queries.stride()[:3], outputs.stride()[:3]
     with torch.cuda.device_of(queries):
         if blocks == 1:
             kernels.window_kernel[(sequences,)](
-                *inputs, outputs, heads, length, *sources, *targets, eps, clamp,
-                SUMS=SUMS, VALUES=precise, **sizes, **options,
-            )  # fmt: skip
+                *inputs, outputs, heads, length, *sources, *targets, eps, clamp, VALUES=precise, **launch
+            )
             return results
         grid, shape = (sequences * blocks,), (heads, sequences, length, blocks, *sources)
         plain, weighted = sums.tensor_split(2)
         exponentials = _scanned(queries.new_empty(sequences, blocks + 1, dtype=torch.float32))
-        kernels.sums_kernel[grid](queries, keys, _scanned(plain), *shape, **sizes, **options)
+        kernels.sums_kernel[grid](queries, keys, _scanned(plain), *shape, **launch)
         plain.cumsum_(1)
-        kernels.flows_kernel[grid](
-            queries, keys, plain, _scanned(weighted), flows, *shape, eps, SUMS=SUMS, **sizes, **options
-        )
+        kernels.flows_kernel[grid](queries, keys, plain, _scanned(weighted), flows, *shape, eps, **launch)
         weighted.cumsum_(1)
         kernels.conserved_kernel[grid](
-            queries, keys, weighted, exponentials, flows, *shape, eps, clamp, SUMS=SUMS, **sizes, **options
+            queries, keys, weighted, exponentials, flows, *shape, eps, clamp, **launch
         )
         exponentials.cumsum_(1)
         kernels.memory_kernel[grid](
-            keys, values, exponentials, _scanned(memory), flows, *shape, clamp,
-            VALUES=precise, **sizes, **options,
-        )  # fmt: skip
+            keys, values, exponentials, _scanned(memory), flows, *shape, clamp, VALUES=precise, **launch
+        )
         memory.cumsum_(1)
         kernels.outputs_kernel[grid](
-            *inputs, outputs, memory, flows, *shape, *targets, clamp, VALUES=precise, **sizes, **options
+            *inputs, outputs, memory, flows, *shape, *targets, clamp, VALUES=precise, **launch
         )
     return results
 
@@ -144,13 +139,14 @@ def backward(
     outputs, g_outputs = (
         x if x.stride() == g_values.stride() else results_like(x).copy_(x) for x in (outputs, g_outputs)
     )
-    heads, length, sequences, blocks, sizes, precise, options = _plan(inputs)
+    heads, length, sequences, blocks, launch, precise = _plan(inputs)
     sources, targets = queries.stride()[:3], g_values.stride()[:3]
+    spread = launch | {"num_warps": MOST_WARPS}
     with torch.cuda.device_of(queries):
         if blocks == 1:
             kernels.grad_window_kernel[(sequences,)](
                 *inputs, g_outputs, *gradients, heads, length, *sources, *targets, eps, clamp,
-                SUMS=SUMS, VALUES=precise, **sizes, num_warps=MOST_WARPS,
+                VALUES=precise, **spread,
             )  # fmt: skip
             return gradients
         grid, shape = (sequences * blocks,), (heads, sequences, length, blocks, *sources)
@@ -160,36 +156,36 @@ def backward(
         g_exponentials = _scanned(queries.new_empty(sequences, blocks + 1, dtype=torch.float32))
         kernels.grad_memory_kernel[grid](
             queries, outputs, g_outputs, g_memories, g_weighted, flows, grads, *shape, *targets, eps,
-            VALUES=precise, **sizes, **options,
+            VALUES=precise, **launch,
         )  # fmt: skip
         g_memories.cumsum_(1)
         kernels.grad_values_kernel[grid](
             *inputs, g_outputs, g_values, g_memories, g_exponentials, flows, grads, *shape, *targets, clamp,
-            VALUES=precise, **sizes, **options,
+            VALUES=precise, **launch,
         )  # fmt: skip
         g_exponentials.cumsum_(1)
         kernels.grad_source_kernel[grid](
-            keys, g_exponentials, g_weighted, flows, grads, *shape, eps, clamp, **sizes, **options
+            keys, g_exponentials, g_weighted, flows, grads, *shape, eps, clamp, **launch
         )
         g_weighted.cumsum_(1)
         kernels.grad_flows_kernel[grid](
-            queries, keys, g_weighted, g_plain, flows, grads, *shape, eps, SUMS=SUMS, **sizes, **options
+            queries, keys, g_weighted, g_plain, flows, grads, *shape, eps, **launch
         )
         g_plain.cumsum_(1)
         kernels.grad_inputs_kernel[grid](
             *inputs, g_outputs, g_queries, g_keys, plain, weighted, memories, g_plain, g_weighted, g_memories,
-            flows, grads, *shape, *targets, eps, clamp, VALUES=precise, **sizes, num_warps=MOST_WARPS,
+            flows, grads, *shape, *targets, eps, clamp, VALUES=precise, **spread,
         )  # fmt: skip
     return gradients
 
 
-def _plan(inputs: tuple[Tensor, ...]) -> tuple[int, int, int, int, dict[str, int], str, dict[str, int]]:
-    """Heads, length, sequences, blocks of one, the kernels' sizes, products' precision, launch options."""
+def _plan(inputs: tuple[Tensor, ...]) -> tuple[int, int, int, int, dict[str, int], str]:
+    """Heads, length, sequences, blocks of one, the kernels' sizes and warps, products' precision."""
     batch, heads, length, width = inputs[0].shape
     tokens = BLOCK if length > BLOCK else max(1 << (length - 1).bit_length(), SMALLEST)
-    precise = SUMS if torch.float32 in {x.dtype for x in inputs} else "tf32"
-    sizes, options = {"TOKENS": tokens, "WIDTH": width}, {"num_warps": MOST_WARPS if width > 64 else 4}
-    return heads, length, batch * heads, -(-length // tokens), sizes, precise, options
+    launch = {"TOKENS": tokens, "WIDTH": width, "num_warps": MOST_WARPS if width > 64 else 4}
+    precise = "tf32x3" if torch.float32 in {x.dtype for x in inputs} else "tf32"
+    return heads, length, batch * heads, -(-length // tokens), launch, precise
 
 
 def _scanned(buffer: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ take five passes each way; between them torch turns the blocks' sums into prefix
 of :mod:`flowrl.attention.flow.blocks`. This module imports triton and is itself imported only by
 :mod:`flowrl.attention.flow.triton`.
 
-Everything is float32 once loaded. SUMS is how the products behind flows and normalisers are made (three
-TensorFloat-32 products, as exact as float32), VALUES how those behind outputs and gradients are.
+Everything is float32 once loaded. SUMS is how the products behind flows and normalisers are made, VALUES how
+those behind outputs and gradients are.
 
 Layouts: ``queries``, ``keys``, ``values`` share the strides ``in_batch, in_head, in_token``, results have
 ``out_*``; ``flows`` is (5, sequences, length): I, O, conserved sink, conserved source, normaliser. A scanned
@@ -25,6 +25,8 @@ import triton.language as tl
 
 # Numbers that change between batches: no kernel is compiled anew where one is 1 or a multiple of 16.
 COUNTS = ("heads", "sequences", "length", "blocks")
+
+SUMS: tl.constexpr = tl.constexpr("tf32x3")  # three products of TensorFloat-32 parts: as exact as float32
 
 # Rows of ``flows``.
 INCOMING: tl.constexpr = tl.constexpr(0)
@@ -85,26 +87,15 @@ def store_per_token(pointer, row, sequence, sequences, start, length, rows, vali
 
 @triton.jit
 def vector(pointer, sequence, slot, blocks, WIDTH: tl.constexpr):
-    """Entry ``slot`` (WIDTH,) of a scanned buffer of vectors."""
-    return tl.load(pointer + (sequence * (blocks + 1) + slot) * WIDTH + tl.arange(0, WIDTH))
-
-
-@triton.jit
-def store_vector(pointer, sequence, slot, blocks, x, WIDTH: tl.constexpr):
-    tl.store(pointer + (sequence * (blocks + 1) + slot) * WIDTH + tl.arange(0, WIDTH), x)
+    """Addresses of entry ``slot`` (WIDTH,) of a scanned buffer of vectors."""
+    return pointer + (sequence * (blocks + 1) + slot) * WIDTH + tl.arange(0, WIDTH)
 
 
 @triton.jit
 def matrix(pointer, sequence, slot, blocks, WIDTH: tl.constexpr):
-    """Entry ``slot`` (WIDTH, WIDTH) of a scanned buffer of matrices."""
+    """Addresses of entry ``slot`` (WIDTH, WIDTH) of a scanned buffer of matrices."""
     places = tl.arange(0, WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.load(pointer + (sequence * (blocks + 1) + slot) * WIDTH * WIDTH + places)
-
-
-@triton.jit
-def store_matrix(pointer, sequence, slot, blocks, x, WIDTH: tl.constexpr):
-    places = tl.arange(0, WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    tl.store(pointer + (sequence * (blocks + 1) + slot) * WIDTH * WIDTH + places, x)
+    return pointer + (sequence * (blocks + 1) + slot) * WIDTH * WIDTH + places
 
 
 @triton.jit
@@ -141,8 +132,9 @@ def eps_flow(x, eps, WIDTH: tl.constexpr):
 
 @triton.jit
 def flow_from(x, vector, eps):
-    """(x + eps) . vector for each row, (TOKENS,)."""
-    return tl.sum(x * vector[None, :], 1) + eps * tl.sum(vector, 0)
+    """(x + eps) . vector for each row, (TOKENS,); the vector is given by its addresses."""
+    past = tl.load(vector)
+    return tl.sum(x * past[None, :], 1) + eps * tl.sum(past, 0)
 
 
 @triton.jit
@@ -166,14 +158,14 @@ def sums_kernel(
     offset = corner(sequence, start, heads, in_batch, in_head, in_token)
     k = opened(keys + offset, rows, in_token, valid, WIDTH)
     q = opened(queries + offset, rows, in_token, valid, WIDTH)
-    store_vector(sums, sequence, block + 1, blocks, tl.sum(k, 0), WIDTH)
-    store_vector(sums, sequences + sequence, block + 1, blocks, tl.sum(q, 0), WIDTH)
+    tl.store(vector(sums, sequence, block + 1, blocks, WIDTH), tl.sum(k, 0))
+    tl.store(vector(sums, sequences + sequence, block + 1, blocks, WIDTH), tl.sum(q, 0))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def flows_kernel(
     queries, keys, sums, weighted, flows, heads, sequences, length, blocks, in_batch, in_head, in_token, eps,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Pass 2: I and O, and the blocks' sums of (n / O) k and (n / I) q into the scanned ``weighted``."""
     sequence, block, start, rows, valid, n = place(blocks, length, TOKENS)
@@ -187,14 +179,14 @@ def flows_kernel(
     outgoing += flow_from(k, vector(sums, sequences + sequence, block, blocks, WIDTH), eps)
     store_per_token(flows, INCOMING, sequence, sequences, start, length, rows, valid, incoming)
     store_per_token(flows, OUTGOING, sequence, sequences, start, length, rows, valid, outgoing)
-    store_vector(weighted, sequence, block + 1, blocks, weighted_sum(n / outgoing, k), WIDTH)
-    store_vector(weighted, sequences + sequence, block + 1, blocks, weighted_sum(n / incoming, q), WIDTH)
+    tl.store(vector(weighted, sequence, block + 1, blocks, WIDTH), weighted_sum(n / outgoing, k))
+    tl.store(vector(weighted, sequences + sequence, block + 1, blocks, WIDTH), weighted_sum(n / incoming, q))
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def conserved_kernel(
     queries, keys, weighted, exponentials, flows, heads, sequences, length, blocks,
-    in_batch, in_head, in_token, eps, clamp, TOKENS: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr,
+    in_batch, in_head, in_token, eps, clamp, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Pass 3: the conserved flows, and the blocks' sums of exp(source) into ``exponentials``."""
     sequence, block, start, rows, valid, n = place(blocks, length, TOKENS)
@@ -229,7 +221,7 @@ def memory_kernel(
     normaliser = tl.load(exponentials + sequence * (blocks + 1) + block) + tl.cumsum(e, 0)
     store_per_token(flows, NORMALISER, sequence, sequences, start, length, rows, valid, normaliser)
     block_memory = tl.dot(tl.trans(k), (n * e / normaliser)[:, None] * v, input_precision=VALUES)
-    store_matrix(memory, sequence, block + 1, blocks, block_memory, WIDTH)
+    tl.store(matrix(memory, sequence, block + 1, blocks, WIDTH), block_memory)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -249,7 +241,7 @@ def outputs_kernel(
     e = exponential(per_token(flows, SOURCE, sequence, sequences, start, length, rows, valid), clamp)
     normaliser = per_token(flows, NORMALISER, sequence, sequences, start, length, rows, valid)
     competed = (n * e / normaliser)[:, None] * v
-    past_memory = matrix(memory, sequence, block, blocks, WIDTH)
+    past_memory = tl.load(matrix(memory, sequence, block, blocks, WIDTH))
     weights = lower(tl.dot(q, tl.trans(k), input_precision=VALUES), TOKENS)
     aggregated = tl.dot(q, past_memory, input_precision=VALUES)
     aggregated += tl.dot(weights, competed, input_precision=VALUES)
@@ -275,7 +267,7 @@ def window_flows(gram, q, k, n, valid, eps, clamp, TOKENS: tl.constexpr, WIDTH: 
 def window_kernel(
     queries, keys, values, outputs, heads, length, in_batch, in_head, in_token,
     out_batch, out_head, out_token, eps, clamp,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, VALUES: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The whole forward of a sequence of at most TOKENS tokens."""
     sequence, _, start, rows, valid, n = place(1, length, TOKENS)
@@ -354,10 +346,9 @@ def grad_memory_kernel(
     g_sink = product * (1 - allocation) / n
     g_aggregated = (allocation / incoming)[:, None] * g_output
     slot = blocks - block
-    store_matrix(
-        g_memory, sequence, slot, blocks, tl.dot(tl.trans(q), g_aggregated, input_precision=VALUES), WIDTH
-    )
-    store_vector(g_weighted, sequence, slot, blocks, weighted_sum(g_sink, q + eps), WIDTH)
+    g_block_memory = tl.dot(tl.trans(q), g_aggregated, input_precision=VALUES)
+    tl.store(matrix(g_memory, sequence, slot, blocks, WIDTH), g_block_memory)
+    tl.store(vector(g_weighted, sequence, slot, blocks, WIDTH), weighted_sum(g_sink, q + eps))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -381,7 +372,7 @@ def grad_values_kernel(
     g_aggregated = (tl.sigmoid(sink) / incoming)[:, None] * g_output
     competition = n * exponential(source, clamp) / normaliser
     weights = lower(tl.dot(q, tl.trans(k), input_precision=VALUES), TOKENS)
-    later_memory = matrix(g_memory, sequence, blocks - 1 - block, blocks, WIDTH)
+    later_memory = tl.load(matrix(g_memory, sequence, blocks - 1 - block, blocks, WIDTH))
     g_competed = tl.dot(k, later_memory, input_precision=VALUES)
     g_competed += tl.dot(tl.trans(weights), g_aggregated, input_precision=VALUES)
     store_tile(g_values + offset, rows, out_token, valid, competition[:, None] * g_competed, WIDTH)
@@ -411,13 +402,15 @@ def grad_source_kernel(
     g_source = tl.where(valid, g_source, 0.0)
     store_per_token(grads, G_SOURCE, sequence, sequences, start, length, rows, valid, g_source)
     sequences_before = sequences + sequence  # the second half of the buffer
-    store_vector(g_weighted, sequences_before, blocks - block, blocks, weighted_sum(g_source, k + eps), WIDTH)
+    tl.store(
+        vector(g_weighted, sequences_before, blocks - block, blocks, WIDTH), weighted_sum(g_source, k + eps)
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def grad_flows_kernel(
     queries, keys, g_weighted, g_sums, flows, grads, heads, sequences, length, blocks,
-    in_batch, in_head, in_token, eps, TOKENS: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr,
+    in_batch, in_head, in_token, eps, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Pass 4: the gradients by I and O, and from them by the sums of k and q."""
     sequence, block, start, rows, valid, n = place(blocks, length, TOKENS)
@@ -431,8 +424,8 @@ def grad_flows_kernel(
     g_source = per_token(grads, G_SOURCE, sequence, sequences, start, length, rows, valid, 0.0)
     g_sink = product * (1 - allocation) / n
     slot = blocks - 1 - block
-    later_keys = vector(g_weighted, sequence, slot, blocks, WIDTH)
-    later_queries = vector(g_weighted, sequences + sequence, slot, blocks, WIDTH)
+    later_keys = tl.load(vector(g_weighted, sequence, slot, blocks, WIDTH))
+    later_queries = tl.load(vector(g_weighted, sequences + sequence, slot, blocks, WIDTH))
     gram = tl.dot(q, tl.trans(k), input_precision=SUMS)
     g_sink_weight = tl.sum(past_pairs_of_sources(gram, q, eps, TOKENS) * g_source[None, :], 1)
     g_source_weight = tl.sum(past_pairs(gram, k, eps, TOKENS) * g_sink[:, None], 0)
@@ -444,8 +437,8 @@ def grad_flows_kernel(
     store_per_token(grads, G_INCOMING, sequence, sequences, start, length, rows, valid, g_incoming)
     store_per_token(grads, G_OUTGOING, sequence, sequences, start, length, rows, valid, g_outgoing)
     slot = blocks - block
-    store_vector(g_sums, sequence, slot, blocks, weighted_sum(g_incoming, q + eps), WIDTH)
-    store_vector(g_sums, sequences + sequence, slot, blocks, weighted_sum(g_outgoing, k + eps), WIDTH)
+    tl.store(vector(g_sums, sequence, slot, blocks, WIDTH), weighted_sum(g_incoming, q + eps))
+    tl.store(vector(g_sums, sequences + sequence, slot, blocks, WIDTH), weighted_sum(g_outgoing, k + eps))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -481,19 +474,19 @@ def grad_inputs_kernel(
         eps, TOKENS, VALUES,
     )  # fmt: skip
     second, slot = sequences + sequence, blocks - 1 - block
-    past_memory = matrix(memory, sequence, block, blocks, WIDTH)
+    past_memory = tl.load(matrix(memory, sequence, block, blocks, WIDTH))
     g_q += tl.dot(g_aggregated, tl.trans(past_memory), input_precision=VALUES)
-    g_q += g_incoming[:, None] * vector(sums, sequence, block, blocks, WIDTH)[None, :]
-    g_q += g_sink[:, None] * vector(weighted, sequence, block, blocks, WIDTH)[None, :]
-    g_q += sink_weight[:, None] * vector(g_weighted, second, slot, blocks, WIDTH)[None, :]
-    g_q += vector(g_sums, second, slot, blocks, WIDTH)[None, :]
+    g_q += g_incoming[:, None] * tl.load(vector(sums, sequence, block, blocks, WIDTH))[None, :]
+    g_q += g_sink[:, None] * tl.load(vector(weighted, sequence, block, blocks, WIDTH))[None, :]
+    g_q += sink_weight[:, None] * tl.load(vector(g_weighted, second, slot, blocks, WIDTH))[None, :]
+    g_q += tl.load(vector(g_sums, second, slot, blocks, WIDTH))[None, :]
     store_tile(g_queries + offset, rows, out_token, valid, g_q * q * (1 - q), WIDTH)
-    later_memory = matrix(g_memory, sequence, slot, blocks, WIDTH)
+    later_memory = tl.load(matrix(g_memory, sequence, slot, blocks, WIDTH))
     g_k += tl.dot(competed, tl.trans(later_memory), input_precision=VALUES)
-    g_k += g_outgoing[:, None] * vector(sums, second, block, blocks, WIDTH)[None, :]
-    g_k += g_source[:, None] * vector(weighted, second, block, blocks, WIDTH)[None, :]
-    g_k += source_weight[:, None] * vector(g_weighted, sequence, slot, blocks, WIDTH)[None, :]
-    g_k += vector(g_sums, sequence, slot, blocks, WIDTH)[None, :]
+    g_k += g_outgoing[:, None] * tl.load(vector(sums, second, block, blocks, WIDTH))[None, :]
+    g_k += g_source[:, None] * tl.load(vector(weighted, second, block, blocks, WIDTH))[None, :]
+    g_k += source_weight[:, None] * tl.load(vector(g_weighted, sequence, slot, blocks, WIDTH))[None, :]
+    g_k += tl.load(vector(g_sums, sequence, slot, blocks, WIDTH))[None, :]
     store_tile(g_keys + offset, rows, out_token, valid, g_k * k * (1 - k), WIDTH)
 
 
@@ -501,7 +494,7 @@ def grad_inputs_kernel(
 def grad_window_kernel(
     queries, keys, values, g_outputs, g_queries, g_keys, g_values, heads, length,
     in_batch, in_head, in_token, out_batch, out_head, out_token, eps, clamp,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, SUMS: tl.constexpr, VALUES: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The whole backward of a sequence of at most TOKENS tokens; its flows and outputs are found again."""
     sequence, _, start, rows, valid, n = place(1, length, TOKENS)
