@@ -47,7 +47,7 @@ def computed_by(form):
 class _Form(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, queries, keys, values, clamp, eps):
-        results = form.forward(queries, keys, values, clamp, eps, True)
+        results = form.forward((queries, keys, values), clamp, eps, True)
         ctx.save_for_backward(queries, keys, values, *results)
         ctx.form, ctx.options = form, (clamp, eps)
         return results[0]
@@ -55,7 +55,7 @@ class _Form(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_outputs):
         queries, keys, values, *results = ctx.saved_tensors
-        gradients = ctx.form.backward(queries, keys, values, g_outputs, *results, *ctx.options)
+        gradients = ctx.form.backward((queries, keys, values), g_outputs, tuple(results), *ctx.options)
         return None, *gradients, None, None
 
 

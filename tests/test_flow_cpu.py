@@ -67,7 +67,7 @@ def test_neither_threads_nor_other_sequences_change_a_bit():
         assert all(map(torch.equal, with_gradients(cpp_flow_attention, *inputs), expected))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(cpu.forward(*inputs[:3], 10.0, 1e-6, False)[0], expected[0])  # nothing kept
+    assert torch.equal(cpu.forward(inputs[:3], 10.0, 1e-6, False)[0], expected[0])  # nothing kept
 
 
 def test_training_takes_it_where_it_applies(monkeypatch):

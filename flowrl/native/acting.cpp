@@ -98,7 +98,7 @@ extern "C" void act(const Acting* acting, FlowSteps* flow_steps, const T* weight
                 const Layout where{slots, at.heads, at.tokens,
                                    3 * width, head_dim, slots * 3 * width,
                                    width, head_dim, slots * width,
-                                   0, 0, 0, at.flow_eps, at.clamp, 1};
+                                   at.flow_eps, at.clamp, 1};
                 flow_steps(&where, qkv, qkv + width, qkv + 2 * width, gathered, states + layer * STATES,
                            begin * at.heads);
                 if (layer + 1 == at.layers) {  // only the last token is needed from here on

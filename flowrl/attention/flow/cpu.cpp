@@ -187,7 +187,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
             const T n = start + t + 1, scale = allocation[t] / incoming[t];
             const T* value = values + (start + t) * at.in_token;
             const Row g_output = row(g_outputs + (start + t) * at.out_token);
-            fetch(g_values + (start + t) * at.gradient_token);
+            fetch(g_values + (start + t) * at.out_token);
             product_of[t] = dot(g_output, row(outputs + (start + t) * at.out_token));
             g_sink[t] = product_of[t] * (1 - allocation[t]) / n;  // of n times the conserved sink
             competition[t] = n * exps[t] / normaliser[t];
@@ -206,9 +206,9 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         for (int t = tokens - 1; t >= 0; t--) {  // C = n exp(S) / (past sum of exp(S))
             const T n = start + t + 1;
             const Row g = row(g_competed + t * D);
-            fetch(g_queries + (start + t) * at.gradient_token);
+            fetch(g_queries + (start + t) * at.out_token);
             const T g_competition = dot(g, row(values + (start + t) * at.in_token));
-            T* g_value = g_values + (start + t) * at.gradient_token;
+            T* g_value = g_values + (start + t) * at.out_token;
             for (int w = 0; w < W; w++) store(g_value + w * L, competition[t] * g.v[w]);
             tail -= g_competition * competition[t] / normaliser[t];
             const bool inside = source[t] >= -clamp && source[t] <= clamp;
@@ -235,7 +235,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
         for (int t = tokens - 1; t >= 0; t--) {
             const T n = start + t + 1, sink_weight = n / incoming[t], source_weight = n / outgoing[t];
             const Row qt = row(q + t * D), kt = row(k + t * D), qe = plus(qt, eps), ke = plus(kt, eps);
-            fetch(g_keys + (start + t) * at.gradient_token);
+            fetch(g_keys + (start + t) * at.out_token);
             add(own[WEIGHTED_QUERIES], g_source[t], ke);
             add(own[WEIGHTED_KEYS], g_sink[t], qe);
             const Row by_wq = plus(later[WEIGHTED_QUERIES], own[WEIGHTED_QUERIES]);
@@ -266,12 +266,12 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
             Row g = row(g_q + t * D);
             add(g, g_sink[t], plus(plus(past[WEIGHTED_KEYS], seen[WEIGHTED_KEYS]), eps));
             add(g, g_incoming[t], plus(plus(past[KEYS], seen[KEYS]), eps));
-            T* to = g_queries + (start + t) * at.gradient_token;
+            T* to = g_queries + (start + t) * at.out_token;
             for (int w = 0; w < W; w++) store(to + w * L, g.v[w] * qt.v[w] * (T(1) - qt.v[w]));
             g = row(g_k + t * D);
             add(g, g_source[t], plus(plus(past[WEIGHTED_QUERIES], seen[WEIGHTED_QUERIES]), eps));
             add(g, g_outgoing[t], plus(plus(past[QUERIES], seen[QUERIES]), eps));
-            to = g_keys + (start + t) * at.gradient_token;
+            to = g_keys + (start + t) * at.out_token;
             for (int w = 0; w < W; w++) store(to + w * L, g.v[w] * kt.v[w] * (T(1) - kt.v[w]));
         }
     }
@@ -281,7 +281,7 @@ void backward(Buffer& buffer, const Layout& at, const T* queries, const T* keys,
 // written once for all of them.
 constexpr int MOST_STEPS = 4;
 void steps(const Layout& at, const T* queries, const T* keys, const T* values, T* outputs, T* num_tokens,
-                  T* const* sums, T* sum_exponentials, T* memory) {
+           T* const* sums, T* sum_exponentials, T* memory) {
     const T eps = at.eps, clamp = at.clamp;
     const int tokens = at.length;
     alignas(64) T q[MOST_STEPS][D], k[MOST_STEPS][D];
@@ -361,9 +361,8 @@ extern "C" void flow_backward(const Layout* layout, const T* q, const T* k, cons
         Buffer buffer(BACKWARD_BUFFER);
 #pragma omp for schedule(dynamic)
         for (int64_t s = 0; s < at.batch * at.heads; s++) {
-            const int64_t in = in_corner(at, s), from = out_corner(at, s);
-            const int64_t to = s / at.heads * at.gradient_batch + s % at.heads * at.gradient_head;
-            backward(buffer, at, q + in, k + in, v + in, out + from, g_out + from, flows + s * FLOWS * at.length,
+            const int64_t in = in_corner(at, s), to = out_corner(at, s);
+            backward(buffer, at, q + in, k + in, v + in, out + to, g_out + to, flows + s * FLOWS * at.length,
                      sums ? sums + s * blocks * SUMS * D : nullptr,
                      memories ? memories + s * blocks * D * D : nullptr,
                      g_q + to, g_k + to, g_v + to);

@@ -15,6 +15,8 @@ from flowrl.native.kernels import constant_when_compiled, kernels_enabled
 from flowrl.native.library import native_library
 
 NAME = "Flow-Attention in C++"
+Inputs = tuple[Tensor, ...]  # queries and keys before the sigmoid, values; or the gradients by them
+Results = tuple[Tensor, ...]  # outputs, and what the backward pass needs besides: flows, sums and memories
 SOURCE = Path(__file__).with_name("cpu.cpp")
 NUMBERS = {torch.float32: "float", torch.float64: "double"}
 BLOCK = 64  # tokens, as in cpu.cpp
@@ -28,11 +30,7 @@ class Layout(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "heads", "length")),
-        *(
-            (f"{side}_{of}", ctypes.c_int64)
-            for side in ("in", "out", "gradient")
-            for of in ("batch", "head", "token")
-        ),
+        *((f"{side}_{of}", ctypes.c_int64) for side in ("in", "out") for of in ("batch", "head", "token")),
         *((name, ctypes.c_double) for name in ("eps", "clamp")),
         ("threads", ctypes.c_int64),
     ]
@@ -73,8 +71,8 @@ def supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
     )
 
 
-def empty_results(queries: Tensor, values: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs and what the backward pass needs besides: flows, sums and memories, empty unless ``keep``."""
+def empty_results(queries: Tensor, values: Tensor, keep: bool) -> Results:
+    """What :func:`forward` fills; all but the outputs are empty unless ``keep``."""
     batch, heads, length, width = queries.shape
     sequences, blocks = (batch * heads if keep else 0), -(-length // BLOCK)
     if blocks == 1:
@@ -87,40 +85,21 @@ def empty_results(queries: Tensor, values: Tensor, keep: bool) -> tuple[Tensor, 
     )
 
 
-def forward(
-    queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Causal Flow-Attention of tensors that :func:`supports` accepts, queries and keys before the sigmoid.
-
-    Returns outputs (batch, heads, length, head_dim), tokens before heads in memory, and what
-    :func:`empty_results` describes.
-    """
-    inputs = same_strides(queries, keys, values)
-    results = empty_results(queries, values, keep)
+def forward(inputs: Inputs, clamp: float, eps: float, keep: bool) -> Results:
+    """Causal Flow-Attention of tensors that :func:`supports` accepts."""
+    inputs = same_strides(inputs)
+    results = empty_results(inputs[0], inputs[2], keep)
     _call("flow_forward", _layout(inputs[0], results[0], clamp, eps), *inputs, *results)
     return results
 
 
-def backward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    g_outputs: Tensor,
-    outputs: Tensor,
-    flows: Tensor,
-    sums: Tensor,
-    memories: Tensor,
-    clamp: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by queries, keys and values, from that by the outputs and the results of forward."""
-    inputs = same_strides(queries, keys, values)
-    (outputs,) = same_strides(outputs)
-    if g_outputs.stride() != outputs.stride():
-        g_outputs = torch.empty_like(outputs).copy_(g_outputs)
-    gradients = (results_like(queries), results_like(keys), results_like(values))
-    layout = _layout(inputs[0], outputs, clamp, eps, gradients[0])
-    kept = (x.contiguous() for x in (flows, sums, memories))
+def backward(inputs: Inputs, g_outputs: Tensor, results: Results, clamp: float, eps: float) -> Inputs:
+    """The gradients by the inputs, from that by the outputs and the results of :func:`forward`."""
+    inputs = same_strides(inputs)
+    outputs, g_outputs = tokens_first(results[0]), tokens_first(g_outputs)
+    kept = (x.contiguous() for x in results[1:])
+    gradients = tuple(results_like(x) for x in inputs)
+    layout = _layout(inputs[0], outputs, clamp, eps)
     _call("flow_backward", layout, *inputs, outputs, g_outputs, *kept, *gradients)
     return gradients
 
@@ -132,11 +111,8 @@ def _call(name: str, layout: Layout, *tensors: Tensor) -> None:
     getattr(library, name)(ctypes.byref(layout), *pointers)
 
 
-def _layout(
-    inputs: Tensor, outputs: Tensor, clamp: float, eps: float, gradient: Tensor | None = None
-) -> Layout:
-    of_gradient = (0, 0, 0) if gradient is None else gradient.stride()[:3]
-    strides = (*inputs.stride()[:3], *outputs.stride()[:3], *of_gradient)
+def _layout(inputs: Tensor, outputs: Tensor, clamp: float, eps: float) -> Layout:
+    strides = (*inputs.stride()[:3], *outputs.stride()[:3])
     return Layout(*inputs.shape[:3], *strides, eps, clamp, torch.get_num_threads())
 
 
@@ -145,7 +121,12 @@ def results_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
+def tokens_first(x: Tensor) -> Tensor:
+    """The tensor, copied unless it lies in memory as :func:`results_like` has it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def same_strides(tensors: Inputs) -> Inputs:
     """The tensors, copied unless they share one memory layout whose last dimension is dense."""
     if len({x.stride() for x in tensors}) == 1 and tensors[0].stride(-1) == 1:
         return tensors

@@ -7,8 +7,7 @@
 struct Layout {
     int64_t batch, heads, length;
     int64_t in_batch, in_head, in_token;     // of queries, keys and values
-    int64_t out_batch, out_head, out_token;  // of outputs and their gradient
-    int64_t gradient_batch, gradient_head, gradient_token;  // of the gradients of queries, keys and values
+    int64_t out_batch, out_head, out_token;  // of outputs and of all gradients
     double eps, clamp;
     int64_t threads;
 };

@@ -41,26 +41,27 @@ def flow_operator(queries: Tensor, keys: Tensor, values: Tensor, clamp: float, e
 
 def _forward(
     queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float, keep: bool
-) -> tuple[Tensor, ...]:
-    form = _form(queries)
+) -> cpu.Results:
+    form, inputs = _form(queries), (queries, keys, values)
 
-    def plain() -> tuple[Tensor, ...]:
+    def plain() -> cpu.Results:
         results = form.empty_results(queries, values, keep)
-        results[0].copy_(_by_torch(queries, keys, values, clamp, eps))
+        results[0].copy_(_by_torch(*inputs, clamp, eps))
         return results
 
-    return _run(form, queries, partial(form.forward, queries, keys, values, clamp, eps, keep), plain)
+    return _run(form, queries, partial(form.forward, inputs, clamp, eps, keep), plain)
 
 
 def _backward(
-    queries: Tensor, keys: Tensor, values: Tensor, g_outputs: Tensor, *kept_and_options: Any
-) -> tuple[Tensor, ...]:
-    form, (clamp, eps) = _form(queries), kept_and_options[-2:]
+    queries: Tensor, keys: Tensor, values: Tensor, g_outputs: Tensor, *results_and_options: Any
+) -> cpu.Inputs:
+    form, inputs = _form(queries), (queries, keys, values)
+    *results, clamp, eps = results_and_options
 
-    def plain() -> tuple[Tensor, ...]:
-        return _results_by_torch((queries, keys, values), g_outputs, clamp, eps)[1:]
+    def plain() -> cpu.Inputs:
+        return _results_by_torch(inputs, g_outputs, clamp, eps)[1:]
 
-    fast = partial(form.backward, queries, keys, values, g_outputs, *kept_and_options)
+    fast = partial(form.backward, inputs, g_outputs, tuple(results), clamp, eps)
     return _run(form, queries, fast, lambda: in_clean_thread(plain))
 
 
@@ -127,12 +128,11 @@ def check_error(form: ModuleType, device: torch.device, dtype: torch.dtype, widt
     generator, errors = torch.Generator().manual_seed(0), []
     for length in CHECK_LENGTHS:
         numbers = torch.randn(4, 1, 2, length, width, generator=generator)
-        *inputs, g_outputs = numbers.to(device, dtype)
-        results = form.forward(*inputs, CLAMP, EPS, True)
-        gradients = form.backward(*inputs, g_outputs, *results, CLAMP, EPS)
-        exact = (x.to(accumulation_dtype(dtype)) for x in (*inputs, g_outputs))
-        *inputs, g_outputs = exact
-        expected = _results_by_torch(tuple(inputs), g_outputs, CLAMP, EPS)
+        *inputs, g_outputs = given = numbers.to(device, dtype)
+        results = form.forward(tuple(inputs), CLAMP, EPS, True)
+        gradients = form.backward(tuple(inputs), g_outputs, results, CLAMP, EPS)
+        *exact, g_exact = given.to(accumulation_dtype(dtype))
+        expected = _results_by_torch(tuple(exact), g_exact, CLAMP, EPS)
         errors.append(largest_difference((results[0], *gradients), expected))
     return max(errors)
 

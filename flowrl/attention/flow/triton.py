@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flowrl.attention.flow.cpu import results_like, same_strides
+from flowrl.attention.flow.cpu import Inputs, Results, results_like, same_strides, tokens_first
 from flowrl.native.kernels import constant_when_compiled, kernels_enabled
 
 NAME = "Flow-Attention in Triton"
@@ -58,8 +58,8 @@ def fits(capability: tuple[int, int], width: int) -> bool:
     return capability[0] >= 8 if width <= 64 else capability[0] in LARGE_SHARED_MEMORY
 
 
-def empty_results(queries: Tensor, values: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs and what the backward pass of several blocks needs besides; a window finds it again.
+def empty_results(queries: Tensor, values: Tensor, keep: bool) -> Results:
+    """What :func:`forward` fills; all but the outputs are empty for a window, whose backward finds it again.
 
     Flows (5, sequences, length); sums of keys, queries, (n / O) keys and (n / I) queries before each block,
     (4 * sequences, blocks + 1, width); memories (sequences, blocks + 1, width, width).
@@ -76,19 +76,12 @@ def empty_results(queries: Tensor, values: Tensor, keep: bool) -> tuple[Tensor, 
     return results_like(values), flows, sums, empty(sequences, blocks + 1, width, width)
 
 
-def forward(
-    queries: Tensor, keys: Tensor, values: Tensor, clamp: float, eps: float, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Causal Flow-Attention of tensors that :func:`supports` accepts, queries and keys before the sigmoid.
-
-    Returns outputs (batch, heads, length, head_dim) in the dtype of ``values``, tokens before heads in
-    memory, and what :func:`empty_results` describes. Slices of one projection are read where they lie.
-    """
+def forward(inputs: Inputs, clamp: float, eps: float, keep: bool) -> Results:
+    """Causal Flow-Attention of tensors that :func:`supports` accepts; outputs have the values' dtype."""
     from flowrl.attention.flow import triton_kernels as kernels
 
+    queries, keys, values = inputs = same_strides(inputs)
     results = outputs, flows, sums, memory = empty_results(queries, values, keep)
-    inputs = same_strides(queries, keys, values)
-    queries, keys, values = inputs
     heads, length, sequences, blocks, launch, precise = _plan(inputs)
     sources, targets = queries.stride()[:3], outputs.stride()[:3]
     with torch.cuda.device_of(queries):
@@ -118,27 +111,14 @@ def forward(
     return results
 
 
-def backward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    g_outputs: Tensor,
-    outputs: Tensor,
-    flows: Tensor,
-    sums: Tensor,
-    memories: Tensor,
-    clamp: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by queries, keys and values, from that by the outputs and the results of forward."""
+def backward(inputs: Inputs, g_outputs: Tensor, results: Results, clamp: float, eps: float) -> Inputs:
+    """The gradients by the inputs, from that by the outputs and the results of :func:`forward`."""
     from flowrl.attention.flow import triton_kernels as kernels
 
-    inputs = same_strides(queries, keys, values)
-    queries, keys, values = inputs
-    gradients = g_queries, g_keys, g_values = results_like(queries), results_like(keys), results_like(values)
-    outputs, g_outputs = (
-        x if x.stride() == g_values.stride() else results_like(x).copy_(x) for x in (outputs, g_outputs)
-    )
+    queries, keys, _ = inputs = same_strides(inputs)
+    outputs, flows, sums, memories = results
+    outputs, g_outputs = tokens_first(outputs), tokens_first(g_outputs)
+    gradients = g_queries, g_keys, g_values = tuple(results_like(x) for x in inputs)
     heads, length, sequences, blocks, launch, precise = _plan(inputs)
     sources, targets = queries.stride()[:3], g_values.stride()[:3]
     spread = launch | {"num_warps": MOST_WARPS}
@@ -179,7 +159,7 @@ def backward(
     return gradients
 
 
-def _plan(inputs: tuple[Tensor, ...]) -> tuple[int, int, int, int, dict[str, int], str]:
+def _plan(inputs: Inputs) -> tuple[int, int, int, int, dict[str, int], str]:
     """Heads, length, sequences, blocks of one, the kernels' sizes and warps, products' precision."""
     batch, heads, length, width = inputs[0].shape
     tokens = BLOCK if length > BLOCK else max(1 << (length - 1).bit_length(), SMALLEST)
