@@ -38,10 +38,12 @@ def native_library(
     flags; where that folder cannot be written, in a temporary folder of this process. Warns where a compiler
     is there but fails.
     """
-    compiler, flags = installed_compiler(), _flags(defined)
-    if compiler is None or flags is None:
+    compiler = installed_compiler()
+    architecture = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability())
+    if compiler is None or architecture is None or not sys.platform.startswith("linux"):
         return None
-    command = [*compiler, *flags]
+    flags = ["-std=c++17", "-O3", f"-march={architecture}", "-fPIC", "-shared", "-fopenmp"]
+    command = [*compiler, *flags, *(f"-D{macro}" for macro in defined)]
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         headers = (header.read_bytes() for header in sorted(FOLDER.rglob("*.h")))
@@ -67,15 +69,6 @@ def installed_compiler() -> list[str] | None:
     except ValueError:  # a quotation without an end
         return None
     return words if words and shutil.which(words[0]) else None
-
-
-def _flags(defined: tuple[str, ...]) -> list[str] | None:
-    """Its flags; None where no instruction set is known to suit the machine."""
-    architecture = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability())
-    if architecture is None or not sys.platform.startswith("linux"):
-        return None
-    flags = ["-std=c++17", "-O3", f"-march={architecture}", "-fPIC", "-shared", "-fopenmp"]
-    return [*flags, *(f"-D{macro}" for macro in defined)]
 
 
 def _compile(command: list[str]) -> None:
