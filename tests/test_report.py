@@ -306,9 +306,10 @@ def test_evaluations_stand_beside_runs(tmp_path):
     write_evaluation(other, figures(3600.0, 22), config={}, chosen_by="its own evaluation")
     with pytest.raises(UserError, match="names no options, as the agent was evaluated apart from its run"):
         load_runs([other])
-    other.write_text('{"targets": []}')
-    with pytest.raises(UserError, match="not the results of an evaluation"):
-        load_runs([other])
+    for damaged in ({"targets": []}, json.loads(elsewhere.read_text()) | {"dataset_id": 5}):
+        other.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="not the results of an evaluation"):
+            load_runs([other])
 
 
 def test_a_bandit_is_that_of_a_plain_loop():

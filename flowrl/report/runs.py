@@ -183,7 +183,7 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
         result = _result(path, identity[0], config, method, last)
         result = replace(result, train=tuple(train), evaluations=tuple(evaluations))
         _ = result.last_score(RETURN), result.curve(RETURN)[config["steps"]], result.achieved
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
             f"{path}: its config.yaml and {METRICS_FILE} are not those of a run: {one_line(error)}"
         ) from error
@@ -223,7 +223,7 @@ def _read_evaluation(path: Path) -> RunResult:
         if document["checkpoint_step"] not in (None, config.get("steps")):
             raise ValueError(f"of checkpoint {document['checkpoint_step']}, not of the last one")
         _ = result.last_score(RETURN) + sum(result.achieved.values())
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (AttributeError, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(f"{path}: not the results of an evaluation: {one_line(error)}") from error
     return result
 
