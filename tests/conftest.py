@@ -5,6 +5,11 @@ import os
 # Tensors are tiny: threads of parallel test processes only get in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels then run on the CPU
+
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +20,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import torch
 from failing_server import Server
 from tiny_training import train_here
 
 from flowrl.data.dataset import EpisodeDataset, build_episodes
 from flowrl.native import kernels
 
-torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # in this process alone: what tests kill are processes of their own
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels then run on the CPU
 
 EPISODE_LENGTHS = (9, 1, 14, 30, 6)
 TERMINATED = (True, True, False, False, True)
