@@ -17,8 +17,8 @@ from flowrl.behavior.shipped import load_behavior
 from flowrl.data import load_episodes
 from flowrl.data.collect import collect
 from flowrl.data.embedded import EMBEDDED
-from flowrl.data.memory import check_corridor
 from flowrl.data.sources import environment_named
+from flowrl.data.tmaze import check_corridor
 from flowrl.envs.cued_speed import SPEEDS
 from flowrl.envs.memory import TMazeVectorEnv
 from flowrl.envs.specs import EnvironmentSpec

@@ -6,7 +6,7 @@ import numpy as np
 
 from flowrl.data.arrays import row_chunks
 from flowrl.data.dataset import EpisodeDataset
-from flowrl.data.memory import check_corridor
+from flowrl.data.tmaze import check_corridor
 from flowrl.envs.spaces import check_environment
 from flowrl.errors import UserError
 

@@ -12,8 +12,8 @@ from flowrl.data.d4rl import D4RL_ENVIRONMENTS, facts_of, find_d4rl_file, read_d
 from flowrl.data.dataset import EpisodeDataset, concatenate, joined_about
 from flowrl.data.embedded import EMBEDDED, ROBOT_TASKS, SOURCE, load_embedded
 from flowrl.data.mapped import read_or_map
-from flowrl.data.memory import tmaze_dataset
 from flowrl.data.minari import D4RLS_SCORES, load_minari
+from flowrl.data.tmaze import tmaze_dataset
 from flowrl.envs.memory import tmaze_environment
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores

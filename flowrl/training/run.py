@@ -101,7 +101,7 @@ def run_training(
     episodes: EpisodeDataset | None = None,
     callbacks: Sequence[Callback] = (),
     say: Callable[[str], None] = tqdm.write,
-    no_bar: bool | None = None,  # None: no bar but on a terminal
+    no_bar: bool | None = None,  # None: a bar only on a terminal
 ) -> Run:
     """Run or continue a training, its options checked; only the first process writes and calls back."""
     prepare_process()

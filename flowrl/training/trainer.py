@@ -77,7 +77,7 @@ class Trainer:
         ranks: Ranks = ALONE,
         callbacks: Sequence[Callback] = (),
         say: Callable[[str], None] = tqdm.write,
-        no_bar: bool | None = None,  # None: no bar but on a terminal
+        no_bar: bool | None = None,  # None: a bar only on a terminal
         agent: Agent | None = None,  # trained before; None: a new one for the data
     ) -> None:
         if device.index is not None:
