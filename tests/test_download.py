@@ -93,7 +93,7 @@ def test_several_processes_download_once(server, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(200)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert server.requests == ["/data"]
     assert path.read_bytes() == CONTENT
