@@ -1,6 +1,7 @@
 """What ``--dataset`` and ``--env`` name: a file in D4RL's layout, a Minari dataset, or a D4RL dataset."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -135,7 +136,7 @@ def unknown_dataset(source: str) -> UserError:
     """The error for a name of no dataset; it suggests the closest."""
     known = did_you_mean(source, {*D4RL_ENVIRONMENTS, *EMBEDDED})
     forms = f"{MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)}"
-    if source in gymnasium.registry:
+    if source in gymnasium.registry or re.fullmatch(r"[\w.]+:.+-v\d+", source):  # the latter: module:ID
         return UserError(f"'{source}' is an environment: name the data too ({forms})")
     return UserError(f"unknown dataset '{source}'{known} (or give {forms})")
 
