@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from export_behavior import BehaviorExport, export_behavior, measure_returns, save_policy
 
+from flowrl.behavior import shipped
 from flowrl.behavior.policy import ACTION_GRID, BehaviorPolicy
 from flowrl.behavior.shipped import ASSETS_DIR, behavior_assets, behavior_names, load_behavior
 from flowrl.errors import UserError
@@ -42,23 +43,24 @@ def test_distribution_and_mode_equal_torch():
     np.testing.assert_allclose(actions, torch.tanh(mean).numpy(), rtol=0, atol=ACTION_GRID / 2 + 1e-9)
 
 
-def test_tampered_and_unknown_assets_are_refused(tmp_path):
+def test_tampered_and_unknown_assets_are_refused(tmp_path, monkeypatch):
     for steps in (0, 50):
         save_policy(make_policy(seed=steps, steps=steps), tmp_path / f"run/snapshots/{steps:09d}.safetensors")
     assets = tmp_path / "assets"
     export_behavior(BehaviorExport(tmp_path / "run", ("random=0", "medium=50"), 3, assets))
-    assert load_behavior("hopper", "medium", assets).steps == 50
+    monkeypatch.setattr(shipped, "ASSETS_DIR", assets)
+    assert load_behavior("hopper", "medium").steps == 50
     with pytest.raises(UserError, match="did you mean 'medium'"):
-        load_behavior("hopper", "mediun", assets)
+        load_behavior("hopper", "mediun")
     path = assets / "hopper" / "medium.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="SHA-256"):
-        load_behavior("hopper", "medium", assets)
+        load_behavior("hopper", "medium")
     path.unlink()
     with pytest.raises(UserError, match="missing"):
-        load_behavior("hopper", "medium", assets)
+        load_behavior("hopper", "medium")
 
 
 def test_every_shipped_policy_loads_and_fits_its_environment():

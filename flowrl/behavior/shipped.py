@@ -29,18 +29,18 @@ class BehaviorAsset:
     normalized_score: float
 
 
-def behavior_names(assets_dir: Path = ASSETS_DIR) -> list[str]:
+def behavior_names() -> list[str]:
     """Return the environments that have shipped policies: "hopper", ..."""
-    return sorted(index.parent.name for index in assets_dir.glob(f"*/{INDEX_NAME}"))
+    return sorted(index.parent.name for index in ASSETS_DIR.glob(f"*/{INDEX_NAME}"))
 
 
-def behavior_assets(environment: str, assets_dir: Path = ASSETS_DIR) -> dict[str, BehaviorAsset]:
+def behavior_assets(environment: str) -> dict[str, BehaviorAsset]:
     """Return the shipped policies of ``environment`` ("hopper", ...) by name, worst first.
 
     Raises UserError for an environment that has none and for an index that is damaged.
     """
-    path = assets_dir / environment / INDEX_NAME
-    known = behavior_names(assets_dir)
+    path = ASSETS_DIR / environment / INDEX_NAME
+    known = behavior_names()
     if environment not in known:
         raise UserError(
             f"no behaviour policies for environment '{environment}'{did_you_mean(environment, known)}"
@@ -52,17 +52,17 @@ def behavior_assets(environment: str, assets_dir: Path = ASSETS_DIR) -> dict[str
         raise UserError(f"{path}: not a readable index of behaviour policies ({error})") from None
 
 
-def load_behavior(environment: str, name: str, assets_dir: Path = ASSETS_DIR) -> BehaviorPolicy:
+def load_behavior(environment: str, name: str) -> BehaviorPolicy:
     """Load the shipped policy ``name`` ("random", ..., "expert") of ``environment`` ("hopper").
 
     Raises UserError for an unknown environment or name, and for a file that is missing or is not, byte for
     byte, the one that the index describes.
     """
-    assets = behavior_assets(environment, assets_dir)
+    assets = behavior_assets(environment)
     if name not in assets:
         raise UserError(f"no behaviour policy '{name}' for {environment}{did_you_mean(name, assets)}")
     asset = assets[name]
-    path = assets_dir / environment / asset.file
+    path = ASSETS_DIR / environment / asset.file
     if not path.is_file():
         raise UserError(f"{path}: this behaviour policy is missing; reinstall flowrl")
     digest = file_sha256(path)
