@@ -65,15 +65,12 @@ def test_training_from_python_on_data_in_memory_is_that_of_the_command_without_i
     assert set(handlers) == {before}
     assert figures(run.folder) == figures(reference)
     assert (run.step, run.load_agent().checkpoint_step) == (60, 60)
-    called = {
-        name: [(s, v) for event, s, v in recorder.calls if event == name] for name, _, _ in recorder.calls
-    }
+    calls = recorder.calls
+    called = {name: [(s, v) for event, s, v in calls if event == name] for name, _, _ in calls}
     assert called["start"][0][1]["embed_dim"] == 8
     assert called["log"] == [(line["step"], line["loss"]) for line in figures(reference, "train")]
-    lines = figures(reference, "evaluation")
-    assert [(s, v) for s, values in called["evaluation"] for v in values] == [
-        (line["step"], line["returns"]) for line in lines
-    ]
+    evaluations = [(line["step"], line["returns"]) for line in figures(reference, "evaluation")]
+    assert [(s, v) for s, values in called["evaluation"] for v in values] == evaluations
     assert [step for step, _ in called["checkpoint"]] == [0, 10, 20, 30, 40, 50, 60]
     assert called["checkpoint"][-1][1] == run.folder / "checkpoints" / "step-00000060"
 
@@ -119,8 +116,7 @@ def test_the_best_evaluated_checkpoint_is_kept_and_labelled(tiny_dataset, tmp_pa
     assert all((value == kept[name]).all() for name, value in agent.model.state_dict().items())
     assert flowrl.load_agent(run).config.chosen_by == ""
     capsys.readouterr()
-    config = EvaluateConfig(run, episodes=1, checkpoint="best", json=tmp_path / "best.json")
-    evaluate_run(config)
+    evaluate_run(EvaluateConfig(run, episodes=1, checkpoint="best", json=tmp_path / "best.json"))
     assert f"this checkpoint was chosen by {chosen_by}" in capsys.readouterr().out
     assert chosen_by in json.loads((tmp_path / "best.json").read_text())["chosen_by"]
     ((labelled,), _) = load_runs([tmp_path / "best.json"])
@@ -144,11 +140,20 @@ def test_a_best_checkpoint_whose_evaluation_was_lost_in_a_kill_is_dropped(tiny_d
     assert (agent.checkpoint_step, agent.config.chosen_by.split()[1]) == (25, "3")
 
 
+def test_a_callbacks_lost_connection_is_not_taken_for_the_run_folder(tiny_dataset, tmp_path):
+    def fails(event, step):
+        raise ConnectionError("no network")
+
+    with pytest.raises(UserError, match=r"^Recorder\.on_start: ConnectionError: no network"):
+        train(tiny_dataset, tmp_path / "run", Recorder(fails))
+
+
 def test_an_unknown_option_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_path):
     with pytest.raises(UserError, match=r"^train: setps: unknown option; did you mean 'steps'"):
         flowrl.train(env="hopper-medium", setps=3)
-    message = "--keep-best success_rate: evaluations of this environment have none"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(
+        UserError, match="--keep-best success_rate: evaluations of this environment have none"
+    ):
         train_here(tiny_dataset, tmp_path / "run", keep_best="success_rate", steps=3)
     with pytest.raises(UserError, match=r"--checkpoint best: .* has none; --keep-best keeps it"):
         flowrl.load_agent(tmp_path / "run", checkpoint="best")
@@ -159,9 +164,8 @@ def test_scores_of_another_metric_are_not_compared_with_the_best(tiny_dataset, t
     resume_here(tmp_path / "run", keep_best="normalized_score_mean", steps=5)
     assert flowrl.load_agent(tmp_path / "run", checkpoint="best").checkpoint_step == 5
     scores = load_checkpoint(tmp_path / "run", for_training=True).training["best_scores"]
-    assert list(scores) == [
-        f"{metric} at target 30, 2 episodes" for metric in ("return_mean", "normalized_score_mean")
-    ]
+    metrics = ("return_mean", "normalized_score_mean")
+    assert list(scores) == [f"{metric} at target 30, 2 episodes" for metric in metrics]
 
 
 def test_a_best_checkpoint_that_was_not_saved_is_saved_after_a_resume(tiny_dataset, tmp_path, monkeypatch):
@@ -198,9 +202,8 @@ def test_held_out_episodes_are_never_trained_on_and_their_loss_is_logged(tiny_da
     for line in lines:
         agent = flowrl.load_agent(tmp_path / "run", checkpoint=line["step"])
         assert agent.model.loss(batch.window).item() == pytest.approx(line["loss"], rel=1e-5)
-        np.testing.assert_allclose(
-            agent.model.observation_mean, trained_on.statistics.observation_mean, rtol=1e-6
-        )
+        mean = trained_on.statistics.observation_mean
+        np.testing.assert_allclose(agent.model.observation_mean, mean, rtol=1e-6)
     recorder = Recorder(lambda *now: now == ("evaluation", 50))
     stopped = train(tiny_dataset, tmp_path / "stopped", recorder, **options)
     assert stopped.step == 50

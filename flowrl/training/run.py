@@ -83,7 +83,7 @@ def train(
             ``dataset`` again if it was data in memory.
 
     Raises:
-        UserError: unusable input, or a run folder that is in use, not empty, or damaged.
+        UserError: unusable input, a run folder in use, not empty or damaged, or a callback's OSError.
         NonFiniteLossError: see there; the last checkpoint is from before it.
     """
     episodes = dataset if isinstance(dataset, EpisodeDataset) else None

@@ -21,7 +21,7 @@ from flowrl.data import EpisodeDataset
 from flowrl.data.dataset import held_out
 from flowrl.data.sampler import WindowSampler
 from flowrl.envs.failures import failures_kept
-from flowrl.errors import UserError
+from flowrl.errors import UserError, one_line
 from flowrl.evaluation.evaluate import TargetResult, evaluate, format_table
 from flowrl.model.action_model import ActionModel
 from flowrl.model.agent import Agent
@@ -371,7 +371,13 @@ class Trainer:
     def _call(self, event: str, *arguments: Any) -> None:
         """Call every callback; one that returns True stops the training after this update's checkpoint."""
         for callback in self.callbacks if self.ranks.is_first else ():
-            answer = getattr(callback, event)(*arguments)
+            try:
+                answer = getattr(callback, event)(*arguments)
+            except BrokenPipeError:  # of the output
+                raise
+            except OSError as error:  # its own file or connection, not the run folder
+                where = f"{type(callback).__name__}.{event}"
+                raise UserError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
             if isinstance(answer, bool | np.bool_) and answer:  # NumPy's is what comparing a mean gives
                 self.stop_wanted = True
 
