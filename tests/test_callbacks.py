@@ -57,8 +57,7 @@ def reference(tiny_dataset, tmp_path_factory):
 def test_training_from_python_on_data_in_memory_is_that_of_the_command_without_its_output(
     reference, tiny_dataset, tmp_path, capfd
 ):
-    recorder, handlers = Recorder(), []
-    before = signal.getsignal(signal.SIGINT)
+    recorder, handlers, before = Recorder(), [], signal.getsignal(signal.SIGINT)
     recorder.stop = lambda event, step: handlers.append(signal.getsignal(signal.SIGINT))
     run = train(load_episodes(str(tiny_dataset)), tmp_path / "run", recorder)
     assert capfd.readouterr() == ("", "")
@@ -151,9 +150,8 @@ def test_a_callbacks_lost_connection_is_not_taken_for_the_run_folder(tiny_datase
 def test_an_unknown_option_best_without_one_and_an_absent_metric_are_refused(tiny_dataset, tmp_path):
     with pytest.raises(UserError, match=r"^train: setps: unknown option; did you mean 'steps'"):
         flowrl.train(env="hopper-medium", setps=3)
-    with pytest.raises(
-        UserError, match="--keep-best success_rate: evaluations of this environment have none"
-    ):
+    message = "--keep-best success_rate: evaluations of this environment have none"
+    with pytest.raises(UserError, match=message):
         train_here(tiny_dataset, tmp_path / "run", keep_best="success_rate", steps=3)
     with pytest.raises(UserError, match=r"--checkpoint best: .* has none; --keep-best keeps it"):
         flowrl.load_agent(tmp_path / "run", checkpoint="best")
