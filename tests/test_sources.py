@@ -68,8 +68,9 @@ def test_a_path_is_read_and_its_environment_comes_from_env_alone(tmp_path):
         check_environment(EnvironmentSpec("Pendulum-v1"), dataset.observation_dim, dataset.action_dim)
     with pytest.raises(UserError, match=r"CartPole-v1 has actions that are choices of \(2,\), .* continuous"):
         check_environment(EnvironmentSpec("CartPole-v1"), dataset.observation_dim, dataset.action_dim)
-    for env in ("Hopper-v4", "my.module:Robot-v0"):
-        with pytest.raises(UserError, match=f"'{env}' is an environment: name the data too"):
+    for env in ("Hopper-v4", "my.module:Robot-v0", "minary:a/b-v0"):
+        said = f"unknown dataset '{env}'" if "/" in env else f"'{env}' is an environment: name the data too"
+        with pytest.raises(UserError, match=said):
             load_episodes(env)
     with pytest.raises(UserError, match="dataset 'flowrl': give its name too, such as --env hopper-medium"):
         load_episodes("flowrl")

@@ -136,7 +136,7 @@ def unknown_dataset(source: str) -> UserError:
     """The error for a name of no dataset; it suggests the closest."""
     known = did_you_mean(source, {*D4RL_ENVIRONMENTS, *EMBEDDED})
     forms = f"{MINARI_PREFIX}ID, or a path that ends in {' or '.join(FILE_SUFFIXES)}"
-    if source in gymnasium.registry or re.fullmatch(r"[\w.]+:.+-v\d+", source):  # the latter: module:ID
+    if source in gymnasium.registry or re.fullmatch(r"[\w.]+:[\w.-]+-v\d+", source):  # module:ID
         return UserError(f"'{source}' is an environment: name the data too ({forms})")
     return UserError(f"unknown dataset '{source}'{known} (or give {forms})")
 
