@@ -64,8 +64,7 @@ def test_training_from_python_on_data_in_memory_is_that_of_the_command_without_i
     assert set(handlers) == {before}
     assert figures(run.folder) == figures(reference)
     assert (run.step, run.load_agent().checkpoint_step) == (60, 60)
-    calls = recorder.calls
-    called = {name: [(s, v) for event, s, v in calls if event == name] for name, _, _ in calls}
+    called = {name: [call[1:] for call in recorder.calls if call[0] == name] for name, _, _ in recorder.calls}
     assert called["start"][0][1]["embed_dim"] == 8
     assert called["log"] == [(line["step"], line["loss"]) for line in figures(reference, "train")]
     evaluations = [(line["step"], line["returns"]) for line in figures(reference, "evaluation")]

@@ -164,10 +164,10 @@ def test_video_holds_one_episode_per_target_side_by_side(tmp_path):
     seeds = [int(episode_seeds(1, 1)[0])] * 2
     _, lengths, _ = loop_over_single_environments(ConstantAgent(), HOPPER, (600.0, 0.0), seeds)
     drawn = len({*range(0, max(lengths) + 1, 2), *lengths})
-    decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path]
-    raw = subprocess.run([*decode, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True).stdout
-    frames = np.frombuffer(raw, np.uint8).reshape(-1, 480, 960, 3).astype(float)
-    assert len(frames) == drawn
+    decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    film = subprocess.run(decode, capture_output=True)
+    frames = np.frombuffer(film.stdout, np.uint8).reshape(-1, 480, 960, 3).astype(float)
+    assert (len(frames), b" 960x480" in film.stderr.partition(b"Output #0")[0]) == (drawn, True)
     first, last = frames[0], frames[-1]
     for half in (first[:, :480], first[:, 480:]):
         assert half.std() > 10  # a picture, not one colour
