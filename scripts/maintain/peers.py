@@ -49,8 +49,6 @@ REBRAC_BETAS = {
     "halfcheetah-medium-expert": (0.01, 0.1), "walker2d-medium": (0.05, 0.1),
     "walker2d-medium-replay": (0.05, 0.01), "walker2d-medium-expert": (0.01, 0.01),
 }  # fmt: skip
-# Target returns of d3rlpy's reproduction of the Decision Transformer.
-TARGETS = {"hopper": 3600.0, "halfcheetah": 6000.0, "walker2d": 5000.0}
 IQL_SCHEDULE = 500_000  # steps of the cosine in d3rlpy's reproduction, where --steps does not say
 
 
@@ -153,7 +151,10 @@ def run_peers(config: PeersConfig) -> None:
 
 
 def train_and_evaluate(config: PeersConfig, name: str, method: Method, seed: int) -> dict[str, Any]:
-    """Return the results in the form of ``flowrl evaluate --json``."""
+    """Return the results in the form of ``flowrl evaluate --json``.
+
+    The Decision Transformer's target is the best return in the data, as flowrl's: d3rlpy's own are for D4RL.
+    """
     dataset = load_embedded(name)
     environment = dataset.environment
     assert environment is not None
@@ -162,7 +163,7 @@ def train_and_evaluate(config: PeersConfig, name: str, method: Method, seed: int
     steps = train(algorithm, dataset, config.steps, config.minutes)
     seconds = time.process_time() - started
     policy = DecisionTransformerPolicy(algorithm) if method == "dt" else QPolicy(algorithm)
-    target = TARGETS[name.split("-")[0]] if method == "dt" else 0.0
+    target = float(dataset.episode_returns.max()) if method == "dt" else 0.0
     [result] = evaluate(policy, environment, (target,), config.episodes, config.eval_seed, dataset.reference)
     figures = result.to_dict() | {"target_return": target if method == "dt" else None}
     return {
