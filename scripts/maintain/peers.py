@@ -15,6 +15,7 @@ Each dataset, method and seed is one file; those that are there already are not 
 import json
 import logging
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import tyro
 
 from flowrl.atomic import write_text
@@ -100,22 +102,38 @@ class QPolicy:
 
 
 class DecisionTransformerPolicy:
-    """A batched agent of d3rlpy's Decision Transformer: one of its wrappers per slot."""
+    """A batched agent of d3rlpy's Decision Transformer: the windows of its wrapper, which acts for one environment."""
 
     def __init__(self, algorithm: Any) -> None:
-        self._algorithm = algorithm
+        self._config = algorithm.config
+        self._action_dim = algorithm.impl.action_size
+        self._transformer = algorithm.impl.modules.transformer.eval()
 
     def reset(self, num_envs: int, target_return: float | np.ndarray) -> None:
-        targets = np.broadcast_to(target_return, num_envs)
-        self._slots = [self._algorithm.as_stateful_wrapper(target_return=float(t)) for t in targets]
+        self._rest = np.broadcast_to(np.asarray(target_return, np.float32), num_envs)
+        self._timestep = 0
+        # One entry a timestep: observations (N, S), actions (N, A) and returns-to-go (N, 1).
+        self._window: deque[list[torch.Tensor]] = deque(maxlen=self._config.context_size)
 
+    @torch.no_grad()
     def act(self, observations: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
-        given = np.zeros(len(observations)) if rewards is None else rewards
-        steps = zip(self._slots, observations.astype(np.float32), given, strict=True)
-        return np.clip(np.stack([slot.predict(x, float(reward)) for slot, x, reward in steps]), -1, 1)
+        self._timestep += 1
+        if rewards is not None:
+            self._rest = self._rest - rewards.astype(np.float32)
+        states = self._config.observation_scaler.transform(torch.from_numpy(observations.astype(np.float32)))
+        returns_to_go = self._config.reward_scaler.transform(torch.from_numpy(self._rest.copy())[:, None])
+        self._window.append([states, torch.zeros(len(states), self._action_dim), returns_to_go])
+        window = [torch.stack(parts, dim=1) for parts in zip(*self._window, strict=True)]  # (N, L, ...)
+        length = len(self._window)
+        timesteps = torch.arange(self._timestep - length + 1, self._timestep + 1).expand(len(states), length)
+        actions = self._transformer(*window, timesteps, torch.zeros(len(states), length))[:, -1]
+        self._window[-1][1] = actions
+        return actions.clamp(-1, 1).numpy()
 
     def keep(self, indices: np.ndarray) -> None:
-        self._slots = [self._slots[index] for index in indices]
+        self._rest = self._rest[indices]
+        for entry in self._window:
+            entry[:] = [part[indices] for part in entry]
 
 
 def run_peers(config: PeersConfig) -> None:
