@@ -102,7 +102,7 @@ class QPolicy:
 
 
 class DecisionTransformerPolicy:
-    """A batched agent of d3rlpy's Decision Transformer: the windows of its wrapper, which acts for one environment."""
+    """A batched agent of d3rlpy's Decision Transformer, whose own wrapper acts for one environment."""
 
     def __init__(self, algorithm: Any) -> None:
         self._config = algorithm.config
