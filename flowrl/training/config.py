@@ -89,7 +89,7 @@ class TrainConfig(EvaluationOptions):
     """Flow-Attention's bound on the conserved source before its exponential. A timestep can stand out from
     about e to this power of later ones: 10 carries a cue over 20,000 timesteps or more, 20 over a million."""
     time_encoding: TimeEncoding = "learned"
-    """learned: an embedding for each timestep up to the longest episode's or the time limit's last, then that one;
+    """learned: a row for each timestep of the longest episode or the time limit, the last one for all later;
     sinusoidal: waves, defined for any timestep; none: timesteps are not encoded."""
     context_length: Size | Literal["episode"] = 20
     """Timesteps per training window, or 'episode' for whole episodes."""
