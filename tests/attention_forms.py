@@ -22,8 +22,7 @@ from flowrl.attention.linear import (
 def tokens(length, *, batch=1, heads=2, head_dim=8, value_dim=5, seed=0, dtype=torch.float64):
     """Queries, keys, values and a weight on the outputs, (batch, heads, length, width) each."""
     generator = torch.Generator().manual_seed(seed)
-    widths = (head_dim, head_dim, value_dim, value_dim)
-    shapes = [(batch, heads, length, width) for width in widths]
+    shapes = [(batch, heads, length, width) for width in (head_dim, head_dim, value_dim, value_dim)]
     return [2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 

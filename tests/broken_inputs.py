@@ -35,9 +35,7 @@ def ending(call: Callable[[], Any]) -> str | None:
 
     Any exception that the scripts would let through passes here too, and fails the test.
     """
-    peak = _peak()
-    errors = io.StringIO()
-    code = 0
+    peak, errors, code = _peak(), io.StringIO(), 0
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(errors), exit_on_user_error():
             call()

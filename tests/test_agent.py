@@ -68,8 +68,7 @@ def test_recurrent_acting_equals_the_parallel_forward(layout, attention, convolu
     timesteps = 1000 if attention == "flow" else 200
     agent = make_agent(layout, attention, convolution_width=convolution_width)
     actions = play(agent, 7, timesteps, 300.0)
-    expected = predicted(agent, 7, actions, 300.0, 0, timesteps)
-    assert np.abs(actions - expected).max() < 1e-4
+    assert np.abs(actions - predicted(agent, 7, actions, 300.0, 0, timesteps)).max() < 1e-4
     assert actions[timesteps // 2 :].std(axis=0).min() > 0.02
 
 

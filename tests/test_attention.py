@@ -132,8 +132,7 @@ def test_bidirectional_form_agrees_with_the_naive_one(sinks, sources, dtype):
 @pytest.mark.parametrize("changed", [0, 1, 127, 128, 299])
 def test_a_change_alters_nothing_before_it(name, changed):
     attention, inputs = attention_kind(name).parallel, tokens(300)[:3]
-    before = attention(*inputs)
-    effect = 0.0
+    before, effect = attention(*inputs), 0.0
     for index in range(3):
         altered = [tensor.clone() for tensor in inputs]
         altered[index][:, :, changed] += 100  # were a maximum taken over all keys, this would move it
@@ -173,8 +172,7 @@ def test_extreme_inputs_stay_finite_at_length_65536():
     results = with_gradients(flow_attention, queries, keys, values, 1.0)
     for row, case in enumerate(cases):
         assert all(result[row].isfinite().all() for result in results), case
-    last_steps = [tensor[:, :, -300:] for tensor in (queries, keys, values)]
-    assert stepped(*last_steps).isfinite().all()
+    assert stepped(*[tensor[:, :, -300:] for tensor in (queries, keys, values)]).isfinite().all()
 
 
 @pytest.mark.parametrize(

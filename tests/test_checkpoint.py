@@ -75,8 +75,7 @@ def test_every_file_is_synced_before_the_folder_gets_its_name(tmp_path, monkeypa
 def test_bytes_flipped_or_cut_are_refused_by_name(tmp_path):
     """Every 100th; of the manifest, which has no checksum, every one."""
     save_checkpoint(tmp_path, make_checkpoint(12), keep=1)
-    folder = folder_of(tmp_path, 12)
-    tried = 0
+    folder, tried = folder_of(tmp_path, 12), 0
     for name in FILES:
         whole, stride = (folder / name).read_bytes(), 1 if name == "manifest.json" else 100
         for position in range(0, len(whole), stride):

@@ -26,6 +26,7 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
 SMALL = Recipe("hopper", (Part("25k"),), steps=300, seed=4)
+WIDE = '{"exclude_current_positions_from_observation": false}'
 MIXED = Recipe("hopper", (Part("random", 1.0, noise=0.3), Part("25k", 2.0)), steps=2400, seed=5)
 
 
@@ -127,8 +128,7 @@ def test_uniform_actions_are_collected_in_any_environment(tmp_path):
         assert dataset.rewards[step] == np.float32(reward)
     shares = np.histogram(dataset.actions, bins=8, range=(-2, 2))[0] / len(dataset.actions)
     assert (np.abs(shares - 1 / 8) < 0.03).all()
-    file = replace(command, format="d4rl", id=None, out=tmp_path / "same.hdf5")
-    run_collect(file)
+    run_collect(replace(command, format="d4rl", id=None, out=tmp_path / "same.hdf5"))
     assert read_d4rl_file(tmp_path / "same.hdf5").sha256 == dataset.sha256
 
 
@@ -159,6 +159,9 @@ def test_an_existing_dataset_is_replaced_only_when_asked(tmp_path, storage):
         (CollectCommand("hoper-medium"), "did you mean 'hopper-medium'"),
         (CollectCommand("Pendulum-v1", ("medium",)), "give --policies, of uniform"),
         (CollectCommand("hopper", ("25k",), id="a-v0", env_kwargs="{"), "--env-kwargs {: Invalid JSON"),
+        (CollectCommand("hopper", ("25k",), id="a-v0", env_kwargs='{"a": NaN}'), "not JSON compliant"),
+        (CollectCommand("hopper", ("25k",), id="a-v0", env_kwargs=WIDE), "not those of hopper"),
+        (CollectCommand("hopper", ("25k",), id="a-v0", max_episode_steps=10**12), "GiB of memory"),
         (CollectCommand("hopper"), "give --policies, of random, "),
         (CollectCommand("hopper", ("mediun",), id="a-v0"), "did you mean 'medium'"),
         (CollectCommand("hopper", ("medium",), steps=0, id="a-v0"), "--steps 0"),

@@ -14,6 +14,7 @@ from tiny_training import arguments, steps_on_disk
 from flowrl import __main__
 from flowrl.__main__ import COMMANDS, EXIT_BROKEN_PIPE, main
 from flowrl.data.d4rl import read_d4rl_file
+from flowrl.data.info import histogram
 
 # Importing torch's compiler takes as long as all the rest of torch.
 NOT_FOR_ACTING = ("tyro", "tensorboard", "minari", "h5py", "mujoco", "yaml", "matplotlib", "torch._dynamo")
@@ -109,6 +110,7 @@ def test_a_dataset_is_described(tiny_dataset, capsys):
     lines = dict(line.split(maxsplit=1) for line in output.splitlines())
     assert (lines["dataset"], lines["transitions"]) == ("file:tiny.hdf5", "60")
     assert lines["episodes"] == "5, 3 of them terminated"
+    assert len(histogram(np.array([0.1, np.nextafter(0.1, 1)]))) == len(histogram(np.arange(9.0)))
     assert lines["lengths"] == f"from 1 to 30, median 9, mean {np.mean(EPISODE_LENGTHS):g}"
     middle = f"median {np.median(returns):.6g}, mean {returns.mean():.6g}"
     assert lines["returns"] == f"from {returns.min():.6g} to {returns.max():.6g}, {middle}"

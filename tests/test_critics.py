@@ -33,12 +33,10 @@ def small_critics(monkeypatch):
 
 def episodes(rewards_of, lengths=(5,) * 800):
     """Two numbers of observation that do not depend on actions, two of action."""
-    rng = np.random.default_rng(0)
-    steps = sum(lengths)
+    rng, steps = np.random.default_rng(0), sum(lengths)
     observations = rng.normal(size=(steps, 2)).astype(np.float32)
     actions = rng.uniform(-0.9, 0.9, size=(steps, 2)).astype(np.float32)
-    rewards = rewards_of(observations, actions, rng)
-    return dataset_of(observations, actions, rewards, lengths)
+    return dataset_of(observations, actions, rewards_of(observations, actions, rng), lengths)
 
 
 @pytest.mark.usefixtures("small_critics")
@@ -124,8 +122,7 @@ def test_what_cannot_guide_is_one_line():
 @pytest.mark.usefixtures("small_critics")
 def test_a_resumed_run_keeps_its_critics(unevaluated, tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(guidance, "UPDATES", 20)
-    options = {"q_weight": 0.5, "eval_episodes": 0}
-    train_here(tiny_dataset, tmp_path / "whole", **options)
+    train_here(tiny_dataset, tmp_path / "whole", **{"q_weight": 0.5, "eval_episodes": 0})
     losses = [figures(each, "train")[-1]["loss"] for each in (tmp_path / "whole", unevaluated)]
     assert losses[0] != losses[1]
     run = shutil.copytree(tmp_path / "whole", tmp_path / "run")

@@ -41,8 +41,7 @@ from flowrl.training.run import run_train
     ],
 )
 def test_normalized_scores(env_id, episode_return, score):
-    reference = reference_scores(env_id)
-    assert reference.normalized_score(episode_return) == pytest.approx(score, abs=1e-9)
+    assert reference_scores(env_id).normalized_score(episode_return) == pytest.approx(score, abs=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:.*precision lowered")

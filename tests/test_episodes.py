@@ -21,8 +21,7 @@ EPISODE_OF = np.repeat(np.arange(5), EPISODE_LENGTHS)
 
 
 def arrays(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    steps = sum(lengths)
+    random, steps = np.random.default_rng(seed), sum(lengths)
     return {
         "observations": random.normal(size=(steps, 4)).astype(np.float32),
         "actions": random.normal(size=(steps, 2)).astype(np.float32),
@@ -46,8 +45,7 @@ def naive_returns_to_go(rewards: np.ndarray, lengths: tuple[int, ...]) -> list[f
 
 
 def test_offsets_and_returns_match_a_plain_loop():
-    given = arrays()
-    dataset = build()
+    given, dataset = arrays(), build()
     assert dataset.episode_starts.tolist() == [0, 3, 4, 9]
     assert dataset.episode_lengths.tolist() == [3, 1, 5, 2]
     expected = naive_returns_to_go(given["rewards"], LENGTHS)
@@ -72,6 +70,13 @@ def test_returns_to_go_keep_float32_precision_between_huge_episodes_and_over_man
     np.testing.assert_allclose(dataset.returns_to_go[2:-5], tenth * np.arange(100_000, 0, -1), rtol=1e-6)
     expected = naive_returns_to_go(given["rewards"][-5:], (3, 2))
     np.testing.assert_allclose(dataset.returns_to_go[-5:], expected, rtol=1e-6)
+
+
+def test_a_map_that_was_changed_in_memory_keeps_its_changes(tmp_path):
+    np.save(tmp_path / "observations.npy", arrays()["observations"])
+    observations = np.load(tmp_path / "observations.npy", mmap_mode="c")
+    observations += 1
+    np.testing.assert_array_equal(build(observations=observations).observations, arrays()["observations"] + 1)
 
 
 def test_delayed_rewards_put_the_return_on_the_last_step():
@@ -197,8 +202,7 @@ def test_every_window_there_is(context_length):
         returns_to_go = batch.window.returns_to_go[number, :size]
         np.testing.assert_array_equal(returns_to_go, dataset.returns_to_go[expected])
         for padded_with_the_last in batch.window[:5]:
-            last = padded_with_the_last[number, size - 1]
-            assert (padded_with_the_last[number, size:] == last).all()
+            assert (padded_with_the_last[number, size:] == padded_with_the_last[number, size - 1]).all()
         for place, index in enumerate(expected):
             if index > first:  # unused at an episode's start
                 assert batch.window.previous_actions[number, place, 0] == index - 1 + 1000

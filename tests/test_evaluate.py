@@ -187,6 +187,13 @@ def test_an_environment_without_pictures_is_refused_before_it_is_evaluated(tmp_p
         evaluate_run(EvaluateConfig(tmp_path, video=tmp_path / "x.mp4"))
 
 
+def test_an_environment_that_fails_while_it_is_filmed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(HopperEnv, "step", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=r"Hopper-v5 failed at a step: ZeroDivisionError"):
+        write_video(tmp_path / "film.mp4", ConstantAgent(), HOPPER, [600.0], seed=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_robots_are_drawn_as_in_their_own_environment():
     env = make_rendered_env(EnvironmentSpec("flowrl/HopperHidden-v0"))
     plain = make_rendered_env(EnvironmentSpec("Hopper-v5"))

@@ -127,8 +127,7 @@ def test_collected_episodes_are_what_the_environment_and_the_agent_did(trained):
         np.testing.assert_allclose(episodes.rewards[rows], rewards, rtol=1e-6)
         sums = [sum(rewards[start:]) for start in range(len(rewards))]
         np.testing.assert_allclose(episodes.returns_to_go[rows], sums, rtol=1e-5)
-        distance = np.abs(episodes.actions[start] - plain.actions[plain.episode_starts[episode]])
-        assert 0 < distance.max() < 1.5
+        assert 0 < np.abs(episodes.actions[start] - plain.actions[plain.episode_starts[episode]]).max() < 1.5
 
 
 def test_every_round_has_starts_of_its_own_and_the_replay_holds_the_best_of_all(
@@ -163,8 +162,7 @@ def test_every_round_has_starts_of_its_own_and_the_replay_holds_the_best_of_all(
 def test_other_commands_take_the_result(reference, tmp_path, capsys):
     assert [line["step"] for line in figures(reference, "round")] == [1, 11, 21]
     assert [line["step"] for line in figures(reference, "evaluation")][::2] == [0, 15, 30]
-    agent = flowrl.load_agent(reference)
-    assert agent.config.dataset_id == "file:tiny.hdf5 + online"
+    assert flowrl.load_agent(reference).config.dataset_id == "file:tiny.hdf5 + online"
     (run,), unfinished = load_runs([reference])
     assert not unfinished
     assert run.dataset == "file:tiny.hdf5 + online"
@@ -190,8 +188,14 @@ def test_evaluation_seed_and_best_checkpoint_are_not_inherited(trained, tmp_path
     text = (run / "config.yaml").read_text().replace("eval_seed: null", "eval_seed: 7")
     text = text.replace("keep_best: null", "keep_best: return_mean")
     (run / "config.yaml").write_text(text.replace("eval_episodes: 0", "eval_episodes: 2"))
-    training = training_of(FinetuneConfig(run=run, seed=3), run)
-    assert (training.eval_seed, training.keep_best) == (None, None)
+    for resumed in (None, run):
+        training = training_of(FinetuneConfig(run=run, seed=3, resume=resumed), run)
+        assert (training.eval_seed, training.keep_best) == (None, None)
+    read = []  # the options that the run's data was read with
+    monkeypatch.setattr("flowrl.finetuning.command.load_dataset", lambda config: read.append(config) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(run, tmp_path / "other", max_episode_steps=5)
+    assert read[0].max_episode_steps is None
     monkeypatch.chdir(run)
     assert _default_folder(Path(), 3) == tmp_path / "run-online-seed3"
 

@@ -33,8 +33,7 @@ def derivatives(attention, inputs, times):
     inputs = [x.clone().requires_grad_() for x in inputs]
     results = [attention(*inputs)]
     for _ in range(times):
-        total = sum(x.square().sum() for x in results)
-        results = torch.autograd.grad(total, inputs, create_graph=True)
+        results = torch.autograd.grad(sum(x.square().sum() for x in results), inputs, create_graph=True)
     return results
 
 
@@ -74,8 +73,7 @@ def test_operators_pass_torchs_own_checks():
     results = [x.detach() for x in forward(*inputs, 10.0, 1e-6, True)]
     gradient = torch.randn_like(results[0])
     backward = torch.ops.flowrl.flow_backward.default
-    plain = [x.detach() for x in inputs]
-    torch.library.opcheck(backward, (*plain, gradient, *results, 10.0, 1e-6))
+    torch.library.opcheck(backward, (*[x.detach() for x in inputs], gradient, *results, 10.0, 1e-6))
 
 
 class Layer(torch.nn.Module):

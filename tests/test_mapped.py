@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,8 @@ from tiny_training import figures, train_here
 from flowrl.data import EpisodeDataset, load_episodes, mapped
 from flowrl.data.arrays import Storage, release, row_chunks
 from flowrl.data.dataset import concatenate
+from flowrl.data.sources import _joined
+from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.training.config import TrainConfig
 from flowrl.training.setup import load_dataset
@@ -61,8 +63,7 @@ def test_files_minari_and_several_are_the_same_as_in_memory(tiny_dataset, own_fo
     assert loaded(folder, tiny_dataset, other, minari_id, env="Hopper-v4").num_episodes == 14
     for version in (4, 5):  # with other notes of the same data
         loaded(folder, tiny_dataset, minari_id, env=f"Hopper-v{version}")
-    kept = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    assert len(kept) == 7
+    assert len(sorted(path.name for path in folder.iterdir() if path.is_dir())) == 7
     monkeypatch.setattr(mapped, "_write", lambda *_: pytest.fail("it is there already"))
     load_episodes((str(tiny_dataset), str(other), minari_id), "Hopper-v4", memory_map=folder)
     monkeypatch.undo()
@@ -74,7 +75,7 @@ def test_files_minari_and_several_are_the_same_as_in_memory(tiny_dataset, own_fo
 
 
 def test_a_training_is_the_same_as_in_memory(unevaluated, tiny_dataset, tmp_path):
-    train_here(tiny_dataset, tmp_path / "disk", eval_episodes=0, memory_map=tmp_path / "map")
+    train_here(tiny_dataset, tmp_path / "disk", eval_episodes=0, memory_map=tmp_path / "map", device="cpu:0")
     assert figures(tmp_path / "disk") == figures(unevaluated)
 
 
@@ -96,6 +97,9 @@ def test_what_is_damaged_is_refused_and_what_fails_leaves_nothing(tiny_dataset, 
         load_episodes(str(tiny_dataset), memory_map=file)
     with pytest.raises(UserError, match=r"x: 5 steps take 931,322,574\.6 GiB on disk, .* free"):
         Storage(kept).require("x", "5 steps", 10**18)
+    _joined([dataset] * 2, folder)
+    with pytest.raises(UserError, match="differ in environment"):
+        _joined([dataset, replace(dataset, environment=EnvironmentSpec("Hopper-v4"))], folder)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(UserError, match=r"tiny\.hdf5 \+ file:tiny\.hdf5: 120 steps take .* on disk"):
         concatenate([dataset] * 2, Storage(kept))
@@ -115,5 +119,4 @@ def test_pages_that_were_read_leave_memory(tmp_path):
     assert resident() > before + 60
     release(array[5:])
     assert resident() < before + 5
-    most = max(resident() for rows in row_chunks(array) if rows.sum() > 0)
-    assert most < before + 20
+    assert max(resident() for rows in row_chunks(array) if rows.sum() > 0) < before + 20

@@ -86,8 +86,7 @@ def test_an_oracle_always_succeeds_and_a_guess_succeeds_as_often_as_there_are_ar
 
 def test_distractors_show_false_cues_between_the_cue_and_the_junction():
     data = load_episodes("tmaze-12-arms-4-distractors-5")
-    cues = data.observations.reshape(data.num_episodes, 12, -1)[:, :, :4]
-    shown = cues.any(axis=2)
+    shown = data.observations.reshape(data.num_episodes, 12, -1)[:, :, :4].any(axis=2)
     assert shown[:, 0].all()
     assert not shown[:, -1].any()
     assert (shown.sum(axis=1) == 6).all()
@@ -174,8 +173,7 @@ def test_the_target_speed_is_shown_for_ten_timesteps_and_pays_after_the_run_up()
         shown = timestep < 10
         assert observation[-3:].tolist() == [cue * shown, shown, timestep >= 100]
         speed = (positions[-1] - positions[max(timestep - 50, 0)]) / (50 * 0.05)
-        expected = max(0.0, 1 - abs(speed - target) / 4.0) if timestep >= 150 else 0.0
-        assert reward == pytest.approx(expected)
+        assert reward == pytest.approx(max(0.0, 1 - abs(speed - target) / 4.0) if timestep >= 150 else 0.0)
         assert truncated == (timestep == 400)
 
 

@@ -155,8 +155,7 @@ def test_onednn_gives_the_outputs_and_gradients_of_torch(monkeypatch):
     plain = nn.Linear(96, 64)
     layer = copy.deepcopy(plain)
     layer.__class__ = OneDNNLinear
-    x = torch.randn(8, 50, 96)
-    results = []
+    x, results = torch.randn(8, 50, 96), []
     for module in (layer, plain):
         inputs = x.clone().requires_grad_()
         outputs = module(inputs)
@@ -178,8 +177,7 @@ def test_onednn_multiplies_where_mkl_keeps_to_half_the_vectors(maker, vectors, t
 def test_a_wrong_product_is_noticed_and_torch_is_used(monkeypatch):
     right = linear.onednn_product
     monkeypatch.setattr(linear, "onednn_product", lambda *arguments: right(*arguments) + 0.1)
-    layer = OneDNNLinear(16, 8)
-    x = torch.randn(200, 16)
+    layer, x = OneDNNLinear(16, 8), torch.randn(200, 16)
     with pytest.warns(UserWarning, match="linear layers by oneDNN differs from torch"):
         outputs = layer(x)
     assert torch.equal(outputs, nn.functional.linear(x, layer.weight, layer.bias))

@@ -97,8 +97,7 @@ def test_interval_of_the_interquartile_mean_is_that_of_all_resamples():
     tasks = [np.array([1.0, 4.0, 9.0]), np.array([20.0, 35.0, 60.0])]
     outcomes = []  # every way to draw three of three, in both tasks: 729, all equally likely
     for first, second in product(product(tasks[0], repeat=3), product(tasks[1], repeat=3)):
-        ordered = sorted([*first, *second])
-        outcomes.append(sum(ordered[1:-1]) / 4)
+        outcomes.append(sum(sorted([*first, *second])[1:-1]) / 4)
     expected = np.quantile(outcomes, [0.025, 0.975])
     np.testing.assert_allclose(interquartile_mean_interval(tasks), expected, atol=1.0)
     assert interquartile_mean_interval(tasks) == interquartile_mean_interval(tasks)  # a seed is a seed
@@ -258,13 +257,11 @@ def test_an_evaluation_in_the_run_folder_gives_its_score(tmp_path):
 def test_a_run_resumed_with_other_targets_or_with_its_data_elsewhere_is_reported(tmp_path):
     run = write_run(tmp_path / "a", 10)
     metrics = (run / "metrics.jsonl").read_text()
-    last = figures(70.0, 20)
-    line = json.dumps({"kind": "evaluation", "step": 200, **last})
+    line = json.dumps({"kind": "evaluation", "step": 200, **figures(70.0, 20)})
     (run / "metrics.jsonl").write_text(f"{metrics}{line}\n")
     (run / "config.yaml").write_text(to_yaml(replace(BASE, steps=200, targets=(70.0,), run_dir=run)))
     moved = seeded(1, steps=200, targets=(70.0,), memory_map=Path("map"), dataset=("x.hdf5",))
-    other = write_run(tmp_path / "b", 30, config=moved)
-    text = write_report(ReportConfig((run, other), tmp_path / "out"))
+    text = write_report(ReportConfig((run, write_run(tmp_path / "b", 30, config=moved)), tmp_path / "out"))
     assert row_of(text, "`flowrl/hopper")[2] == "**25.0 ± 5.0** (2)"
 
 

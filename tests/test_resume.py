@@ -129,8 +129,7 @@ def test_a_disk_that_fills_up_costs_nothing_already_saved(tiny_dataset, tmp_path
     """The metrics and TensorBoard's events grow until no file may: a clear end, then the run continues."""
     options = {"steps": 600, "eval_episodes": 0, "checkpoint_every": 50, "log_every": 1}
     run = tmp_path / "run"
-    words = ["train", *arguments(tiny_dataset, run, **options)]
-    code, _, errors = finish(Command(words, limit=80_000))
+    code, _, errors = finish(Command(["train", *arguments(tiny_dataset, run, **options)], limit=80_000))
     assert code == 2
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines()[-1:]
     assert str(run) in errors.splitlines()[-1]

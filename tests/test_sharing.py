@@ -360,14 +360,20 @@ def test_the_example_acts_a_whole_episode_as_evaluation_does(run, exported, tmp_
 
 @pytest.mark.parametrize(
     ("env_id", "line"),
-    [("Hopper-v4", "`Hopper-v4`, at most 1000 timesteps\n"), ("flowrl/TMaze-v0", "`flowrl/TMaze-v0`\n")],
+    [
+        ("Hopper-v4", "`Hopper-v4`, at most 1000 timesteps\n"),
+        ("flowrl/TMaze-v0", "`flowrl/TMaze-v0`\n"),
+        (None, "an unnamed environment\n"),
+    ],
 )
 def test_a_card_gives_the_registered_time_limit_if_there_is_one(env_id, line, tmp_path):
     agent = small_perceptron()
-    agent.config = replace(agent.config, environment=EnvironmentSpec(env_id))
+    agent.config = replace(agent.config, environment=env_id and EnvironmentSpec(env_id))
     agent.save(tmp_path / "agent")
     push(PushConfig(tmp_path / "agent", "me/x", dry_run=tmp_path / "folder"))
-    assert f"- Environment: {line}" in (tmp_path / "folder" / "README.md").read_text()
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert f"- Environment: {line}" in card
+    assert ("make_env" in card) == bool(env_id)
 
 
 def test_a_run_with_damaged_figures_is_not_pushed(run, tmp_path):

@@ -94,6 +94,8 @@ def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_fol
     options = EvaluationOptions(max_episode_steps=2)
     dataset = load_episodes("walker2d-medium-replay", options=options)
     assert dataset.episode_lengths.tolist() == [2, 2, 1, 2, 2]
+    monkeypatch.setenv("D4RL_DATASET_DIR", "~nobody-here/d4rl")
+    assert first_reward(load_episodes("walker2d-medium-replay")) == home_reward
     monkeypatch.delenv("D4RL_DATASET_DIR")
     assert first_reward(load_episodes("walker2d-medium-replay")) == home_reward
 
@@ -152,19 +154,19 @@ def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp
     path = tmp_path / "d4rl" / "ant_medium-v2.hdf5"
     path.parent.mkdir()
     observations = np.random.default_rng(0).normal(size=(9, 111)).astype(np.float32)
-    for forces in (True, False):
+    for forces, steps in ((True, None), (True, 9), (False, 9), (False, None)):
         observations[:, 27:] *= forces
         with h5py.File(path, "w") as file:
             file.update({"observations": observations, "actions": np.zeros((9, 8)), "rewards": np.ones(9)})
             file.update({"terminals": np.zeros(9, bool), "timeouts": np.arange(9) == 8})
-        dataset = load_episodes("ant-medium")
+        dataset = load_episodes("ant-medium", options=EvaluationOptions(max_episode_steps=steps))
         check_environment(dataset.environment, dataset.observation_dim, dataset.action_dim)
         if forces:
             assert dataset.observation_dim == 111
-            assert dataset.environment == EnvironmentSpec("Ant-v4", {"use_contact_forces": True})
+            assert dataset.environment == EnvironmentSpec("Ant-v4", {"use_contact_forces": True}, steps)
         else:
             assert np.array_equal(dataset.observations, observations[:, :27])
-            assert dataset.environment == EnvironmentSpec("Ant-v4")
+            assert dataset.environment == EnvironmentSpec("Ant-v4", {}, steps)
             assert any("84 contact-force columns are all zero: dropped" in note for note in dataset.notes)
     assert load_episodes(str(path)).observation_dim == 111
 

@@ -182,8 +182,7 @@ def test_a_stopped_sweep_continues_exactly(number, whole_runs, tiny_dataset, hel
 def test_slots_share_out_gpus(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     slots = Slots(jobs=4, threads=2, gpus=2)
-    devices = [slots.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
-    assert devices == ["0", "1", "0", "1"]
+    assert [slots.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0", "1", "0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert slots.environment(1) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "5"}
     assert Slots(jobs=2, threads=1, gpus=0).environment(1) == {"OMP_NUM_THREADS": "1"}

@@ -45,8 +45,7 @@ def test_learning_rate_follows_the_table():
     config = TrainConfig(steps=12, warmup_steps=4, learning_rate=2.0)
     eighths = [1, 0.9657457, 0.8681981, 0.7222075, 0.55, 0.3777925, 0.2318019, 0.1342543, 0.1]
     expected = [0.25, 0.5, 0.75, 1.0, *eighths, 0.1, 0.1]
-    actual = [learning_rate_at(step, config) / 2 for step in range(15)]
-    assert actual == pytest.approx(expected, abs=1e-7)
+    assert [learning_rate_at(step, config) / 2 for step in range(15)] == pytest.approx(expected, abs=1e-7)
     constant = TrainConfig(steps=12, warmup_steps=2, learning_rate=2.0, schedule="constant")
     assert [learning_rate_at(step, constant) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
     assert learning_rate_at(0, TrainConfig(steps=1, warmup_steps=0, learning_rate=2.0)) == 2.0
@@ -94,8 +93,7 @@ def test_updates_are_those_of_a_plain_loop(tiny_dataset, tmp_path):
     parameters = list(model.parameters())
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(12):
-        batch = sampler.sample()
-        gradients = torch.autograd.grad(model.loss(batch.window), parameters)
+        gradients = torch.autograd.grad(model.loss(sampler.sample().window), parameters)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         cosine = 0.01 * (0.55 + 0.45 * math.cos(math.pi * (step - 3) / 9))
         rate = 0.01 * (step + 1) / 3 if step < 3 else cosine

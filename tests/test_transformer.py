@@ -86,8 +86,7 @@ def plain_attention(x, attention, config):
         part.reshape(len(x), config.num_heads, -1).transpose(0, 1)[None]
         for part in attention.qkv(x).chunk(3, dim=-1)
     )
-    mixed = PLAIN[config.attention](q, k, v)
-    return attention.project(mixed[0].transpose(0, 1).reshape(len(x), -1))
+    return attention.project(PLAIN[config.attention](q, k, v)[0].transpose(0, 1).reshape(len(x), -1))
 
 
 def layer_norm(x, norm):
@@ -129,8 +128,7 @@ def plain_forward(model, window):
                 x = x + plain_gru(normed, block.attention.gru)
             else:
                 x = x + plain_attention(normed, block.attention, config)
-            hidden = block.mlp[0](layer_norm(x, block.mlp_norm)).clamp(min=0)
-            x = x + block.mlp[2](hidden)
+            x = x + block.mlp[2](block.mlp[0](layer_norm(x, block.mlp_norm)).clamp(min=0))
         x = layer_norm(x, model.final_norm)
         read = x[1::3] if config.token_layout == "interleaved" else x
         rows.append(torch.tanh(read @ model.predict_action.weight.T + model.predict_action.bias))

@@ -84,8 +84,7 @@ def test_train_resume_evaluate_and_report_from_a_wheel(wheel, tiny_dataset, tmp_
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(installed / "flowrl" / "__init__.py")
-    scores = json.loads((work / run / "evaluation.json").read_text())
-    assert scores["checkpoint_step"] == 30
+    assert json.loads((work / run / "evaluation.json").read_text())["checkpoint_step"] == 30
     assert "flow-interleaved-6" in (work / "report" / "report.md").read_text()
     tmaze = json.loads((work / "tmaze.json").read_text())
     assert tmaze["targets"][0]["return_mean"] == 1

@@ -22,6 +22,7 @@ from flowrl.envs.spaces import EnvironmentFacts, environment_facts
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import make_vector_env
 from flowrl.errors import UserError
+from flowrl.machine import available_memory
 
 # A constant of the data: which other slots share a batch must not depend on the machine.
 SLOTS = 32
@@ -161,6 +162,14 @@ def collect(recipe: Recipe) -> Collection:
     if not bounded and len(shipped) < len(recipe.parts):
         raise UserError(f"environment {environment.env_id}: 'uniform' is for continuous actions with bounds")
     opening = policies[recipe.opening] if recipe.opening else None
+    if opening is None and any(each.observation_dim != facts.observation_dim for each in shipped.values()):
+        raise UserError(f"environment {environment}: its observations are not those of {recipe.environment}")
+    noise = 16 * SLOTS * facts.max_episode_steps * facts.action_dim  # bytes
+    if noise > (available_memory() or noise):
+        raise UserError(
+            f"environment {environment.env_id}: noise for episodes of {facts.max_episode_steps:,} timesteps "
+            f"takes {noise / 2**30:,.1f} GiB of memory: give a smaller --max-episode-steps"
+        )
     shares = np.array([part.share for part in recipe.parts])
     targets = np.ceil(recipe.steps * shares / shares.sum()).astype(int).tolist()
     episodes: list[Episode] = []

@@ -103,7 +103,7 @@ def find_d4rl_file(name: str) -> Path:
     file_name = f"{environment}_{level.replace('-', '_')}-v2.hdf5"
     folders = [home_folder() / ".d4rl" / "datasets"]
     if os.environ.get("D4RL_DATASET_DIR"):
-        folders.insert(0, Path(os.environ["D4RL_DATASET_DIR"]).expanduser())
+        folders.insert(0, Path(os.path.expanduser(os.environ["D4RL_DATASET_DIR"])))
     for folder in folders:
         if (folder / file_name).is_file():
             return folder / file_name
@@ -259,10 +259,10 @@ def _match_ant(
     default; recorded forces switch them on in the environment.
     """
     wide = _width(observations) == _ANT_WITH_CONTACT_FORCES
-    if environment != EnvironmentSpec("Ant-v4") or not wide:
+    if environment is None or (environment.env_id, environment.kwargs) != ("Ant-v4", {}) or not wide:
         return environment, 0, ()
     if any(observations[rows, _ANT_BODY:].any() for rows in chunks(len(observations))):
-        return EnvironmentSpec("Ant-v4", {"use_contact_forces": True}), 0, ()
+        return replace(environment, kwargs={"use_contact_forces": True}), 0, ()
     dropped = _ANT_WITH_CONTACT_FORCES - _ANT_BODY
     note = f"Ant's {dropped} contact-force columns are all zero: dropped, as Ant-v4 has none by default"
     return environment, dropped, (note,)

@@ -114,7 +114,7 @@ def load_minari(dataset_id: str, memory_map: Path | None) -> EpisodeDataset:
 def datasets_folder() -> Path:
     """Minari's local cache, found as minari finds it."""
     folder = os.environ.get("MINARI_DATASETS_PATH")
-    return Path(folder).expanduser() if folder else home_folder() / ".minari" / "datasets"
+    return Path(os.path.expanduser(folder)) if folder else home_folder() / ".minari" / "datasets"
 
 
 def check_minari_id(dataset_id: str) -> None:

@@ -154,9 +154,9 @@ def _in_one_environment(
 
 
 def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:
-    facts = ((dataset.sha256, dataset.action_choices) for dataset in datasets)
-    joined = read_or_map(partial(concatenate, datasets), memory_map, (), *facts)
     environment, reference = datasets[0].environment, datasets[0].reference
+    facts = ((data.sha256, data.action_choices, data.environment == environment) for data in datasets)
+    joined = read_or_map(partial(concatenate, datasets), memory_map, (), *facts)
     dataset_id, notes = joined_about(datasets)
     return replace(joined, environment=environment, reference=reference, dataset_id=dataset_id, notes=notes)
 

@@ -42,6 +42,7 @@ def _own_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     reserved = sorted(_RESERVED_KWARGS.intersection(kwargs))
     if reserved:
         raise ValueError(f"'{reserved[0]}' is not an argument of an environment")
+    json.dumps(kwargs, allow_nan=False)  # a ValueError for infinity and NaN, which JSON files cannot hold
     return kwargs
 
 

@@ -106,7 +106,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
     )
     if agent.config.chosen_by:
         print(f"this checkpoint was chosen by {agent.config.chosen_by}")
-    with failures_kept(config.run if config.run.is_dir() else Path()):
+    folder = config.run if config.run.is_dir() else Path()
+    with failures_kept(folder):
         if config.video is not None:
             check_rendering(environment)
         results = evaluate(agent, environment, targets, config.episodes, config.seed, reference)
@@ -135,7 +136,8 @@ def evaluate_run(config: EvaluateConfig) -> None:
             raise UserError(f"--json {config.json}: cannot be written: {error.strerror}") from error
         print(f"results in {config.json}")
     if config.video is not None:
-        write_video(config.video, agent, environment, targets, config.seed)
+        with failures_kept(folder):
+            write_video(config.video, agent, environment, targets, config.seed)
         print(f"video in {config.video}")
 
 

@@ -64,6 +64,7 @@ def write_video(
 
     Raises:
         UserError: see :func:`check_video`; also when the environment cannot be rendered here.
+        EnvironmentFailure: it raised an exception.
     """
     check_video(path)
     first = int(episode_seeds(seed, 1)[0])
@@ -72,7 +73,11 @@ def write_video(
             envs = [stack.enter_context(closing(make_rendered_env(environment))) for _ in targets]
             steps_per_second = envs[0].metadata.get("render_fps") or 30
             stride = -(-int(steps_per_second) // MAX_FRAMES_PER_SECOND)  # rounded up
-            _encode(temporary, _frames(agent, envs, targets, first, stride), steps_per_second / stride)
+            _encode(
+                temporary,
+                _frames(agent, environment, envs, targets, first, stride),
+                steps_per_second / stride,
+            )
     except OSError as error:
         reason = str(error).split("\n\n")[-1].strip().splitlines()[-1]
         raise UserError(f"--video {path}: cannot be written: {reason}") from error
@@ -113,13 +118,19 @@ def _encode(path: Path, frames: Iterator[np.ndarray], frames_per_second: float) 
 
 
 def _frames(
-    agent: BatchedAgent, envs: Sequence[gym.Env], targets: Sequence[float], seed: int, stride: int
+    agent: BatchedAgent,
+    environment: EnvironmentSpec,
+    envs: Sequence[gym.Env],
+    targets: Sequence[float],
+    seed: int,
+    stride: int,
 ) -> Iterator[np.ndarray]:
     """Act for one episode per target; yield every ``stride``-th frame of all of them, and each one's last.
 
     Frames are (height, width, 3) uint8; an episode that is over stays at its last picture.
     """
-    observations = [env.reset(seed=seed)[0] for env in envs]
+    with named_failure(environment, "reset"):
+        observations = [env.reset(seed=seed)[0] for env in envs]
     agent.reset(len(envs), np.asarray(targets))
     pictures = [_captioned(_render(env), target, 0.0, 0) for env, target in zip(envs, targets, strict=True)]
     yield _side_by_side(pictures)
@@ -129,7 +140,8 @@ def _frames(
         actions = agent.act(np.stack([observations[slot] for slot in running]), rewards)
         earned, still = [], []
         for slot, action in zip(running, actions, strict=True):
-            observations[slot], reward, terminated, truncated, _ = envs[slot].step(action)
+            with named_failure(environment, "a step"):
+                observations[slot], reward, terminated, truncated, _ = envs[slot].step(action)
             earned.append(np.asarray(reward, dtype=np.float64).item())
             returns[slot] += earned[-1]
             still.append(not (terminated or truncated))

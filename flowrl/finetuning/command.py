@@ -21,7 +21,7 @@ from flowrl.model.loading import load_agent, pick_device
 from flowrl.process import prepare_process
 from flowrl.ranks import ALONE
 from flowrl.signals import StopSignals
-from flowrl.training.config import FINETUNE_FILE, TrainConfig, to_yaml
+from flowrl.training.config import FINETUNE_FILE, TrainConfig, read_options, to_yaml
 from flowrl.training.run import Run, describe, run_folder
 from flowrl.training.setup import load_dataset
 
@@ -70,7 +70,8 @@ def _start(options: FinetuneConfig, training: TrainConfig, run: Path) -> tuple[A
     agent = load_agent(run, checkpoint=options.checkpoint)
     environment = acting_environment(agent, run, options.env, options)
     try:
-        dataset = load_dataset(replace(training, resume=None, eval_episodes=0, keep_best=None))
+        own = replace(TrainConfig(**read_options(run / "config.yaml")), dataset=training.dataset)
+        dataset = load_dataset(replace(own, resume=None, eval_episodes=0, keep_best=None))
     except UserError as error:
         if options.dataset:
             raise

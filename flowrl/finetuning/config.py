@@ -143,8 +143,7 @@ def training_of(config: FinetuneConfig, run: Path) -> TrainConfig:
         raise UserError(f"{run}: behaviour cloning aims at no return, so that there is nothing to fine-tune")
     given = {name: getattr(config, name) for name in sorted(_SHARED)}
     given = {name: value for name, value in given.items() if value not in (None, ())}
-    if config.resume is None:  # not those of the run
-        given |= {"eval_seed": config.eval_seed, "keep_best": config.keep_best}
+    given |= {"eval_seed": config.eval_seed, "keep_best": config.keep_best}  # not those of the run
     if config.dataset:
         given["dataset"] = config.dataset
     fixed = {"schedule": "constant", "warmup_steps": 0, "validation_fraction": 0.0, "q_weight": 0.0}

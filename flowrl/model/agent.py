@@ -194,7 +194,8 @@ class Agent:
             raise RuntimeError("call reset(num_envs, target_return) before act")
         observed = self._checked("observations", observations, (self.config.model.observation_dim,))
         self._start_ended_episodes(terminations, truncations)
-        if self.config.reward_mode == "dense" and self.conditioning == "return-to-go":
+        subtracts = self.config.reward_mode == "dense" and self.conditioning == "return-to-go"
+        if self.model.has_memory and subtracts:
             if rewards is not None:
                 earned = self._checked("rewards", rewards, ())
                 self._returns_to_go -= torch.where(self._timesteps > 0, earned, 0)

@@ -194,24 +194,26 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
     """The model card: Markdown after the Hub's YAML header."""
     about = agent.config
     dataset = about.dataset_id
-    environment = about.environment.env_id if about.environment else "none"
+    environment = f"`{about.environment.env_id}`" if about.environment else "an unnamed environment"
     limit = about.environment and about.environment.time_limit
     final = [line for line in evaluations if line["step"] == agent.checkpoint_step]
     header: dict[str, Any] = {
         "library_name": "flowrl",
         "license": config.license,
         "pipeline_tag": "reinforcement-learning",
-        "tags": ["offline-reinforcement-learning", "decision-transformer", "flow-attention", environment],
+        "tags": ["offline-reinforcement-learning", "decision-transformer", "flow-attention"],
     }
+    if about.environment:
+        header["tags"].append(about.environment.env_id)
     if final:
         header["model-index"] = [{"name": config.repo, "results": [_result(line, dataset) for line in final]}]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
     parts = [
         card_header(header),
         f"# {config.repo.split('/')[1]}",
-        f"An agent of flowrl for `{environment}`: {_method(about)}, {agent.checkpoint_step} updates.",
+        f"An agent of flowrl for {environment}: {_method(about)}, {agent.checkpoint_step} updates.",
         f"- Data: `{dataset}`, content SHA-256 `{about.dataset_sha256}`\n"
-        f"- Environment: `{environment}`{f', at most {limit} timesteps' if limit else ''}\n"
+        f"- Environment: {environment}{f', at most {limit} timesteps' if limit else ''}\n"
         f"- Versions: {packages}",
         "## Scores\n\n" + (_score_table(final) if final else "It was not evaluated."),
     ]
@@ -221,7 +223,8 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
         parts.append(f"![score over updates]({CURVE})")
     if config.video is not None:
         parts.append('<video src="video.mp4" controls></video>')
-    parts.append(f"## Use\n\n```python\n{_USE.format(repo=config.repo, target=max(about.targets))}```")
+    if about.environment:
+        parts.append(f"## Use\n\n```python\n{_USE.format(repo=config.repo, target=max(about.targets))}```")
     return "\n\n".join(parts) + "\n"
 
 

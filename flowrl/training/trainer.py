@@ -80,7 +80,7 @@ class Trainer:
         no_bar: bool | None = None,  # None: a bar only on a terminal
         agent: Agent | None = None,  # trained before; None: a new one for the data
     ) -> None:
-        if device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # its streams are the current ones
         self.config = config = resolve(config, device)
         self.run_dir, self.device = run_dir, device
