@@ -159,7 +159,8 @@ def test_ants_empty_contact_forces_are_dropped_and_recorded_ones_switched_on(tmp
         with h5py.File(path, "w") as file:
             file.update({"observations": observations, "actions": np.zeros((9, 8)), "rewards": np.ones(9)})
             file.update({"terminals": np.zeros(9, bool), "timeouts": np.arange(9) == 8})
-        dataset = load_episodes("ant-medium", options=EvaluationOptions(max_episode_steps=steps))
+        source = (str(path), "Ant-v4") if steps else ("ant-medium", None)
+        dataset = load_episodes(*source, options=EvaluationOptions(max_episode_steps=steps))
         check_environment(dataset.environment, dataset.observation_dim, dataset.action_dim)
         if forces:
             assert dataset.observation_dim == 111

@@ -154,8 +154,7 @@ def test_forward_is_the_description_without_its_shortcuts(layout, attention, con
 def test_padding_changes_no_valid_output_no_loss_and_no_gradient(layout, attention):
     model, window = make_model(layout, attention), make_window()
     lengths = torch.tensor([7, 3, 1])
-    valid = torch.arange(7) < lengths[:, None]
-    results = []
+    valid, results = torch.arange(7) < lengths[:, None], []
     for seed, scale in ((2, 1.0), (3, 1e4), (4, 0.0)):
         junk = make_window(seed=seed)
         padded = Window(
