@@ -84,6 +84,28 @@ def test_an_exported_onnx_step_acts_as_the_agent_for_1000_timesteps(run, exporte
     assert np.abs(unrestarted - expected)[450:850, 1].max() > 1e-2  # long after it the restart matters
 
 
+@pytest.mark.filterwarnings("ignore:.*is out of date")
+def test_the_example_acts_a_whole_episode_as_evaluation_does(run, exported, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "examples")
+    from act_with_onnx import act
+
+    path, step = str(tmp_path / "step.onnx"), onnx.load(exported)
+    (about,) = step.metadata_props
+    for conditioning in ("return-to-go", "target"):
+        about.value = about.value.replace('"return-to-go"', f'"{conditioning}"')
+        onnx.save(step, path)
+        agent = load_agent(run, acting="recurrent", conditioning=conditioning)
+        results = evaluate(agent, agent.environment, agent.config.targets[:1], 2, 0, None)
+        earned = [act(path, int(seed)) for seed in episode_seeds(0, 2)]
+        np.testing.assert_allclose(earned, results[0].returns, rtol=1e-4)
+    for metadata in ({"flowrl": json.dumps({"format_version": 2})}, {"other": "{}"}):
+        del step.metadata_props[:]
+        onnx.helper.set_model_props(step, metadata)
+        onnx.save(step, path)
+        with pytest.raises(SystemExit, match=r"step.onnx: not a step that flowrl exported in format 1"):
+            act(path)
+
+
 def test_an_exported_torch_archive_takes_any_batch(tmp_path, capsys):
     agent = make_agent("fused", full_episodes=False)
     agent.save(tmp_path / "run")
@@ -334,28 +356,6 @@ def test_the_folder_of_a_dry_run_has_a_card_and_nothing_of_this_machine(run, tmp
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
         assert str(run).encode() not in path.read_bytes()
-
-
-@pytest.mark.filterwarnings("ignore:.*is out of date")
-def test_the_example_acts_a_whole_episode_as_evaluation_does(run, exported, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "examples")
-    from act_with_onnx import act
-
-    path, step = str(tmp_path / "step.onnx"), onnx.load(exported)
-    (about,) = step.metadata_props
-    for conditioning in ("return-to-go", "target"):
-        about.value = about.value.replace('"return-to-go"', f'"{conditioning}"')
-        onnx.save(step, path)
-        agent = load_agent(run, acting="recurrent", conditioning=conditioning)
-        results = evaluate(agent, agent.environment, agent.config.targets[:1], 2, 0, None)
-        earned = [act(path, int(seed)) for seed in episode_seeds(0, 2)]
-        np.testing.assert_allclose(earned, results[0].returns, rtol=1e-4)
-    for metadata in ({"flowrl": json.dumps({"format_version": 2})}, {"other": "{}"}):
-        del step.metadata_props[:]
-        onnx.helper.set_model_props(step, metadata)
-        onnx.save(step, path)
-        with pytest.raises(SystemExit, match=r"step.onnx: not a step that flowrl exported in format 1"):
-            act(path)
 
 
 @pytest.mark.parametrize(
