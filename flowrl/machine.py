@@ -46,3 +46,8 @@ def home_folder() -> Path:
         return Path.home()
     except RuntimeError:
         return Path.cwd()
+
+
+def expanded(path: str) -> Path:
+    """Return a path with its ``~`` replaced; that of an unknown user stays, which is an error in pathlib."""
+    return Path(os.path.expanduser(path))

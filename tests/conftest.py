@@ -34,8 +34,7 @@ TERMINATED = (True, True, False, False, True)
 
 def write_tiny_dataset(path: Path, *, seed: int = 0, reward_scale: float = 1.0) -> None:
     """Write 60 steps with Hopper's dimensions: five episodes, one of one step, one constant observation."""
-    random = np.random.default_rng(seed)
-    steps = sum(EPISODE_LENGTHS)
+    random, steps = np.random.default_rng(seed), sum(EPISODE_LENGTHS)
     observations = random.normal(size=(steps, 11)).astype(np.float32)
     observations[:, 4] = 3.0
     actions = random.uniform(-1, 1, size=(steps, 3)).astype(np.float32)

@@ -375,8 +375,7 @@ def test_performer_estimates_softmax_attention(monkeypatch):
 @pytest.mark.parametrize("max_tokens", [300, 4096])
 def test_cosformer_reweights_by_distance(max_tokens):
     """Forms agree within M, at it and beyond it, where no weight is negative."""
-    kind = attention_kind("cosformer", max_tokens)
-    inputs = tokens(700)
+    kind, inputs = attention_kind("cosformer", max_tokens), tokens(700)
     expected = with_gradients(partial(NAIVE["cosformer"], max_tokens=max_tokens), *inputs)
     assert_all_close(with_gradients(kind.parallel, *inputs), expected, 1e-10)
     assert (stepped(*inputs[:3], step=kind.step) - expected[0]).abs().max() < 1e-10

@@ -26,8 +26,8 @@ from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 
 SMALL = Recipe("hopper", (Part("25k"),), steps=300, seed=4)
-WIDE = '{"exclude_current_positions_from_observation": false}'
 MIXED = Recipe("hopper", (Part("random", 1.0, noise=0.3), Part("25k", 2.0)), steps=2400, seed=5)
+WIDE = '{"exclude_current_positions_from_observation": false}'  # 12 numbers in place of 11
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,7 @@ def mixed():
 
 
 def test_episodes_are_those_of_a_plain_loop(mixed):
-    env = gymnasium.make("Hopper-v5")
-    episodes = list(mixed.episodes)
+    env, episodes = gymnasium.make("Hopper-v5"), list(mixed.episodes)
     for index, (part, target) in enumerate(zip(MIXED.parts, (800, 1600), strict=True)):
         policy = load_behavior("hopper", part.policy)
         steps = number = 0

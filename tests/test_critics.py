@@ -122,7 +122,7 @@ def test_what_cannot_guide_is_one_line():
 @pytest.mark.usefixtures("small_critics")
 def test_a_resumed_run_keeps_its_critics(unevaluated, tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(guidance, "UPDATES", 20)
-    train_here(tiny_dataset, tmp_path / "whole", **{"q_weight": 0.5, "eval_episodes": 0})
+    train_here(tiny_dataset, tmp_path / "whole", q_weight=0.5, eval_episodes=0)
     losses = [figures(each, "train")[-1]["loss"] for each in (tmp_path / "whole", unevaluated)]
     assert losses[0] != losses[1]
     run = shutil.copytree(tmp_path / "whole", tmp_path / "run")

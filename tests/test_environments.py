@@ -73,9 +73,12 @@ def test_an_entry_point_in_a_file_is_never_used():
     check_environment(loaded, 3, 1)  # Gymnasium's own Pendulum and ClipAction
 
 
+NAN = '{"id": "Hopper-v4", "kwargs": {"a": NaN}}'
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"id": 4}', '{"id": "os:x-v0"}', '{"id": "Hopper-v4", "kwargs": ["a"]}', "[" * 100_000],
+    ["", "[]", '{"id": 4}', '{"id": "os:x-v0"}', '{"id": "Hopper-v4", "kwargs": ["a"]}', "[" * 100_000, NAN],
 )
 def test_broken_gymnasium_json_is_refused(text):
     with pytest.raises(UserError, match="environment"):

@@ -61,8 +61,7 @@ def test_offsets_and_returns_match_a_plain_loop():
 
 
 def test_returns_to_go_keep_float32_precision_between_huge_episodes_and_over_many_steps():
-    lengths = (2, 100_000, 3, 2)
-    given = arrays(lengths)
+    given = arrays((2, 100_000, 3, 2))
     given["rewards"][:2] = given["rewards"][-2:] = 1e30
     given["rewards"][2:-5] = 0.1
     dataset = build_episodes(**given, dataset_id="test", where="test")

@@ -191,13 +191,16 @@ def test_evaluation_seed_and_best_checkpoint_are_not_inherited(trained, tmp_path
     for resumed in (None, run):
         training = training_of(FinetuneConfig(run=run, seed=3, resume=resumed), run)
         assert (training.eval_seed, training.keep_best) == (None, None)
-    read = []  # the options that the run's data was read with
-    monkeypatch.setattr("flowrl.finetuning.command.load_dataset", lambda config: read.append(config) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        finetune(run, tmp_path / "other", max_episode_steps=5)
-    assert read[0].max_episode_steps is None
     monkeypatch.chdir(run)
     assert _default_folder(Path(), 3) == tmp_path / "run-online-seed3"
+
+
+def test_the_environments_options_do_not_change_how_the_runs_data_is_read(trained, tmp_path, monkeypatch):
+    read = []  # the options of each reading
+    monkeypatch.setattr("flowrl.finetuning.command.load_dataset", lambda config: read.append(config) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(trained, tmp_path / "other", max_episode_steps=5)
+    assert read[0].max_episode_steps is None
 
 
 def test_what_cannot_be_fine_tuned_is_one_line(trained, tmp_path):

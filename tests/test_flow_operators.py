@@ -49,8 +49,7 @@ def test_higher_derivatives(width, length, most):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_function_transforms(length, causal):
     queries, keys, values, direction = inputs_of(length)
-    many = torch.stack((queries, direction, -queries))
-    results = []
+    many, results = torch.stack((queries, direction, -queries)), []
     for attention in (flow_attention, naive_flow_attention):
 
         def by_queries(x, attention=attention):

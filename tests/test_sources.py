@@ -91,8 +91,7 @@ def test_d4rl_files_are_found_in_the_variables_folder_first_then_in_the_home_fol
     assert "no published hash is known" in dataset.notes[0]
     with h5py.File(in_folder, "a") as file:
         del file["timeouts"]
-    options = EvaluationOptions(max_episode_steps=2)
-    dataset = load_episodes("walker2d-medium-replay", options=options)
+    dataset = load_episodes("walker2d-medium-replay", options=EvaluationOptions(max_episode_steps=2))
     assert dataset.episode_lengths.tolist() == [2, 2, 1, 2, 2]
     monkeypatch.setenv("D4RL_DATASET_DIR", "~nobody-here/d4rl")
     assert first_reward(load_episodes("walker2d-medium-replay")) == home_reward

@@ -22,7 +22,7 @@ from flowrl.envs.spaces import EnvironmentFacts, choices_of, environment_facts, 
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import EnvironmentUnavailable
 from flowrl.errors import UserError, one_line
-from flowrl.machine import home_folder
+from flowrl.machine import expanded, home_folder
 
 # A column's name in D4RL's files, then those that it has elsewhere.
 COLUMNS = {
@@ -103,7 +103,7 @@ def find_d4rl_file(name: str) -> Path:
     file_name = f"{environment}_{level.replace('-', '_')}-v2.hdf5"
     folders = [home_folder() / ".d4rl" / "datasets"]
     if os.environ.get("D4RL_DATASET_DIR"):
-        folders.insert(0, Path(os.path.expanduser(os.environ["D4RL_DATASET_DIR"])))
+        folders.insert(0, expanded(os.environ["D4RL_DATASET_DIR"]))
     for folder in folders:
         if (folder / file_name).is_file():
             return folder / file_name

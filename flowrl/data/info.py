@@ -68,8 +68,8 @@ def describe_dataset(config: InfoConfig) -> str:
 def histogram(values: np.ndarray) -> list[str]:
     """Return lines of text: a bin's lower edge, how many of the values (N,) are in it, and a bar."""
     low, high = values.min(), values.max()
-    close = 0 < high - low < 1e-9 * max(abs(low), abs(high))  # too close for bins between them
-    counts, edges = np.histogram(values, _BINS, (low - abs(low) / 2, high + abs(high) / 2) if close else None)
+    # Edges that are given may repeat; NumPy's own may not, which fails where values differ by rounding alone.
+    counts, edges = np.histogram(values, np.linspace(low, high, _BINS + 1) if low < high else _BINS)
     bars = np.ceil(_BAR * counts / counts.max()).astype(int)
     return [
         f"{edge:12.6g}  {count:8d}  {'#' * bar}".rstrip()

@@ -24,7 +24,7 @@ from flowrl.envs.spaces import check_spaces, choices_of, flat_rows
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.envs.vector import as_choices, without_text
 from flowrl.errors import UserError, did_you_mean, one_line
-from flowrl.machine import home_folder
+from flowrl.machine import expanded, home_folder
 
 D4RLS_SCORES = "the dataset has no reference scores of its own: D4RL's are used to normalise"
 _NUMBER = Box(-math.inf, math.inf, ())  # a timestep's reward or flag
@@ -114,7 +114,7 @@ def load_minari(dataset_id: str, memory_map: Path | None) -> EpisodeDataset:
 def datasets_folder() -> Path:
     """Minari's local cache, found as minari finds it."""
     folder = os.environ.get("MINARI_DATASETS_PATH")
-    return Path(os.path.expanduser(folder)) if folder else home_folder() / ".minari" / "datasets"
+    return expanded(folder) if folder else home_folder() / ".minari" / "datasets"
 
 
 def check_minari_id(dataset_id: str) -> None:

@@ -1,6 +1,5 @@
 """What ``--dataset`` and ``--env`` name: a file in D4RL's layout, a Minari dataset, or a D4RL dataset."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.envs.specs import EnvironmentSpec, import_modules, named_environment, recorded_or_named
 from flowrl.errors import UserError, did_you_mean
+from flowrl.machine import expanded
 
 MINARI_PREFIX = "minari:"
 FILE_SUFFIXES = (".hdf5", ".h5")
@@ -98,7 +98,7 @@ def _load(
     split_at_timeouts: bool,
     memory_map: Path | None,
 ) -> EpisodeDataset:
-    path = Path(os.path.expanduser(source))  # unlike pathlib's, keeps the tilde of an unknown user
+    path = expanded(source)
     suffix = path.suffix.lower()
     own = env if source == SOURCE else source  # the name of flowrl's own data, if it is that
     if own is None:
@@ -155,6 +155,7 @@ def _in_one_environment(
 
 def _joined(datasets: Sequence[EpisodeDataset], memory_map: Path | None) -> EpisodeDataset:
     environment, reference = datasets[0].environment, datasets[0].reference
+    # Environments that differ are refused, so that they must not find the copy of those that agree.
     facts = ((data.sha256, data.action_choices, data.environment == environment) for data in datasets)
     joined = read_or_map(partial(concatenate, datasets), memory_map, (), *facts)
     dataset_id, notes = joined_about(datasets)

@@ -42,7 +42,6 @@ def _own_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     reserved = sorted(_RESERVED_KWARGS.intersection(kwargs))
     if reserved:
         raise ValueError(f"'{reserved[0]}' is not an argument of an environment")
-    json.dumps(kwargs, allow_nan=False)  # a ValueError for infinity and NaN, which JSON files cannot hold
     return kwargs
 
 
@@ -115,11 +114,13 @@ class EnvironmentSpec:
         limit = data.get("max_episode_steps")
         fields = {"env_id": data["id"], "kwargs": kwargs, "max_episode_steps": limit, "wrappers": wrappers}
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(fields))
+            return TypeAdapter(cls).validate_json(json.dumps(fields, allow_nan=False))
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             raise UserError(f"environment {short_repr(data['id'])}: '{name}': {first['msg']}") from error
+        except ValueError as error:  # infinity or NaN, which no file of a run can hold
+            raise UserError(f"environment {short_repr(data['id'])}: {error}") from error
 
 
 def recorded_or_named(
@@ -187,6 +188,10 @@ def check_registered(env_id: str, also_known: tuple[str, ...] = ()) -> None:
 def parse_kwargs(text: str) -> dict[str, Any]:
     """Read the JSON object that ``--env-kwargs`` gives; a UserError when it cannot be keyword arguments."""
     try:
-        return TypeAdapter(Kwargs, config=STRICT).validate_json(text)
+        kwargs = TypeAdapter(Kwargs, config=STRICT).validate_json(text)
+        json.dumps(kwargs, allow_nan=False)
     except ValidationError as error:
         raise UserError(f"--env-kwargs {text}: {error.errors()[0]['msg']}") from error
+    except ValueError as error:  # infinity or NaN, which no file of a run can hold
+        raise UserError(f"--env-kwargs {text}: {error}") from error
+    return kwargs

@@ -13,7 +13,7 @@ from flowrl.data.dataset import top_episodes
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.errors import UserError
 from flowrl.evaluation.command import acting_environment
-from flowrl.finetuning.config import FinetuneConfig, parse_finetune_config, training_of
+from flowrl.finetuning.config import FinetuneConfig, parse_finetune_config, trained_with, training_of
 from flowrl.finetuning.trainer import OnlineTrainer, saved_replay
 from flowrl.model.agent import Agent
 from flowrl.model.checkpoint import has_checkpoint, load_checkpoint
@@ -21,7 +21,7 @@ from flowrl.model.loading import load_agent, pick_device
 from flowrl.process import prepare_process
 from flowrl.ranks import ALONE
 from flowrl.signals import StopSignals
-from flowrl.training.config import FINETUNE_FILE, TrainConfig, read_options, to_yaml
+from flowrl.training.config import FINETUNE_FILE, TrainConfig, to_yaml
 from flowrl.training.run import Run, describe, run_folder
 from flowrl.training.setup import load_dataset
 
@@ -70,7 +70,8 @@ def _start(options: FinetuneConfig, training: TrainConfig, run: Path) -> tuple[A
     agent = load_agent(run, checkpoint=options.checkpoint)
     environment = acting_environment(agent, run, options.env, options)
     try:
-        own = replace(TrainConfig(**read_options(run / "config.yaml")), dataset=training.dataset)
+        # Read as the run read it: the environment's options that are given here are for collecting.
+        own = replace(trained_with(run), dataset=training.dataset)
         dataset = load_dataset(replace(own, resume=None, eval_episodes=0, keep_best=None))
     except UserError as error:
         if options.dataset:

@@ -129,16 +129,21 @@ def parse_finetune_config(arguments: Sequence[str] | None = None) -> FinetuneCon
     return config
 
 
+def trained_with(run: Path) -> TrainConfig:
+    """The options that a run was trained with; a UserError where the folder is not that of a run."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run folder, it has no config.yaml")
+    return TrainConfig(**read_options(path))
+
+
 def training_of(config: FinetuneConfig, run: Path) -> TrainConfig:
     """The training that fine-tuning is: the options of ``run``, and over them those given here.
 
     Raises:
         UserError: not a run folder, or one of behaviour cloning.
     """
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run}: not a run folder, it has no config.yaml")
-    below = TrainConfig(**read_options(path))
+    below = trained_with(run)
     if below.agent == "bc":
         raise UserError(f"{run}: behaviour cloning aims at no return, so that there is nothing to fine-tune")
     given = {name: getattr(config, name) for name in sorted(_SHARED)}
