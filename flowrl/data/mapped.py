@@ -80,8 +80,7 @@ def _write(dataset: EpisodeDataset, folder: Path) -> None:
 def _open(folder: Path) -> EpisodeDataset:
     try:
         details: dict[str, Any] = json.loads((folder / _DETAILS).read_text(encoding="utf-8"))
-        # Copy on write: torch takes no arrays that are read-only.
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in _LARGE}
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _LARGE}
         arrays |= {name: np.load(folder / f"{name}.npy") for name in _OF_EPISODES}
         lengths = {len(arrays[name]) for name in _LARGE} | {int(arrays["episode_lengths"].sum())}
         if len(lengths) != 1:

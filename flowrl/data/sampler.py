@@ -1,6 +1,7 @@
 """Training batches: windows of episodes, drawn at random and gathered by index."""
 
 from typing import NamedTuple
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -61,7 +62,8 @@ class WindowSampler:
         self._windows_so_far = np.cumsum(self._lengths + overhang)  # (E,) of this episode and those before
         self.num_windows = int(self._windows_so_far[-1])
         self._arrays = (dataset.observations, dataset.actions, dataset.returns_to_go)
-        self._tables = [torch.from_numpy(array) for array in self._arrays]
+        with catch_warnings(action="ignore", category=UserWarning):  # a map is read-only; nothing writes here
+            self._tables = [torch.from_numpy(array) for array in self._arrays]
         if _fits(self._tables, self.device):
             self._tables = [table.to(self.device) for table in self._tables]
 
