@@ -20,13 +20,13 @@ from flowrl.process import prepare_process
 
 @dataclass(frozen=True)
 class CollectCommand(EnvironmentOptions):
-    """What to collect and where to put it."""
+    """Collect a dataset with policies of the package, as a Minari dataset or an HDF5 file."""
 
     name: tyro.conf.Positional[str]
     """An embedded dataset (hopper-medium), or an environment with --policies: hopper, or any Gymnasium id or
     module:Name-v0, where the policy 'uniform' acts."""
     policies: tuple[str, ...] = ()
-    """NAME or NAME=SHARE of the steps, such as medium=3 expert=1."""
+    """NAME or NAME=SHARE of the timesteps, such as medium=3 expert=1."""
     noise: NotNegative = 0.0
     """Standard deviation of the normal noise added to actions; with --policies."""
     steps: PositiveCount | None = None

@@ -41,8 +41,8 @@ class EvaluateConfig(EvaluationOptions):
     tmaze-500 that a run was trained on."""
     targets: tuple[Target, ...] | Literal["sweep"] = ()
     """Target returns; by default those of the run's configuration. sweep: a curve of achieved over target
-    returns, from the reference score 0 (or the smallest of the run's targets) to a quarter above its
-    largest target."""
+    returns, from the reference score 0 (or the smallest of the run's targets) to a quarter of this
+    range beyond the run's largest target."""
     acting: Acting | None = None
     """recurrent: constant cost per timestep over the whole episode so far; window: recompute the last
     context_length steps. By default the way that the run was trained for."""

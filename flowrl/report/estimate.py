@@ -36,11 +36,11 @@ class EstimateConfig:
     checkpoint: CheckpointName | None = None
     """Step of the checkpoint, or best; by default the last one."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the episodes that the critics do not learn from, and that the estimates are of."""
+    """Share of the episodes that is held out from the critics; the return is estimated on it."""
     timesteps: PositiveCount = 50_000
-    """Of the data to take at most, in a random sample of whole episodes."""
+    """Timesteps of data to use at most: a random sample of whole episodes."""
     updates: Annotated[int, Field(ge=2 * ROUNDS)] = 1_000
-    """Of the critics, half of them for each estimate."""
+    """Gradient updates of the critics, half of them for each estimate."""
     seed: Seed = 0
     """Of the sample and the critics."""
 

@@ -38,7 +38,7 @@ def summarize_data(summary: DataSummary) -> str:
         dataset = load_embedded(name)
         scores[dataset.dataset_id] = normalized_scores(dataset)
         rows.append(table_row(dataset, scores[dataset.dataset_id]))
-    header = ["dataset", "episodes", "steps", "mean return", "mean", "std", "best", "SHA-256"]
+    header = ["dataset", "episodes", "timesteps", "mean return", "mean", "std", "best", "SHA-256"]
     table = markdown_table(header, rows)
     text = (
         "# The embedded datasets, as collected\n\nMean, std and best are normalised scores of whole "
