@@ -51,13 +51,8 @@ def write_tiny_dataset(path: Path, *, seed: int = 0, reward_scale: float = 1.0) 
 def dataset_of(observations: Any, actions: Any, rewards: Any, lengths: Any, **options: Any) -> EpisodeDataset:
     """Episodes in memory, terminated ones unless ``options`` say otherwise."""
     given = {"terminated": np.ones(len(lengths), bool), "dataset_id": "x", "where": "x", **options}
-    return build_episodes(
-        observations=observations,
-        actions=actions,
-        rewards=rewards,
-        episode_lengths=np.array(lengths),
-        **given,
-    )
+    arrays = {"observations": observations, "actions": actions, "rewards": rewards}
+    return build_episodes(**arrays, episode_lengths=np.array(lengths), **given)
 
 
 def left_in(folder: Path) -> set[str]:

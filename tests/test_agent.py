@@ -114,7 +114,7 @@ def test_slots_restart_and_leave_without_touching_one_another(layout, acting, at
             agent.keep(np.array([2, 3, 0]))
             slots = [2, 3, 0]
         if t == 18:
-            agent.keep(np.array([1]))
+            agent.keep(np.array([False, True, False]))
             slots = [3]
         observations = np.stack([observation_of(episode[slot], t - started[slot]) for slot in slots])
         # The reward of a step before a restart belongs to the episode that is over.

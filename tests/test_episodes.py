@@ -75,7 +75,8 @@ def test_a_map_that_was_changed_in_memory_keeps_its_changes(tmp_path):
     np.save(tmp_path / "observations.npy", arrays()["observations"])
     observations = np.load(tmp_path / "observations.npy", mmap_mode="c")
     observations += 1
-    np.testing.assert_array_equal(build(observations=observations).observations, arrays()["observations"] + 1)
+    dataset = build(observations=np.asarray(observations))
+    np.testing.assert_array_equal(dataset.observations, arrays()["observations"] + 1)
 
 
 def test_delayed_rewards_put_the_return_on_the_last_step():

@@ -68,9 +68,11 @@ def release(array: np.ndarray) -> None:
     """Drop a mapped file's pages from this process; they are read again where needed.
 
     Otherwise every page that was ever read counts as the process' memory until the system lacks some.
+    Those of a copy-on-write map stay, since they may hold changes.
     """
     owner: object = array
+    mode = None
     while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        mode, owner = getattr(owner, "mode", None), owner.base
+    if isinstance(owner, mmap.mmap) and mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
         owner.madvise(mmap.MADV_DONTNEED)

@@ -109,11 +109,6 @@ def build_episodes(
     if isinstance(environment, str):
         environment = named_environment(environment)
         reference = reference or reference_scores(environment.env_id)
-    # Copies of private maps, whose changes release() would drop.
-    observations, actions, rewards = (
-        np.array(each) if isinstance(each, np.memmap) and each.mode == "c" else each
-        for each in (observations, actions, rewards)
-    )
     observations = np.ascontiguousarray(observations, dtype=np.float32)
     actions = np.ascontiguousarray(actions, dtype=np.float32)
     rewards = np.ascontiguousarray(rewards, dtype=np.float32)

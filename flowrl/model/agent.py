@@ -223,7 +223,7 @@ class Agent:
             actions: (num_envs, action_dim); of discrete ones the one-hot vectors.
         """
         assert self._state is not None
-        taken = self._checked("actions", actions, (self.config.model.action_dim,))
+        taken = self._checked("actions", actions, (self.config.model.action_dim,)).clone()
         self._state = self._state._replace(previous_actions=taken)
         if self._history is not None:
             row = torch.arange(len(taken), device=self.device)
@@ -242,9 +242,9 @@ class Agent:
 
     @torch.inference_mode()
     def keep(self, indices: np.ndarray) -> None:
-        """Continue with only these slots, in this order."""
+        """Continue with only these slots: their indices, in this order, or a mask of all."""
         assert self._state is not None
-        rows = torch.as_tensor(np.asarray(indices, dtype=np.int64), device=self.device)
+        rows = torch.as_tensor(np.arange(len(self._ended))[indices], device=self.device)
         self._target_return = self._target_return[rows]
         self._returns_to_go = self._returns_to_go[rows]
         self._timesteps = self._timesteps[rows]

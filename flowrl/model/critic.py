@@ -101,8 +101,8 @@ def transitions(
     dataset: EpisodeDataset, model: ActionModel, index: np.ndarray | slice
 ) -> tuple[Tensor, Tensor]:
     """Normalised observations and actions, (transitions, ...), of the data at ``index``."""
-    observations = torch.from_numpy(dataset.observations[index])
-    actions = torch.from_numpy(dataset.actions[index])
+    observations = torch.tensor(dataset.observations[index])
+    actions = torch.tensor(dataset.actions[index])
     for array in (dataset.observations, dataset.actions):
         release(array)
     return model.normalize_observations(observations), model.normalize_actions(actions)

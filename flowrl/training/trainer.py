@@ -307,7 +307,7 @@ class Trainer:
         checkpoint = self.checkpoint()
         chosen_by = (
             f"{metric} {score:.4g} of {len(result.returns)} episodes in training's own evaluations, "
-            f"the highest up to update {self.step}"
+            f"the highest of those compared up to update {self.step}"
         )
         agent = {**checkpoint.agent, "chosen_by": chosen_by}
         if self.ranks.is_first:  # an agent to act with; training continues from the last checkpoint

@@ -156,6 +156,8 @@ def bidirectional_flow(
     qe, ke = q + eps, k + eps
     incoming = qe @ (k.sum(-2) + eps)[..., None]  # (batch, heads, sinks, 1), Eq. 4
     outgoing = ke @ (q.sum(-2) + eps)[..., None]  # (batch, heads, sources, 1)
+    if mask is not None:  # flows there are 0 without eps
+        incoming, outgoing = (flow.masked_fill(~valid, 1.0) for flow in (incoming, outgoing))
     conserved_sink = qe @ ((k / outgoing).sum(-2) + eps)[..., None]  # Eq. 7
     conserved_source = (ke @ ((q / incoming).sum(-2) + eps)[..., None]).clamp(-clamp, clamp)
     if mask is not None:
