@@ -74,9 +74,7 @@ def test_training_from_python_on_data_in_memory_is_that_of_the_command_without_i
 
 
 @pytest.mark.parametrize(("event", "step", "true"), [("log", 7, bool), ("evaluation", 50, np.bool_)])
-def test_a_callback_stops_a_training_that_resumes_exactly(
-    reference, tiny_dataset, tmp_path, event, step, true
-):
+def test_a_callback_stops_training_that_resumes_exactly(reference, tiny_dataset, tmp_path, event, step, true):
     recorder = Recorder(lambda *now: true(now == (event, step)))
     data = shutil.copy(tiny_dataset, tmp_path / "tiny.hdf5")
     run = train(data, tmp_path / "run", recorder, keep_best="return_mean")

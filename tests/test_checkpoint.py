@@ -195,8 +195,7 @@ def hostile_manifests(files):
 def test_a_hostile_manifest_is_refused(tmp_path, case):
     save_checkpoint(tmp_path, make_checkpoint(3), keep=1)
     path = folder_of(tmp_path, 3) / "manifest.json"
-    files = json.loads(path.read_text())["files"]
-    path.write_text(json.dumps(hostile_manifests(files)[case]))
+    path.write_text(json.dumps(hostile_manifests(json.loads(path.read_text())["files"])[case]))
     with pytest.raises(UserError, match=r"manifest\.json|model\.safetensors"):
         load_checkpoint(tmp_path)
 

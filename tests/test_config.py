@@ -79,6 +79,8 @@ def test_every_preset_holds_the_figures_of_its_dataset_and_recipe(robot, data, r
         options = preset_options(f"{robot}-{other}{recipe}", None)
         assert options == {**preset_options(expected.config, None), "env": f"{robot}-{other}"}
     name = recipe.removeprefix("-")
+    with pytest.raises(UserError, match=f"this is for {env}, not walker2d-medium; give --config {name}"):
+        preset_options(expected.config, "walker2d-medium")
     assert parse_train_config(["--env", env, "--config", name]) == replace(expected, config=name)
     default = TrainConfig(
         env=env, return_scale=1000.0, context_length="episode", token_layout="fused", embed_dim=128,
@@ -93,6 +95,7 @@ REFUSED = {  # more in test_broken_yaml.py
     "stepz: 5": "'stepz': unknown option; did you mean 'steps'",
     "batch-size: 5": "'batch-size': unknown option; did you mean 'batch_size'",
     "resume: runs/x": "'resume': this is for the command line alone",
+    "config: paper": "'config': a preset cannot be named in a file of options",
     "steps: 1\nseed: 2\nsteps: 3": "key 'steps' is given twice",
     "steps: 1e3": "'steps' 1000.0: should be a valid integer",
     "steps: '5'": "'steps' '5': should be a valid integer",

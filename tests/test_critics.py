@@ -137,8 +137,7 @@ def test_a_resumed_run_keeps_its_critics(unevaluated, tiny_dataset, tmp_path, mo
 def test_corrected_returns_are_their_sum_of_errors(tiny_dataset, trace):
     """Harutyunyan et al. (2016), Eq. 4: Q and the errors that follow, discounted, weighted by the trace."""
     dataset = load_episodes(str(tiny_dataset))
-    random = np.random.default_rng(0)
-    taken, chosen = random.normal(size=(2, dataset.num_transitions)).astype(np.float32)
+    taken, chosen = np.random.default_rng(0).normal(size=(2, dataset.num_transitions)).astype(np.float32)
     returns = lambda_returns(dataset, dataset.rewards, taken, chosen, trace)
     for start, length, terminated in zip(
         dataset.episode_starts, dataset.episode_lengths, dataset.terminated, strict=True

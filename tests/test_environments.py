@@ -139,8 +139,7 @@ def test_a_run_remembers_how_its_environment_is_made(module, tmp_path, capsys):
     env_id, run = f"{module}/Weak-v0", tmp_path / "run"
     options = {"env": f"{module}:{env_id}", "max_episode_steps": None, "steps": 5}
     words = arguments(pendulum_data(tmp_path / "data.hdf5"), run, **options)
-    kwargs = ["--env-kwargs", '{"torque": 0.25}', "--reference-scores", "-100", "0"]
-    run_train([*words, *kwargs])
+    run_train([*words, "--env-kwargs", '{"torque": 0.25}', "--reference-scores", "-100", "0"])
     output = capsys.readouterr().out
     assert f"{env_id} has no time limit: evaluated for at most 16 steps" in output
     assert "43.8% of the actions are outside the bounds" in output

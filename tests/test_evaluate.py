@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -18,12 +19,13 @@ from processes import Command, finish, wait_for
 from test_rollout import loop_over_single_environments
 
 from flowrl import load_agent
+from flowrl.envs.failures import EnvironmentFailure
 from flowrl.envs.reference_scores import REFERENCE_SCORES
 from flowrl.envs.specs import EnvironmentSpec
 from flowrl.errors import UserError
 from flowrl.evaluation import command
 from flowrl.evaluation.command import EvaluateConfig, evaluate_run
-from flowrl.evaluation.evaluate import TargetResult, episode_seeds, evaluate, format_table
+from flowrl.evaluation.evaluate import TargetResult, episode_seeds, evaluate, format_table, short_number
 from flowrl.evaluation.video import make_rendered_env, write_video
 from flowrl.report import compare
 
@@ -100,7 +102,7 @@ def test_figures_are_those_of_the_textbook():
 
 def test_evaluate_run_prints_and_writes(finished, tmp_path, capsys):
     results = tmp_path / "new" / "results.json"
-    options = {"checkpoint": 50, "acting": "recurrent", "conditioning": "target"}
+    options = {"checkpoint": 50, "acting": "recurrent", "conditioning": "target", "source_clamp": 20.0}
     evaluate_run(EvaluateConfig(finished, episodes=2, json=results, device="cpu", **options))
     config = load_agent(finished).config
     printed, data = capsys.readouterr().out, f"file:tiny.hdf5 sha256 {config.dataset_sha256[:12]}"
@@ -109,7 +111,8 @@ def test_evaluate_run_prints_and_writes(finished, tmp_path, capsys):
     document = json.loads(results.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert document["environment"] == json.loads(json.dumps(asdict(config.environment)))
     assert document["versions"]["gymnasium"] == gym.__version__
-    given = {"config": yaml.safe_load((finished / "config.yaml").read_text()), "dataset_id": "file:tiny.hdf5"}
+    run_options = yaml.safe_load((finished / "config.yaml").read_text()) | {"source_clamp": 20.0}
+    given = {"config": run_options, "dataset_id": "file:tiny.hdf5"}
     given |= {"dataset_sha256": config.dataset_sha256, "acting": "recurrent", "conditioning": "target"}
     given |= {"checkpoint_step": 50, "seed": 0}
     assert {name: document[name] for name in given} == given
@@ -128,7 +131,7 @@ def test_a_sweep_of_targets_names_the_best_one_as_hindsight(tmp_path, monkeypatc
     assert f"highest mean return at target {best:g}: chosen with hindsight" in capsys.readouterr().out
 
 
-def test_two_agents_are_compared_episode_by_episode(monkeypatch, capsys):
+def test_two_agents_are_compared_episode_by_episode(monkeypatch, capsys, tmp_path):
     shifted = ConstantAgent()
     shifted.config = SimpleNamespace(**{**vars(ConstantAgent.config), "targets": (0.0,)})
     shifted.environment = replace(HOPPER, imports=("json",), kwargs={})
@@ -140,9 +143,9 @@ def test_two_agents_are_compared_episode_by_episode(monkeypatch, capsys):
         for target in (600.0, 0.0)
     )
     scores = [REFERENCE_SCORES["hopper"].normalized_score(returns) for returns, *_ in loops]
-    assert f"First - second: {(scores[0] - scores[1]).mean():.1f}, 95% interval" in text
+    assert f"First - second: {short_number((scores[0] - scores[1]).mean())}, 95% interval" in text
     for values in scores:
-        assert f"{values.mean():.1f} ± {values.std(ddof=1) / 10**0.5:.1f}" in text
+        assert f"{values.mean():.1f} ± {short_number(values.std(ddof=1) / 10**0.5)}" in text
     capsys.readouterr()
     options = {"episodes": 10, "env_import": ("json",)}
     same = compare.compare(compare.CompareConfig(Path("first"), Path("first"), **options))
@@ -151,6 +154,11 @@ def test_two_agents_are_compared_episode_by_episode(monkeypatch, capsys):
     shifted.environment = replace(HOPPER, env_id="Hopper-v4")
     with pytest.raises(UserError, match=r"environments, Hopper-v5\(max_episode_steps=13\) and Hopper-v4\("):
         compare.compare(compare.CompareConfig(Path("first"), Path("second")))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "evaluate", Mock(side_effect=EnvironmentFailure("broken")))
+    with pytest.raises(UserError, match=r"broken; its traceback is in environment-error\.txt"):
+        compare.compare(compare.CompareConfig(Path("first"), Path("first")))
+    assert [short_number(value) for value in (0.0, 0.034, -0.5, 12.34)] == ["0.0", "0.034", "-0.5", "12.3"]
 
 
 def test_video_holds_one_episode_per_target_side_by_side(tmp_path):

@@ -61,11 +61,8 @@ def play(agent, steps=9):
 @pytest.mark.parametrize("attention", get_args(MixerName))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_loaded_agent_acts_as_the_saved_one(tmp_path, layout, attention):
-    for full_episodes, given, acting in (
-        (True, None, "recurrent"),
-        (False, None, "window"),
-        (False, "recurrent", "recurrent"),
-    ):
+    cases = ((True, None, "recurrent"), (False, None, "window"), (False, "recurrent", "recurrent"))
+    for full_episodes, given, acting in cases:
         agent = make_agent(layout, attention, full_episodes, acting=given)
         tensors, training = dict(agent.model.state_dict()), {"x": torch.zeros(1)}
         save_checkpoint(tmp_path, Checkpoint(40, agent.config.to_dict(), tensors, {}, training), keep=1)
@@ -76,6 +73,9 @@ def test_a_loaded_agent_acts_as_the_saved_one(tmp_path, layout, attention):
         assert loaded.checkpoint_step == 40
         assert loaded.environment == ENVIRONMENT  # which is not registered here, and whose module is absent
         assert flowrl.load_agent(tmp_path, acting="window").acting == "window"
+    if attention != "flow":
+        with pytest.raises(UserError, match=r"source_clamp 20\.0: .* has no Flow-Attention"):
+            flowrl.load_agent(tmp_path, source_clamp=20.0)
     with pytest.raises(UserError, match="acting 'forward': expected one of recurrent, window"):
         flowrl.load_agent(tmp_path, acting="forward")
 

@@ -111,8 +111,7 @@ def test_pages_that_were_read_leave_memory(tmp_path):
     array = np.load(tmp_path / "large.npy", mmap_mode="r")
 
     def resident():
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("RssFile:")[2].split()[0]) >> 10  # MiB
+        return int(Path("/proc/self/status").read_text().partition("RssFile:")[2].split()[0]) >> 10  # MiB
 
     before = resident()
     array.sum()

@@ -62,8 +62,7 @@ def create(buffers=None, dataset_id=ID, observation_space=HOPPER_SPACE, **option
 
 
 def test_the_environment_is_the_one_the_dataset_names_for_evaluation():
-    spec = gymnasium.make("Hopper-v5", forward_reward_weight=2.0, max_episode_steps=300).spec
-    create(env=spec)
+    create(env=gymnasium.make("Hopper-v5", forward_reward_weight=2.0, max_episode_steps=300).spec)
     assert read_minari(ID).environment == EnvironmentSpec("Hopper-v5", {"forward_reward_weight": 2.0}, 300)
     create(dataset_id="test/two-v0", env="Hopper-v5", eval_env="Hopper-v4")
     assert read_minari("test/two-v0").environment == EnvironmentSpec("Hopper-v4", {}, 1000)

@@ -10,9 +10,7 @@ from flowrl.envs.vector import StillVectorEnv, make_vector_env
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
 
-EVERY_ID = [
-    f"{name}-v{version}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2d") for version in (4, 5)
-]
+EVERY_ID = [f"{name}-v{n}" for name in ("Ant", "HalfCheetah", "Hopper", "Walker2d") for n in (4, 5)]
 
 
 def assert_slots_are_single_environments(envs, singles, seeds, steps, action_scale=1.0):

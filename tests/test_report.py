@@ -149,10 +149,9 @@ def test_report_of_two_methods_on_two_datasets(tmp_path):
 
 def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path):
     sweep = tmp_path / "sweep"
-    entries = [("flow", 0), ("flow", 1), ("flow", 2), ("softmax", 0), ("softmax", 1)]
     runs = [
         {"run": f"h/{method}/seed{seed}", "dataset": "h", "method": method, "seed": seed, "steps": 100}
-        for method, seed in entries
+        for method, seed in (("flow", 0), ("flow", 1), ("flow", 2), ("softmax", 0), ("softmax", 1))
     ]
     sweep.mkdir()
     (sweep / "sweep.json").write_text(json.dumps({"runs": runs}))
@@ -160,7 +159,7 @@ def test_missing_and_partial_runs_are_listed_not_averaged(tmp_path):
     write_run(sweep / "h" / "flow" / "seed1", 99, config=seeded(1), last_step=60)
     write_run(sweep / "h" / "softmax" / "seed0", 30, config=seeded(0, attention="softmax"))
     write_run(sweep / "h" / "softmax" / "seed1", 40, config=seeded(1, attention="softmax"))
-    text = write_report(ReportConfig((sweep,), tmp_path / "out", plots="svg"))
+    text = write_report(ReportConfig((tmp_path,), tmp_path / "out", plots="svg"))
     assert row_of(text, "`flowrl/hopper")[2:] == ["10.0 (1)", "**35.0 ± 5.0** (2)"]
     listed = text.split("## Not in the tables")[1]
     assert "seed1: partial, 60 of 100 updates" in listed
@@ -290,8 +289,8 @@ def test_evaluations_stand_beside_runs(tmp_path):
     """Those of other runs, and of methods from outside, which have no target and no curve."""
     run = write_run(tmp_path / "run", 10)
     other = write_evaluation(tmp_path / "a.json", figures(None, 22), method="TD3+BC, 20 minutes")
-    config = {"seed": 1, "steps": 100, "token_layout": "fused", "targets": BASE.targets}
-    elsewhere = write_evaluation(tmp_path / "b.json", figures(3600.0, 23), config=config)
+    config = {"seed": 1, "steps": 100, "token_layout": "fused", "targets": (70.0,)}  # at 100 in fact
+    elsewhere = write_evaluation(tmp_path / "b.json", figures(100.0, 23), config=config)
     text = write_report(ReportConfig((run, other, elsewhere), tmp_path / "out"))
     assert row_of(text, "dataset")[2:] == ["flow-interleaved-20", "TD3+BC, 20 minutes", "flow-fused-20"]
     assert "; all with steps 100" in text
@@ -303,6 +302,9 @@ def test_evaluations_stand_beside_runs(tmp_path):
     write_evaluation(other, figures(3600.0, 22), config={}, chosen_by="its own evaluation")
     with pytest.raises(UserError, match="names no options, as the agent was evaluated apart from its run"):
         load_runs([other])
+    write_evaluation(other, figures(100.0, 23), config=config | {"seed": 2}, conditioning="target")
+    with pytest.raises(UserError, match="table: conditioning return-to-go against target"):
+        write_report(ReportConfig((elsewhere, other), tmp_path / "out"))
     for damaged in ({"targets": []}, json.loads(elsewhere.read_text()) | {"dataset_id": 5}):
         other.write_text(json.dumps(damaged))
         with pytest.raises(UserError, match="not the results of an evaluation"):

@@ -24,9 +24,7 @@ FILE = "hopper_medium-v2.hdf5"
 @pytest.fixture(autouse=True)
 def folders(own_folders, monkeypatch):
     # flowrl's own data would stand in for a file that was not found, after minutes of collecting it.
-    monkeypatch.setattr(
-        sources, "load_embedded", lambda name, *_, why="": pytest.fail(f"{name} not found: {why}")
-    )
+    monkeypatch.setattr(sources, "load_embedded", lambda name, *_, why="": pytest.fail(f"{name}: {why}"))
     return own_folders
 
 

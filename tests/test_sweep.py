@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,11 +207,12 @@ cluster.shutdown()
 def test_the_run_of_a_lost_node_resumes_elsewhere(whole_runs, tiny_dataset, held_at_20, tmp_path):
     """It is lost while both runs are in their checkpoint of update 20."""
     pytest.importorskip("ray")
-    file, runs = write_sweep(tmp_path / "sweep.yaml", tiny_dataset, STEPS), tmp_path / "runs"
+    data, runs = Path(os.path.relpath(tiny_dataset)), tmp_path / "runs"  # of this folder, not of Ray's
+    file = write_sweep(tmp_path / "sweep.yaml", data, STEPS)
     plan = plan_runs(read_sweep(str(file)), runs)
     cluster = subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"},
     )  # fmt: skip
     try:
@@ -261,5 +263,6 @@ def test_a_finished_run_is_not_trained_again(tiny_dataset, tmp_path):
     run = plan_runs(read_sweep(str(file)), tmp_path / "runs")[0]
     run_train(train_arguments(run))
     assert is_finished(run)
-    assert train_on_node(run, threads=1) is None
+    assert train_on_node(run, threads=1, folder=os.getcwd()) is None
+    assert not is_finished(replace(run, config=replace(run.config, steps=5)))  # training refuses these
     assert not log_path(run).exists()

@@ -181,8 +181,7 @@ def test_loss_is_the_mean_square_over_valid_actions():
     model, window = make_model(), make_window()
     valid = torch.arange(7) < torch.tensor([2, 7, 4])[:, None]
     low, high = torch.tensor([[-2.0, 0.0], [1.0, 0.5]])
-    actions = (window.actions - low) / (high - low) * 2 - 1
-    errors = (model(window).detach() - actions).square()[valid]
+    errors = (model(window).detach() - (window.actions - low) / (high - low) * 2 + 1).square()[valid]
     assert errors.shape == (13, 2)
     loss = model.loss(window._replace(valid=valid)).item()
     assert loss == pytest.approx(errors.mean().item(), rel=1e-6)  # computed in float32

@@ -116,8 +116,11 @@ def evaluate_run(config: EvaluateConfig) -> None:
         best = max(results, key=lambda result: result.returns.mean())
         print(f"highest mean return at target {best.target_return:g}: chosen with hindsight, optimistic")
     if config.json is not None:
+        options = options_of(config.run)
+        if options and config.source_clamp is not None:
+            options["source_clamp"] = config.source_clamp
         document = {
-            "config": options_of(config.run),
+            "config": options,
             "environment": asdict(environment),
             "dataset_id": agent.config.dataset_id,
             "dataset_sha256": agent.config.dataset_sha256,
@@ -137,7 +140,7 @@ def evaluate_run(config: EvaluateConfig) -> None:
         print(f"results in {config.json}")
     if config.video is not None:
         with failures_kept(folder):
-            write_video(config.video, agent, environment, targets, config.seed)
+            write_video(config.video, agent, environment, [r.target_return for r in results], config.seed)
         print(f"video in {config.video}")
 
 

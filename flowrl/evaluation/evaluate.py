@@ -136,6 +136,11 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
+def short_number(value: float) -> str:
+    """One decimal, below 1 two significant digits: returns may be of any scale."""
+    return f"{value:.2g}" if 0 < abs(value) < 1 else f"{value:.1f}"
+
+
 def _figures(name: str, values: np.ndarray) -> dict[str, float]:
     figures = {f"{name}_mean": float(values.mean())}
     if len(values) > 1:
@@ -146,5 +151,6 @@ def _figures(name: str, values: np.ndarray) -> dict[str, float]:
 
 def _spread(values: np.ndarray) -> str:
     if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{values.mean():.1f} +/- {values.std(ddof=1):.1f} ({standard_error(values):.1f})"
+        return short_number(values[0])
+    mean, deviation, error = map(short_number, (values.mean(), values.std(ddof=1), standard_error(values)))
+    return f"{mean} +/- {deviation} ({error})"

@@ -61,7 +61,9 @@ def load_agent(
         raise UserError(f"temperature {temperature}: must be at least 0")
     loaded = load_checkpoint(run, checkpoint)
     config = agent_config_from_dict(loaded.agent, where=f"{run}: {AGENT_JSON}")
-    if source_clamp is not None and isinstance(config.model, ModelConfig):
+    if source_clamp is not None:
+        if not isinstance(config.model, ModelConfig) or config.model.attention != "flow":
+            raise UserError(f"source_clamp {source_clamp}: {run} has no Flow-Attention")
         given = checked(ModelConfig, {"source_clamp": source_clamp}, str)
         config = replace(config, model=replace(config.model, **given))
     model = build_model(config.model, dequantized(loaded.model), where=f"{run}: {MODEL_TENSORS}")

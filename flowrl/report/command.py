@@ -161,6 +161,6 @@ def _data_table(results: Results) -> str:
     rows = []
     for dataset in results.datasets:
         run = next(run for run in results.runs if run.dataset == dataset)
-        targets = ", ".join(f"{target:.0f}" for target in run.achieved)
+        targets = ", ".join(f"{target:g}" for target in run.achieved)
         rows.append([f"`{dataset}`", run.environment, f"`{run.sha256[:16]}`", targets])
     return markdown_table(["dataset", "environment", "SHA-256", "target returns"], rows)

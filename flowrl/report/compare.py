@@ -5,11 +5,12 @@ from pathlib import Path
 
 import tyro
 
+from flowrl.envs.failures import failures_kept
 from flowrl.envs.options import EvaluationOptions
 from flowrl.envs.reference_scores import reference_scores
 from flowrl.errors import UserError
 from flowrl.evaluation.command import acting_environment
-from flowrl.evaluation.evaluate import TargetResult, evaluate, standard_error
+from flowrl.evaluation.evaluate import TargetResult, evaluate, short_number, standard_error
 from flowrl.model.loading import load_agent
 from flowrl.options import Episodes, Seed, Target
 from flowrl.report.statistics import CONFIDENCE, difference_interval
@@ -34,6 +35,7 @@ class CompareConfig(EvaluationOptions):
     """Seed of the episodes."""
 
 
+@failures_kept(Path())
 def compare(config: CompareConfig) -> str:
     """Evaluate both and return a table of their means and of the difference.
 
@@ -64,14 +66,18 @@ def compare(config: CompareConfig) -> str:
     difference = values[0] - values[1]
     low, high = difference_interval(difference)
     rows = [
-        [str(run), f"{result.target_return:g}", f"{scores.mean():.1f} ± {standard_error(scores):.1f}"]
+        [
+            str(run),
+            f"{result.target_return:g}",
+            f"{short_number(scores.mean())} ± {short_number(standard_error(scores))}",
+        ]
         for run, result, scores in zip(runs, results, values, strict=True)
     ]
     verdict = "within the noise" if low <= 0 <= high else "apart from 0"
-    interval = f"{CONFIDENCE:.0%} interval {low:.1f} to {high:.1f}"
+    interval = f"{CONFIDENCE:.0%} interval {short_number(low)} to {short_number(high)}"
     return (
         f"{markdown_table(['run', 'target return', unit], rows)}\n\n"
         f"{environment}, {config.episodes} episodes from the same starts, mean ± standard error.\n"
-        f"First - second: {difference.mean():.1f}, {interval}: {verdict}.\n"
+        f"First - second: {short_number(difference.mean())}, {interval}: {verdict}.\n"
         "Trainings of other seeds may differ by more."
     )

@@ -10,7 +10,7 @@ from pydantic import Field
 from flowrl.data import load_episodes
 from flowrl.errors import UserError
 from flowrl.evaluation.command import options_of
-from flowrl.evaluation.evaluate import standard_error
+from flowrl.evaluation.evaluate import short_number, standard_error
 from flowrl.evaluation.off_policy import ROUNDS, estimate
 from flowrl.model.agent import Conditioning
 from flowrl.model.checkpoint import CheckpointName
@@ -69,8 +69,12 @@ def estimate_run(config: EstimateConfig) -> str:
     lines = [f"{data.dataset_id}, target {target:g}, {len(estimates.data)} episodes held out"]
     for name, returns in asdict(estimates).items():
         mean = float(returns.mean())
-        score = "" if reference is None else f", normalised score {reference.normalized_score(mean):.1f}"
-        error = f" ({standard_error(returns):.1f})" if len(returns) > 1 else ""
-        lines.append(f"{name.replace('_', ' '):12}return {mean:.1f}{error}{score}")
+        score = (
+            ""
+            if reference is None
+            else f", normalised score {short_number(reference.normalized_score(mean))}"
+        )
+        error = f" ({short_number(standard_error(returns))})" if len(returns) > 1 else ""
+        lines.append(f"{name.replace('_', ' '):12}return {short_number(mean)}{error}{score}")
     lines.append("mean (standard error of the mean) over episodes; estimates can be off by far more")
     return "\n".join(lines)

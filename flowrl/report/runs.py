@@ -27,6 +27,8 @@ _FREE_OPTIONS = frozenset(
     )
 )
 
+_OF_EVALUATION = ("conditioning", "source_clamp", "temperature")  # in place of the run's
+
 CHOSEN = ", best by its own evaluation"  # ends the method's name of a checkpoint that --keep-best kept
 
 _DEFAULTS = json.loads(json.dumps(asdict(TrainConfig())))  # with lists, as in files
@@ -158,10 +160,12 @@ def _find_runs(path: Path) -> dict[Path, str | None]:
         return {path / run: method for run, method in read_plan(path).items()}
     if (path / METRICS_FILE).is_file():
         return {path: None}
-    inside = sorted(file.parent for file in path.rglob(METRICS_FILE))
+    inside = dict.fromkeys(sorted(file.parent for file in path.rglob(METRICS_FILE)))
+    for plan in path.rglob(PLAN_FILE):
+        inside |= _find_runs(plan.parent)
     if not inside:
         raise UserError(f"{path}: no runs in it; give folders of runs, or of sweeps ({PLAN_FILE})")
-    return dict.fromkeys(inside)
+    return inside
 
 
 def _load_run(path: Path, method: str | None) -> RunResult | str:
@@ -178,7 +182,8 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
             return f"{path}: trained without evaluation"
         if not identity or not evaluations or evaluations[-1]["step"] < config["steps"]:
             done = max((line["step"] for line in train), default=0)
-            return f"{path}: partial, {done} of {config['steps']} updates"
+            unevaluated = ", not evaluated" * (done >= config["steps"])
+            return f"{path}: partial, {done} of {config['steps']} updates{unevaluated}"
         last = [line for line in evaluations if line["step"] == config["steps"]]
         result = _result(path, identity[0], config, method, last)
         result = replace(result, train=tuple(train), evaluations=tuple(evaluations))
@@ -202,7 +207,8 @@ def _load_run(path: Path, method: str | None) -> RunResult | str:
     final = tuple(sorted(separate.final, key=lambda figures: figures["target_return"] != first))
     if final[0]["target_return"] != first:
         raise UserError(f"{separate.path}: not at the run's first target return {first:g}: evaluate it again")
-    return replace(result, final=final)
+    evaluated = {name: separate.config[name] for name in _OF_EVALUATION if name in separate.config}
+    return replace(result, final=final, config=result.config | evaluated)
 
 
 def _read_evaluation(path: Path) -> RunResult:
@@ -235,6 +241,11 @@ def _result(
     # Its best episodes are a method's choice, not another dataset.
     dataset = identity["dataset_id"].removesuffix(f" top {config.get('top_fraction', 1):g}")
     environment = TypeAdapter(EnvironmentSpec).validate_json(json.dumps(identity["environment"]))
+    final = tuple(final)
+    evaluated = {name: identity[name] for name in _OF_EVALUATION if name in identity}
+    config = {"temperature": 0.0, **config, **evaluated}
+    if final[0]["target_return"] is not None:
+        config["targets"] = [float(f"{final[0]['target_return']:g}")]  # of the score
     return RunResult(
         path=path,
         dataset=dataset,
@@ -243,7 +254,7 @@ def _result(
         method=method or method_name(config),
         seed=config["seed"],
         config=config,
-        final=tuple(final),
+        final=final,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowrl.evaluation.evaluate import standard_error
+from flowrl.evaluation.evaluate import short_number, standard_error
 from flowrl.report.runs import NORMALIZED, RETURN, UNITS, RunResult, Unit
 from flowrl.report.statistics import (
     CONFIDENCE,
@@ -124,8 +124,8 @@ def aggregate_table(results: Results) -> str:
         for method, tasks in scores.items():
             values = np.concatenate(tasks)
             low, high = interquartile_mean_interval(tasks)
-            interval = f"{low:.1f} to {high:.1f}" if varies else "needs two seeds"
-            row = [method, f"{interquartile_mean(values):.1f}", interval, str(len(values))]
+            interval = f"{short_number(low)} to {short_number(high)}" if varies else "needs two seeds"
+            row = [method, short_number(float(interquartile_mean(values))), interval, str(len(values))]
             for other, other_tasks in scores.items():
                 low, high = improvement_interval(tasks, other_tasks)
                 interval = f" ({low:.2f} to {high:.2f})" if varies else ""
@@ -151,14 +151,14 @@ def best_table(results: Results) -> str:
                 continue
             last, best = np.mean([(curve[-1], max(curve)) for curve in curves], axis=0)
             gaps[dataset, method] = best - last
-            row.append(f"{last:.1f} → {best:.1f}")
+            row.append(f"{short_number(last)} → {short_number(best)}")
         rows.append(row)
     for unit, datasets in results.groups():
         if len(datasets) > 1:
             row = [f"average difference, {unit.name}"]
             for method in results.methods:
                 known = [gaps[dataset, method] for dataset in datasets if (dataset, method) in gaps]
-                row.append(f"{np.mean(known):.1f}" if len(known) == len(datasets) else "—")
+                row.append(short_number(np.mean(known)) if len(known) == len(datasets) else "—")
             rows.append(row)
     return markdown_table(["dataset", *results.methods], rows)
 
@@ -193,7 +193,7 @@ def format_mean(values: np.ndarray, bold: bool = False) -> str:
     if not len(values):
         return "—"
     error = standard_error(values)
-    text = f"{values.mean():.1f}" if np.isnan(error) else f"{values.mean():.1f} ± {error:.1f}"
+    text = _with_error(values.mean(), error)
     return f"**{text}** ({len(values)})" if bold else f"{text} ({len(values)})"
 
 
@@ -225,7 +225,11 @@ def _average(results: Results, datasets: Sequence[str], method: str) -> str:
         return "—"
     average = np.mean([values.mean() for values in scores])
     error = np.sqrt(np.sum([standard_error(values) ** 2 for values in scores])) / len(scores)
-    return f"{average:.1f}" if np.isnan(error) else f"{average:.1f} ± {error:.1f}"
+    return _with_error(average, error)
+
+
+def _with_error(mean: float, error: float) -> str:
+    return short_number(mean) if np.isnan(error) else f"{short_number(mean)} ± {short_number(error)}"
 
 
 def _speeds(run: RunResult) -> tuple[float, float, float]:

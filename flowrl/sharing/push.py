@@ -215,7 +215,8 @@ def _card(agent: Agent, config: PushConfig, evaluations: list[dict[str, Any]], c
         f"- Data: `{dataset}`, content SHA-256 `{about.dataset_sha256}`\n"
         f"- Environment: {environment}{f', at most {limit} timesteps' if limit else ''}\n"
         f"- Versions: {packages}",
-        "## Scores\n\n" + (_score_table(final) if final else "It was not evaluated."),
+        "## Scores\n\n"
+        + (_score_table(final) if final else "No evaluation of this checkpoint is recorded with it."),
     ]
     if about.chosen_by:
         parts.append(f"This checkpoint was chosen by {about.chosen_by}: such a score is optimistic.")

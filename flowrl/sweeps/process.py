@@ -34,7 +34,7 @@ def is_finished(run: PlannedRun) -> bool:
     except UserError:
         return False  # damaged: resuming reports what is wrong
     evaluated = run.config.eval_episodes == 0 or checkpoint.training.get("evaluated_step") == checkpoint.step
-    return checkpoint.step >= run.config.steps and evaluated
+    return checkpoint.step == run.config.steps and evaluated
 
 
 def log_path(run: PlannedRun) -> Path:

@@ -84,7 +84,7 @@ def _run(
 ) -> Iterator[tuple[PlannedRun, str | None]]:
     gpus = 1 if ray.cluster_resources().get("GPU") and runs and runs[0].config.device != "cpu" else 0
     task = ray.remote(num_cpus=slots.threads, num_gpus=gpus, max_retries=_RETRY_FOREVER)(train_on_node)
-    waiting = {task.remote(run, slots.threads): run for run in runs}
+    waiting = {task.remote(run, slots.threads, os.getcwd()): run for run in runs}
     while waiting:
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_POLL_SECONDS)
         if signals.received is not None:
@@ -101,11 +101,12 @@ def _run(
             yield run, failure
 
 
-def train_on_node(run: PlannedRun, threads: int) -> str | None:
+def train_on_node(run: PlannedRun, threads: int, folder: str) -> str | None:
     """Start or resume one run in a process of its own on this node; return one line if it failed.
 
-    Another node may have begun the run, or even finished it.
+    Another node may have begun the run, or even finished it. Relative paths are those of ``folder``.
     """
+    os.chdir(folder)
     if run.run_dir.is_dir():
         # A lost process may still save its last checkpoint; training reports a folder that stays in use.
         with suppress(Timeout), FileLock(run.run_dir / ".lock", timeout=_STOP_SECONDS):

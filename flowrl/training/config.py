@@ -250,7 +250,10 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not YAML, a duplicate or unknown key, or a value that its option does not take (all named).
     """
-    return checked_options(read_yaml_mapping(path), where=str(path))
+    options = read_yaml_mapping(path)
+    if options.get("config") and not options.get("run_dir"):  # a run's file holds what its preset stood for
+        raise UserError(f"{path}: 'config': a preset cannot be named in a file of options")
+    return checked_options(options, where=str(path))
 
 
 def checked_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:

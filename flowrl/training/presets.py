@@ -22,7 +22,7 @@ def preset_options(name: str | None, env: str | None) -> dict[str, Any]:
         env: the value of ``--env``.
 
     Raises:
-        UserError: no preset of this name.
+        UserError: no preset of this name, or one of another dataset than that of ``env``.
     """
     datasets, recipes = _datasets(), sorted(path.stem for path in (PRESET_FOLDER / "recipes").glob("*.yaml"))
     presets = {f"{dataset}-{recipe}": (dataset, recipe) for dataset in datasets for recipe in recipes}
@@ -37,6 +37,8 @@ def preset_options(name: str | None, env: str | None) -> dict[str, Any]:
         raise UserError(
             f"--config {shortened}: no such file or preset{did_you_mean(name, [*presets, *recipes])}"
         )
+    if env in datasets and env != dataset:
+        raise UserError(f"--config {name}: this is for {dataset}, not {env}; give --config {recipe}")
     row = datasets.get(dataset, {})
     own = {option: value for option, value in row.items() if option not in recipes}
     options = read_yaml_mapping(PRESET_FOLDER / "recipes" / f"{recipe}.yaml")
