@@ -326,17 +326,17 @@ def test_options_that_do_not_fit_are_refused(options, message):
 @pytest.mark.parametrize("size", [1e-4, 1e2, 1e8])
 def test_extreme_inputs_of_the_linear_kinds_stay_finite(name, head_dim, size):
     kind, generator = attention_kind(name), torch.Generator().manual_seed(3)
-    x = torch.randn(3, 1, 200, head_dim, generator=generator)
+    sign = torch.randn(3, 1, 200, head_dim, generator=generator)
     for queries, keys in [
-        (x[0], x[1]),
-        (x[0].abs(), -x[1].abs()),
-        (-x[0].abs(), x[1].abs()),
+        (sign[0], sign[1]),
+        (sign[0].abs(), -sign[1].abs()),
+        (-sign[0].abs(), sign[1].abs()),
     ]:
-        inputs = [size * queries[None], size * keys[None], 1e4 * x[2][None]]
+        inputs = [size * queries[None], size * keys[None], 1e4 * sign[2][None]]
         results = with_gradients(kind.parallel, *inputs, 1.0)
         assert all(result.isfinite().all() for result in results)
         assert stepped(*inputs, step=kind.step).isfinite().all()
-        assert (results[0].abs() <= 1.01e4 * x[2].abs().max()).all()  # a mean stays among its values
+        assert (results[0].abs() <= 1.01e4 * sign[2].abs().max()).all()  # a mean stays among its values
 
 
 def test_directions_are_orthogonal_gaussian_and_always_the_same():

@@ -14,7 +14,7 @@ from flowrl.evaluation.evaluate import TargetResult, evaluate, short_number, sta
 from flowrl.model.loading import load_agent
 from flowrl.options import Episodes, Seed, Target
 from flowrl.report.statistics import CONFIDENCE, difference_interval
-from flowrl.report.table import markdown_table
+from flowrl.report.table import markdown_table, with_error
 
 FEWEST_EPISODES = 10  # the interval of fewer is far too narrow
 
@@ -66,11 +66,7 @@ def compare(config: CompareConfig) -> str:
     difference = values[0] - values[1]
     low, high = difference_interval(difference)
     rows = [
-        [
-            str(run),
-            f"{result.target_return:g}",
-            f"{short_number(scores.mean())} ± {short_number(standard_error(scores))}",
-        ]
+        [str(run), f"{result.target_return:g}", with_error(scores.mean(), standard_error(scores))]
         for run, result, scores in zip(runs, results, values, strict=True)
     ]
     verdict = "within the noise" if low <= 0 <= high else "apart from 0"

@@ -69,11 +69,7 @@ def estimate_run(config: EstimateConfig) -> str:
     lines = [f"{data.dataset_id}, target {target:g}, {len(estimates.data)} episodes held out"]
     for name, returns in asdict(estimates).items():
         mean = float(returns.mean())
-        score = (
-            ""
-            if reference is None
-            else f", normalised score {short_number(reference.normalized_score(mean))}"
-        )
+        score = f", normalised score {short_number(reference.normalized_score(mean))}" if reference else ""
         error = f" ({short_number(standard_error(returns))})" if len(returns) > 1 else ""
         lines.append(f"{name.replace('_', ' '):12}return {short_number(mean)}{error}{score}")
     lines.append("mean (standard error of the mean) over episodes; estimates can be off by far more")

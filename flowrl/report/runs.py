@@ -27,7 +27,7 @@ _FREE_OPTIONS = frozenset(
     )
 )
 
-_OF_EVALUATION = ("conditioning", "source_clamp", "temperature")  # in place of the run's
+_OF_EVALUATION = ("conditioning", "source_clamp", "temperature")  # options of `evaluate`, over the run's own
 
 CHOSEN = ", best by its own evaluation"  # ends the method's name of a checkpoint that --keep-best kept
 

@@ -192,9 +192,13 @@ def format_mean(values: np.ndarray, bold: bool = False) -> str:
     """``76.6 ± 3.2 (2)``; a single seed has no standard error, no seed no mean."""
     if not len(values):
         return "—"
-    error = standard_error(values)
-    text = _with_error(values.mean(), error)
+    text = with_error(values.mean(), standard_error(values))
     return f"**{text}** ({len(values)})" if bold else f"{text} ({len(values)})"
+
+
+def with_error(mean: float, error: float) -> str:
+    """``76.6 ± 3.2``, without an error that is NaN."""
+    return short_number(mean) if np.isnan(error) else f"{short_number(mean)} ± {short_number(error)}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -225,11 +229,7 @@ def _average(results: Results, datasets: Sequence[str], method: str) -> str:
         return "—"
     average = np.mean([values.mean() for values in scores])
     error = np.sqrt(np.sum([standard_error(values) ** 2 for values in scores])) / len(scores)
-    return _with_error(average, error)
-
-
-def _with_error(mean: float, error: float) -> str:
-    return short_number(mean) if np.isnan(error) else f"{short_number(mean)} ± {short_number(error)}"
+    return with_error(average, error)
 
 
 def _speeds(run: RunResult) -> tuple[float, float, float]:
